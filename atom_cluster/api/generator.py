@@ -1,0 +1,42 @@
+"""Generator: what the HTTP routes need from the cluster behind them. The serving layer implements it; tests use a fake."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from atom_cluster.messages.requests import SamplingParams, TokenDelta
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateInput:
+    """One output to be generated: a single prompt, n == 1, every automatic value resolved."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    sampling: SamplingParams
+
+
+class Generator(Protocol):
+    """Turns prompts into token deltas."""
+
+    def generate(self, request: GenerateInput) -> AsyncIterator[TokenDelta]:
+        """Deltas of one request, in order, ending with one that has a `finish_reason`.
+
+        Closing the iterator early cancels the request on every leg. Raises errors of `atom_cluster.errors`
+        (`Overloaded`, `NotReady`, `RequestFailed`, `RequestTimeout`, `InvalidRequest`); never yields an error.
+        """
+        ...
+
+    async def check_ready(self) -> None:
+        """Return once a real generation went through recently or goes through now; raise `NotReady` otherwise."""
+        ...
+
+    def cluster_state(self) -> dict[str, Any]:
+        """What /v1/cluster shows: replicas, roles, load, choices and their reasons; JSON-serializable."""
+        ...
+
+    async def metrics_text(self) -> str:
+        """Prometheus text of the whole cluster's atom_cluster metrics."""
+        ...

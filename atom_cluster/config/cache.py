@@ -1,0 +1,22 @@
+"""The paged KV cache and its prefix cache."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from atom_cluster.config.base import FrozenConfig
+
+
+class CacheConfig(FrozenConfig):
+    """KV blocks of one replica."""
+
+    block_size: int = Field(16, ge=1, le=1024)
+    """Tokens per KV block."""
+    num_blocks: int | Literal["auto"] = Field("auto", ge=2)
+    """KV blocks per replica. auto: what `memory_fraction` leaves on GPUs, `cpu_cache_gib` on CPUs."""
+    cpu_cache_gib: float = Field(0.5, gt=0)
+    """KV memory per rank on CPUs, in GiB, when `num_blocks` is auto."""
+    prefix_caching: bool = True
+    """Reuse KV of equal prompt prefixes between requests."""

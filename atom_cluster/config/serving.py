@@ -1,0 +1,51 @@
+"""The cluster around the engines: ingress, router, supervision."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from atom_cluster.config.base import FrozenConfig
+
+
+class ServingConfig(FrozenConfig):
+    """Processes and their supervision."""
+
+    ingress_replicas: int = Field(1, ge=1)
+    announce_period_s: float = Field(0.5, gt=0)
+    """How often members announce themselves to the router."""
+    member_timeout_s: float = Field(3.0, gt=0)
+    """A member that has not announced itself for this long is left out."""
+    ping_period_s: float = Field(1.0, gt=0)
+    """How often a client of an engine pings it."""
+    client_timeout_s: float = Field(5.0, gt=0)
+    """An engine ends the requests of an ingress that has not pinged for this long, and the reverse."""
+    health_check_period_s: float = Field(1.0, gt=0)
+    """How often a replica's gang is checked."""
+    start_timeout_s: float = Field(600.0, gt=0)
+    """A gang that is not ready by then is torn down and started again."""
+    drain_timeout_s: float = Field(60.0, ge=0)
+    """A replica told to stop finishes its requests within this time; what is left then ends with an error."""
+    request_timeout_s: float = Field(600.0, gt=0)
+    """A request that has not finished by then ends with a timeout error."""
+
+
+class ApiConfig(FrozenConfig):
+    """Limits of the HTTP API."""
+
+    max_body_bytes: int = Field(8 * 1024 * 1024, ge=1024)
+    """Larger bodies are answered with 413."""
+    max_n: int = Field(16, ge=1)
+    """Most outputs per prompt (`n`)."""
+    max_prompts: int = Field(64, ge=1)
+    """Most prompts in one /v1/completions request."""
+    max_logprobs: int = Field(20, ge=0)
+    """Most alternatives per token (`top_logprobs`, `logprobs`)."""
+    max_stop_strings: int = Field(16, ge=0)
+    max_stop_chars: int = Field(256, ge=1)
+    """Longest single stop string."""
+    default_max_tokens: int | None = Field(None, ge=1)
+    """`max_tokens` when a request names none; None: whatever the context leaves."""
+    tokenizer_threads: int = Field(1, ge=1)
+    """Threads that tokenize and render templates, off the event loop."""
+    coalesce_ms: float = Field(0.0, ge=0)
+    """Wait this long for more tokens before writing an SSE event; 0 writes what has arrived at once."""

@@ -1,0 +1,26 @@
+"""How KV blocks move from prefill to decode."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from atom_cluster.config.base import FrozenConfig
+
+
+class KvTransferConfig(FrozenConfig):
+    """KV transfer between engines."""
+
+    transport: Literal["auto", "shm", "tcp"] = "auto"
+    """auto: shm between processes of one host, tcp otherwise."""
+    min_remote_tokens: int = Field(16, ge=1)
+    """Prompts with fewer uncached tokens than this are prefilled by the decode replica itself."""
+    lease_s: float = Field(10.0, gt=0)
+    """Published blocks are kept this long without a renewal from decode; renewals go out every third of it."""
+    read_timeout_s: float = Field(10.0, gt=0)
+    """One read of blocks fails after this."""
+    prefill_timeout_s: float = Field(60.0, gt=0)
+    """Decode gives up on a prefill that publishes nothing for this long, and computes the prompt itself."""
+    verify_blocks: bool = True
+    """Check every block's checksum before its first use and recompute bad ones."""

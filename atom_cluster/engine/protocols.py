@@ -1,0 +1,110 @@
+"""The two seams of an engine: `StepRunner` (below: what computes a step) and `Outbox` (above: where messages go).
+
+An engine cannot tell a simulated device from a local one or from sixteen ranks, nor a ZMQ socket from a list in a test.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from atom_cluster.messages.cluster import CacheEvents, CacheSnapshot, PeerAddress, ReplicaLoad
+from atom_cluster.messages.requests import CancelRequest, EngineRequest, TokenBatch
+from atom_cluster.messages.steps import StepPlan, StepResult
+from atom_cluster.messages.transfer import (
+    KvOffer,
+    KvPublication,
+    KvReport,
+    PrefillAccepted,
+    PrefillFailed,
+    PrefillOrder,
+    TicketRelease,
+    TicketRenew,
+)
+
+ROUTER = "router"
+"""Destination of cache events and load, whichever router is current; dropped while there is none."""
+
+EngineInput = (
+    EngineRequest
+    | CancelRequest
+    | PrefillOrder
+    | PrefillAccepted
+    | KvPublication
+    | PrefillFailed
+    | TicketRenew
+    | TicketRelease
+)
+"""What an engine accepts from others."""
+
+EngineOutput = (
+    TokenBatch
+    | PrefillOrder
+    | PrefillAccepted
+    | KvPublication
+    | PrefillFailed
+    | TicketRenew
+    | TicketRelease
+    | CacheEvents
+    | CacheSnapshot
+    | ReplicaLoad
+)
+"""What an engine sends to others."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerInfo:
+    """What a runner turned out to be once its model was loaded and its KV memory allocated."""
+
+    num_blocks: int
+    block_size: int
+    """Tokens per block."""
+    max_num_requests: int
+    """Rows, `0 <= row < max_num_requests`."""
+    max_model_len: int
+    vocab_size: int
+    world_size: int = 1
+    kv_offers: tuple[KvOffer, ...] = ()
+    """How other engines can read this one's KV memory; empty when they cannot."""
+    kv_transports: tuple[str, ...] = ()
+    """Transports this runner can read through, best first."""
+    fingerprint_fields: dict[str, str] = field(default_factory=dict)
+    """Everything that must be equal for another engine's blocks to mean the same here."""
+    choices: dict[str, str] = field(default_factory=dict)
+    """What was chosen automatically and why, for the start-up log and /v1/cluster."""
+
+
+class StepRunner(Protocol):
+    """Executes step plans in order. Called from the engine's thread only. Owns model, KV memory and transports.
+
+    Errors of a step (a dead rank, out of memory) are raised by `collect`; the runner is unusable afterwards.
+    """
+
+    @property
+    def info(self) -> RunnerInfo:
+        """Constant over the runner's life."""
+        ...
+
+    def submit(self, plan: StepPlan) -> None:
+        """Queue a plan; returns before it has run. At most two plans are in flight at any time."""
+        ...
+
+    def collect(self, timeout_s: float | None = None) -> StepResult | None:
+        """The result of the oldest plan in flight; None if it was not ready within `timeout_s`."""
+        ...
+
+    def poll_kv(self) -> list[KvReport]:
+        """Reports of KV commands that ended since the last call, combined over ranks. Never blocks."""
+        ...
+
+    def close(self) -> None:
+        """Free everything; idempotent. Reads under way are abandoned."""
+        ...
+
+
+class Outbox(Protocol):
+    """Where an engine's messages go. Called from the engine's thread; never blocks; may drop for a peer that is gone."""
+
+    def send(self, destination: str | PeerAddress, message: EngineOutput) -> None:
+        """Send to whoever is known by this id (it spoke to us first), to `ROUTER`, or to an address."""
+        ...

@@ -1,0 +1,109 @@
+"""Every error the library raises on purpose.
+
+AtomClusterError
+├── InvalidRequest            400  the client sent something wrong; names the field
+│   ├── ContextLengthExceeded 400
+│   └── UnknownModel          404
+├── RequestTooLarge           413  body over `api.max_body_bytes`
+├── Overloaded                503  a bounded queue is full; carries Retry-After seconds
+├── NotReady                  503  no replica can take the request yet
+├── RequestFailed             500  the cluster lost the request and says why
+│   └── RequestTimeout        504  the deadline of the request passed
+├── ConfigError               (start-up) a configuration that cannot work; names the key
+├── WeightsError              (start-up) missing, unused or mis-shaped checkpoint tensors
+├── TransferError             (internal) a KV transfer failed; the request is recomputed or fails
+└── ProtocolError             (internal) a peer sent a message that is malformed, too large or out of order
+
+`InvalidRequest` and its kin are user errors and never count against a replica's health. Errors of other libraries are
+mapped onto these where they enter (`raise ... from exc`), so callers never catch another library's exception.
+"""
+
+from __future__ import annotations
+
+
+class AtomClusterError(Exception):
+    """Root of the tree. `http_status` is what the API answers when the error reaches it."""
+
+    http_status = 500
+    error_type = "internal_error"
+    code: str | None = None
+
+
+class InvalidRequest(AtomClusterError):
+    """The request is wrong. `param` names the offending field in the client's own spelling (`messages[2].role`)."""
+
+    http_status = 400
+    error_type = "invalid_request_error"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        if code is not None:
+            self.code = code
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """Prompt plus requested output does not fit the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class UnknownModel(InvalidRequest):
+    """`model` names nothing that is served here."""
+
+    http_status = 404
+    code = "model_not_found"
+
+
+class RequestTooLarge(InvalidRequest):
+    """The HTTP body is larger than the configured limit."""
+
+    http_status = 413
+    code = "request_too_large"
+
+
+class Overloaded(AtomClusterError):
+    """A bounded queue is full. `retry_after_s` becomes the Retry-After header."""
+
+    http_status = 503
+    error_type = "overloaded_error"
+    code = "queue_full"
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class NotReady(Overloaded):
+    """No replica can take the request at the moment: starting, restarting or draining."""
+
+    code = "not_ready"
+
+
+class RequestFailed(AtomClusterError):
+    """The request ended without its answer, through no fault of the client."""
+
+    code = "request_failed"
+
+
+class RequestTimeout(RequestFailed):
+    """The deadline of the request passed before it finished."""
+
+    http_status = 504
+    code = "request_timeout"
+
+
+class ConfigError(AtomClusterError):
+    """A configuration that cannot work. The message names the key and, for a typo, the nearest valid one."""
+
+
+class WeightsError(AtomClusterError):
+    """A checkpoint does not match the model: the message lists missing, unused and mis-shaped tensors."""
+
+
+class TransferError(AtomClusterError):
+    """KV blocks could not be moved."""
+
+
+class ProtocolError(AtomClusterError):
+    """A peer's message was malformed, too large or out of order."""

@@ -1,0 +1,80 @@
+"""KvTransport: the seam behind which shm, tcp, nixl, ipc and mori are interchangeable. One instance per rank.
+
+Reading, not writing: only the owner of memory ever writes to it. So an engine may free the destination blocks of an
+aborted request as soon as its own reads have drained, and a peer that dies cannot scribble over anybody.
+
+Who frees what: the transport owns connections, mappings and staging buffers and frees them in `close` (idempotent).
+KV memory belongs to the runner and must outlive the transport. Destination blocks of a read belong to the transport
+from `start_read` until `poll` returned its completion.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from atom_cluster.units import Deadline
+
+
+@dataclass(frozen=True, slots=True)
+class KvRegion:
+    """KV memory of one rank: a tensor whose dim 0 counts blocks and whose remaining dims are one block's bytes.
+
+    A runner exports one or more regions (one per layer, or a single one in which a block holds all layers); block i of
+    an engine is `region.blocks[i]` of every region. Each `blocks[i]` is contiguous.
+    """
+
+    name: str
+    blocks: torch.Tensor
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block in this region."""
+        return self.blocks[0].numel() * self.blocks.element_size()
+
+
+@dataclass(frozen=True, slots=True)
+class ReadCompletion:
+    """End of one read. With an `error`, the destination blocks hold garbage."""
+
+    read_id: int
+    error: str | None
+    num_bytes: int
+    seconds: float
+
+
+class KvTransport(Protocol):
+    """Copies blocks out of other ranks' KV memory. All methods are called from one thread and none of them blocks long."""
+
+    name: str
+
+    def export(self, regions: tuple[KvRegion, ...]) -> bytes:
+        """Make these regions readable by peers; called once. Returns a descriptor that `connect` on the other side takes.
+
+        Raises `TransferError` when the memory cannot be exported this way (for instance GPU memory through shm).
+        """
+        ...
+
+    def connect(self, peer: str, descriptor: bytes) -> None:
+        """Prepare reads from `peer`. Idempotent. Raises `TransferError` if the descriptor does not fit this rank."""
+        ...
+
+    def start_read(
+        self, read_id: int, peer: str, remote_blocks: tuple[int, ...], local_blocks: tuple[int, ...], deadline: Deadline
+    ) -> None:
+        """Start copying remote block i into local block i of every region. Ends with exactly one completion."""
+        ...
+
+    def poll(self) -> list[ReadCompletion]:
+        """Reads that ended since the last call; a read past its deadline ends with an error, and writes nothing after."""
+        ...
+
+    def disconnect(self, peer: str) -> None:
+        """Forget a peer; its reads under way complete with an error. Unknown peers are ignored."""
+        ...
+
+    def close(self) -> None:
+        """Disconnect everybody and free what was allocated. Idempotent."""
+        ...

@@ -1,0 +1,122 @@
+"""Who is in the cluster, how loaded it is, and what its caches hold."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from msgspec import Struct
+
+Role = Literal["prefill", "decode", "unified"]
+MemberKind = Literal["ingress", "router", "engine"]
+
+
+class PeerAddress(Struct, frozen=True, kw_only=True):
+    """Where a process listens for cluster messages."""
+
+    peer_id: str
+    """Serve replica id, unique in the cluster."""
+    endpoint: str
+    """ZMQ endpoint, such as `tcp://10.0.0.3:40117`."""
+    epoch: int
+    """Random incarnation number; a restarted process has another one even on the same endpoint."""
+
+
+class MemberCard(Struct, frozen=True, kw_only=True):
+    """What a member announces about itself, every `serving.announce_period_s`."""
+
+    address: PeerAddress
+    kind: MemberKind
+    role: Role | None = None
+    """Engines only."""
+    model: str = ""
+    fingerprint: str = ""
+    """Engines only; the router pairs prefill and decode with equal fingerprints."""
+    num_blocks: int = 0
+    block_size: int = 0
+    is_draining: bool = False
+    node: str = ""
+    pid: int = 0
+    choices: dict[str, str] = {}
+    """What was chosen automatically and why (op backend, transport, dtype ...), shown at /v1/cluster."""
+
+
+class Membership(Struct, frozen=True, kw_only=True):
+    """Everybody the router has heard from within `serving.member_timeout_s`; the answer to an announcement."""
+
+    router: PeerAddress
+    members: tuple[MemberCard, ...]
+
+
+class ReplicaLoad(Struct, frozen=True, kw_only=True, tag="load"):
+    """An engine's load, sent to the router when it changed, at most every `routing.load_period_s`."""
+
+    peer_id: str
+    epoch: int
+    num_running: int
+    num_waiting: int
+    num_waiting_tokens: int
+    """Prompt tokens not computed yet, waiting and running."""
+    num_free_blocks: int
+    """Free or cached, i.e. available to new requests."""
+    num_blocks: int
+
+
+class CacheEvents(Struct, frozen=True, kw_only=True, tag="cache_events"):
+    """Blocks that entered and left an engine's prefix cache, in order, as 64-bit chained block hashes.
+
+    `first_seq` counts events since the engine started: `stored` then `removed` are each one event per hash. A receiver
+    that expected another number has lost something and asks for a snapshot.
+    """
+
+    peer_id: str
+    epoch: int
+    first_seq: int
+    stored: tuple[int, ...] = ()
+    removed: tuple[int, ...] = ()
+    """A hash in both was stored and then removed within the batch."""
+
+
+class CacheSnapshot(Struct, frozen=True, kw_only=True, tag="cache_snapshot"):
+    """All block hashes an engine has cached; the next event will have number `next_seq`."""
+
+    peer_id: str
+    epoch: int
+    next_seq: int
+    hashes: tuple[int, ...]
+
+
+class SnapshotRequest(Struct, frozen=True, tag="snapshot_request"):
+    """The router lost track of an engine's cache, or is new."""
+
+    epoch: int
+
+
+class RouteQuery(Struct, frozen=True, kw_only=True, tag="route_query"):
+    """An ingress asks where to send a request."""
+
+    query_id: int
+    block_hashes: tuple[int, ...]
+    """Chained hashes of the prompt's full blocks."""
+    num_tokens: int
+    expected_output_tokens: int
+    excluded: tuple[str, ...] = ()
+    """Engines that just failed this request."""
+
+
+class RouteDecision(Struct, frozen=True, kw_only=True, tag="route_decision"):
+    """Where a request goes, and why."""
+
+    query_id: int
+    decode: PeerAddress | None
+    """The engine the ingress sends the request to; None when there is none (then `reason` says why)."""
+    prefill: PeerAddress | None = None
+    reason: str = ""
+    """One of `routing.policy.REASONS`: the label of the decisions metric."""
+    decode_cached_blocks: int = 0
+    prefill_cached_blocks: int = 0
+
+
+class RequestDone(Struct, frozen=True, tag="request_done"):
+    """An ingress tells the router that a request it placed has ended, so that load estimates stay right."""
+
+    query_id: int
