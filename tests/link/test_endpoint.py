@@ -1,0 +1,184 @@
+"""Endpoints deliver messages both ways, refuse strangers and notice every way of losing a peer."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+import zmq
+
+from atom_cluster.link.auth import ClusterKey
+from atom_cluster.link.codec import Message, encode
+from atom_cluster.link.endpoint import Endpoint
+from atom_cluster.messages.cluster import PeerAddress
+from atom_cluster.messages.requests import CancelRequest, Ping
+
+SECRET = b"a secret of the cluster"
+
+
+class Node:
+    """An endpoint that records what happens to it."""
+
+    def __init__(self, peer_id: str, *, secret: bytes = SECRET, peer_timeout_s: float = 5.0, epoch: int = 1) -> None:
+        self.received: list[tuple[str, Message]] = []
+        self.lost: list[str] = []
+        self.endpoint = Endpoint(
+            key=ClusterKey.from_secret(secret),
+            peer_id=peer_id,
+            host="127.0.0.1",
+            epoch=epoch,
+            on_message=lambda source, message: self.received.append((source, message)),
+            on_lost=self.lost.append,
+            ping_period_s=0.1,
+            peer_timeout_s=peer_timeout_s,
+        )
+
+
+async def eventually(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true"
+        await asyncio.sleep(0.005)
+
+
+@pytest.fixture
+async def nodes() -> AsyncIterator[tuple[Node, Node]]:
+    first, second = Node("first"), Node("second")
+    await first.endpoint.start()
+    await second.endpoint.start()
+    yield first, second
+    await first.endpoint.close()
+    await second.endpoint.close()
+
+
+async def test_messages_and_replies_arrive_in_order(nodes: tuple[Node, Node]) -> None:
+    first, second = nodes
+    for number in range(1000):
+        assert first.endpoint.send(second.endpoint.address, CancelRequest(str(number)))
+    await eventually(lambda: len(second.received) == 1000)
+    assert second.received == [("first", CancelRequest(str(number))) for number in range(1000)]
+    for number in range(1000):
+        assert second.endpoint.send("first", CancelRequest(str(number)))
+    await eventually(lambda: len(first.received) == 1000)
+    assert first.received == [("second", CancelRequest(str(number))) for number in range(1000)]
+    assert first.lost == second.lost == []
+
+
+async def test_a_destination_nobody_knows_is_refused(nodes: tuple[Node, Node]) -> None:
+    assert not nodes[0].endpoint.send("stranger", CancelRequest("x"))
+
+
+async def test_a_peer_that_closes_is_lost_on_both_sides() -> None:
+    first, second = Node("first", peer_timeout_s=0.5), Node("second", peer_timeout_s=0.5)
+    await first.endpoint.start()
+    await second.endpoint.start()
+    first.endpoint.send(second.endpoint.address, CancelRequest("x"))
+    await eventually(lambda: len(second.received) == 1)
+    await second.endpoint.close()
+    await eventually(lambda: first.lost == ["second"])
+    await first.endpoint.close()
+
+
+async def test_an_inbound_peer_that_falls_silent_is_lost() -> None:
+    first, second = Node("first"), Node("second", peer_timeout_s=0.5)
+    await first.endpoint.start()
+    await second.endpoint.start()
+    first.endpoint.connect(second.endpoint.address)
+    await asyncio.sleep(1.0)
+    assert second.lost == []  # pings alone keep it
+    await first.endpoint.close()
+    await eventually(lambda: second.lost == ["first"])
+    assert not second.endpoint.send("first", CancelRequest("x"))
+    await second.endpoint.close()
+
+
+async def test_an_address_where_nobody_listens_is_lost(nodes: tuple[Node, Node]) -> None:
+    first, _ = nodes
+    first.endpoint.send(PeerAddress(peer_id="ghost", endpoint="tcp://127.0.0.1:1", epoch=1), CancelRequest("x"))
+    await eventually(lambda: first.lost == ["ghost"])
+
+
+async def test_another_incarnation_at_the_same_address_is_lost(nodes: tuple[Node, Node]) -> None:
+    first, second = nodes
+    stale = PeerAddress(peer_id="second", endpoint=second.endpoint.address.endpoint, epoch=99)
+    first.endpoint.connect(stale)
+    await eventually(lambda: first.lost == ["second"])
+
+
+async def test_a_frozen_process_is_lost_and_a_killed_one_at_once() -> None:
+    script = textwrap.dedent(
+        """
+        import asyncio, sys
+        from tests.link.test_endpoint import Node
+        async def main():
+            node = Node("child")
+            print((await node.endpoint.start()).endpoint, flush=True)
+            await asyncio.sleep(60)
+        asyncio.run(main())
+        """
+    )
+    node = Node("parent", peer_timeout_s=1.0)
+    await node.endpoint.start()
+    for kill_signal in (signal.SIGSTOP, signal.SIGKILL):
+        with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as child:
+            assert child.stdout is not None
+            line = await asyncio.to_thread(child.stdout.readline)
+            node.endpoint.connect(PeerAddress(peer_id="child", endpoint=line.strip(), epoch=1))
+            await asyncio.sleep(0.3)
+            assert node.lost == []
+            os.kill(child.pid, kill_signal)
+            await eventually(lambda: node.lost == ["child"])
+            child.kill()
+        node.lost.clear()
+    await node.endpoint.close()
+
+
+async def test_another_secret_gets_in_neither_as_client_nor_as_server(nodes: tuple[Node, Node]) -> None:
+    first, _ = nodes
+    stranger = Node("stranger", secret=b"quite another secret", peer_timeout_s=1.0)
+    await stranger.endpoint.start()
+    stranger.endpoint.send(first.endpoint.address, CancelRequest("x"))
+    first.endpoint.send(stranger.endpoint.address, CancelRequest("y"))
+    await eventually(lambda: stranger.lost == ["first"] and first.lost == ["stranger"])
+    assert first.received == stranger.received == []
+    await stranger.endpoint.close()
+
+
+async def test_a_client_that_knows_only_the_public_key_is_refused(nodes: tuple[Node, Node]) -> None:
+    first, second = nodes
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    socket.linger = 0
+    socket.curve_publickey, socket.curve_secretkey = zmq.curve_keypair()
+    socket.curve_serverkey = ClusterKey.from_secret(SECRET).public
+    socket.connect(first.endpoint.address.endpoint)
+    socket.send(encode(CancelRequest("x")))
+    second.endpoint.send(first.endpoint.address, CancelRequest("after"))
+    await eventually(lambda: len(first.received) == 1)
+    await asyncio.sleep(0.3)
+    assert first.received == [("second", CancelRequest("after"))]
+    socket.close()
+    context.term()
+
+
+async def test_garbage_from_a_member_is_dropped_and_the_next_message_arrives(nodes: tuple[Node, Node]) -> None:
+    first, second = nodes
+    key = ClusterKey.from_secret(SECRET)
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    key.configure_client(socket)
+    socket.connect(first.endpoint.address.endpoint)
+    for frame in (b"", b"\xff" * 100, b"\x81\xa4type\xa4evil", encode(Ping(1))[:-1], b"\x91" * 100_000):
+        socket.send(frame)
+    socket.send_multipart([b"two", b"frames"])
+    second.endpoint.send(first.endpoint.address, CancelRequest("after"))
+    await eventually(lambda: len(first.received) == 1)
+    socket.close(linger=0)
+    context.term()
