@@ -3,14 +3,16 @@
 AtomClusterError
 ├── InvalidRequest            400  the client sent something wrong; names the field
 │   ├── ContextLengthExceeded 400
-│   └── UnknownModel          404
-├── RequestTooLarge           413  body over `api.max_body_bytes`
+│   ├── UnknownModel          404
+│   ├── RequestTooLarge       413  body over `api.max_body_bytes`
+│   └── BodyTimeout           408  the body did not arrive within `api.body_timeout_s`
 ├── Overloaded                503  a bounded queue is full; carries Retry-After seconds
 ├── NotReady                  503  no replica can take the request yet
 ├── RequestFailed             500  the cluster lost the request and says why
 │   └── RequestTimeout        504  the deadline of the request passed
 ├── ConfigError               (start-up) a configuration that cannot work; names the key
 ├── WeightsError              (start-up) missing, unused or mis-shaped checkpoint tensors
+├── GangError                 (internal) a rank of a replica died, is stuck or could not start; the whole gang restarts
 ├── TransferError             (internal) a KV transfer failed; the request is recomputed or fails
 └── ProtocolError             (internal) a peer sent a message that is malformed, too large or out of order
 
@@ -62,6 +64,13 @@ class RequestTooLarge(InvalidRequest):
     code = "request_too_large"
 
 
+class BodyTimeout(InvalidRequest):
+    """The client took too long to send its request body."""
+
+    http_status = 408
+    code = "body_timeout"
+
+
 class Overloaded(AtomClusterError):
     """A bounded queue is full. `retry_after_s` becomes the Retry-After header."""
 
@@ -99,6 +108,10 @@ class ConfigError(AtomClusterError):
 
 class WeightsError(AtomClusterError):
     """A checkpoint does not match the model: the message lists missing, unused and mis-shaped tensors."""
+
+
+class GangError(AtomClusterError):
+    """A rank of a gang died, is stuck or could not start. The gang is unusable; the message names the rank."""
 
 
 class TransferError(AtomClusterError):

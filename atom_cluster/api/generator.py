@@ -1,4 +1,7 @@
-"""Generator: what the HTTP routes need from the cluster behind them. The serving layer implements it; tests use a fake."""
+"""Generator: what the HTTP routes need from the cluster behind them.
+
+The serving layer implements it; tests use a fake.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -14,7 +14,7 @@ class CacheConfig(FrozenConfig):
 
     block_size: int = Field(16, ge=1, le=1024)
     """Tokens per KV block."""
-    num_blocks: int | Literal["auto"] = Field("auto", ge=2)
+    num_blocks: Annotated[int, Field(ge=2)] | Literal["auto"] = "auto"
     """KV blocks per replica. auto: what `memory_fraction` leaves on GPUs, `cpu_cache_gib` on CPUs."""
     cpu_cache_gib: float = Field(0.5, gt=0)
     """KV memory per rank on CPUs, in GiB, when `num_blocks` is auto."""

@@ -21,19 +21,31 @@ class ClusterConfig(FrozenConfig):
     """One cluster serving one model: either `prefill` and `decode` groups, or one `unified` group."""
 
     model: str
-    """Local directory or hub id of the model."""
+    """Local directory, hub id, or `demo:smollm2-135m-instruct`, which `atom-cluster get-demo-model` fetches."""
     model_options: ModelOptions = ModelOptions()
+    """Everything about the model except its name."""
     prefill: GroupConfig | None = None
+    """Replicas that compute prompts. Needs `decode`."""
     decode: GroupConfig | None = None
+    """Replicas that generate tokens. Needs `prefill`."""
     unified: GroupConfig | None = None
+    """Replicas that do both; instead of `prefill` and `decode`."""
     scheduler: SchedulerConfig = SchedulerConfig()
+    """How every engine fills its steps."""
     cache: CacheConfig = CacheConfig()
+    """KV blocks of every engine."""
     kv_transfer: KvTransferConfig = KvTransferConfig()
+    """How KV blocks move from prefill to decode."""
     router: RoutingConfig = RoutingConfig()
+    """How replicas are chosen for a request."""
     ops: OpsConfig = OpsConfig()
+    """Which implementation each op uses."""
     api: ApiConfig = ApiConfig()
+    """Limits of the HTTP API."""
     serving: ServingConfig = ServingConfig()
+    """Processes and their supervision."""
     observability: ObservabilityConfig = ObservabilityConfig()
+    """Logs and metrics."""
     simulation: SimulationConfig | None = None
     """Replace every model runner by a simulated one; only the tokenizer of `model` is loaded."""
 
@@ -46,3 +58,20 @@ class ClusterConfig(FrozenConfig):
         if has_pair == has_unified:
             raise ValueError("give either `prefill` and `decode`, or `unified`, and not both")
         return self
+
+    @model_validator(mode="after")
+    def _pairs_can_exchange_blocks(self) -> ClusterConfig:
+        if self.prefill is None or self.decode is None:
+            return self
+        prefill, decode = self.prefill.parallel.tensor, self.decode.parallel.tensor
+        if prefill != decode:
+            raise ValueError(
+                f"`prefill.parallel.tensor` is {prefill} and `decode.parallel.tensor` is {decode}: each rank reads the "
+                "blocks of its own number, so both must be equal"
+            )
+        return self
+
+    def groups(self) -> dict[str, GroupConfig]:
+        """The configured groups by role: prefill and decode, or unified."""
+        roles = {"prefill": self.prefill, "decode": self.decode, "unified": self.unified}
+        return {role: group for role, group in roles.items() if group is not None}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -16,7 +16,7 @@ class ModelOptions(FrozenConfig):
     """Name clients use; the last part of `model` when None."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute and KV precision. auto: the checkpoint's on GPUs, float32 on CPUs."""
-    max_model_len: int | Literal["auto"] = Field("auto", ge=16)
+    max_model_len: Annotated[int, Field(ge=16)] | Literal["auto"] = "auto"
     """Most tokens of prompt plus output. auto: the checkpoint's limit."""
     revision: str | None = None
     """Revision of a hub model; None is its main branch."""

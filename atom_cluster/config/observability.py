@@ -13,5 +13,6 @@ class ObservabilityConfig(FrozenConfig):
     """What is recorded."""
 
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """Least severe level that is logged."""
     metrics_period_s: float = Field(1.0, gt=0)
     """How often engines export gauges."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from atom_cluster.config.base import FrozenConfig
 
@@ -20,11 +20,21 @@ class AutoscalingConfig(FrozenConfig):
     """Replica count follows the number of requests that the engines report as running or waiting."""
 
     min_replicas: int = Field(1, ge=0)
+    """Fewest replicas, also when nothing is asked."""
     max_replicas: int = Field(1, ge=1)
+    """Most replicas."""
     target_requests: float = Field(32, gt=0)
     """Running plus waiting requests per replica to aim for."""
     upscale_delay_s: float = Field(10.0, ge=0)
+    """Load must ask for more replicas for this long before any is added."""
     downscale_delay_s: float = Field(300.0, ge=0)
+    """Load must ask for fewer replicas for this long before any is removed."""
+
+    @model_validator(mode="after")
+    def _range_is_not_empty(self) -> AutoscalingConfig:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}")
+        return self
 
 
 class GroupConfig(FrozenConfig):
@@ -33,12 +43,21 @@ class GroupConfig(FrozenConfig):
     replicas: int = Field(1, ge=1)
     """Number of replicas when `autoscaling` is absent."""
     autoscaling: AutoscalingConfig | None = None
+    """Let the number of replicas follow the load."""
     parallel: ParallelConfig = ParallelConfig()
+    """Ranks of one replica."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """cuda also means ROCm, whose torch devices have the same name. auto: GPUs if Ray has any, else CPUs."""
     memory_fraction: float = Field(0.88, gt=0, lt=1)
     """Share of a GPU's memory for weights, activations and KV cache together. Ignored on CPUs."""
-    threads_per_rank: int | Literal["auto"] = Field("auto", ge=1)
-    """Compute threads of one rank on CPUs. auto: the node's cores divided among the ranks of all groups."""
+    threads_per_rank: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Compute threads of one rank on CPUs. auto: the node's cores but one, which is for HTTP and
+    scheduling, divided among the ranks of all groups."""
     resources_per_rank: dict[str, float] = {}
     """Extra Ray resources of each rank, for instance to pin a group to nodes: {"prefill": 1}."""
+
+    @property
+    def max_ranks(self) -> int:
+        """Ranks of the whole group when it is scaled up as far as it may."""
+        replicas = self.replicas if self.autoscaling is None else self.autoscaling.max_replicas
+        return replicas * self.parallel.tensor

@@ -13,6 +13,7 @@ class RoutingConfig(FrozenConfig):
     """Routing policy. Costs are in tokens of prefill work, so that cache and load can be compared."""
 
     policy: Literal["prefix_and_load", "least_loaded", "round_robin"] = "prefix_and_load"
+    """prefix_and_load: weigh cached blocks against load. least_loaded: ignore caches. round_robin: ignore both."""
     load_factor: float = Field(1.5, ge=1.0)
     """No replica with more than this times the mean load (plus one request) is chosen for its cache."""
     output_token_weight: float = Field(8.0, ge=0)

@@ -19,13 +19,13 @@ class SchedulerConfig(FrozenConfig):
     max_waiting_requests: int = Field(1024, ge=1)
     """Requests queued before new ones are refused with 503."""
     chunked_prefill: bool = True
-    """Split prompts over steps; when off, a prompt longer than the token budget is refused at start of service."""
+    """Split prompts over steps; when off, the token budget must hold the longest prompt, `max_model_len`."""
     long_prefill_tokens: int = Field(0, ge=0)
     """Most tokens of one prompt in one step; 0 means the whole budget."""
     delay_factor: float = Field(0.0, ge=0)
     """Hold new prompts back until the oldest has waited this many times the last prompt step's duration."""
     policy: Literal["mixed", "prefill_first", "decode_only"] = "mixed"
-    """mixed: decodes, then chunks of prompts. prefill_first: prompts alone while any wait. decode_only: no local prompts
-    beyond what a preempted or fallen-back request needs."""
+    """mixed: decodes, then chunks of prompts. prefill_first: prompts alone while any wait. decode_only: no local
+    prompts beyond what a preempted or fallen-back request needs."""
     async_scheduling: bool = True
     """Plan the next step while the current one runs."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from atom_cluster.config.base import FrozenConfig
 
@@ -11,6 +11,7 @@ class ServingConfig(FrozenConfig):
     """Processes and their supervision."""
 
     ingress_replicas: int = Field(1, ge=1)
+    """Processes that speak HTTP, tokenize and stream."""
     announce_period_s: float = Field(0.5, gt=0)
     """How often members announce themselves to the router."""
     member_timeout_s: float = Field(3.0, gt=0)
@@ -28,12 +29,26 @@ class ServingConfig(FrozenConfig):
     request_timeout_s: float = Field(600.0, gt=0)
     """A request that has not finished by then ends with a timeout error."""
 
+    @model_validator(mode="after")
+    def _timeouts_outlast_periods(self) -> ServingConfig:
+        if self.member_timeout_s <= self.announce_period_s:
+            raise ValueError(
+                "member_timeout_s must be above announce_period_s, or members vanish between announcements"
+            )
+        if self.client_timeout_s <= self.ping_period_s:
+            raise ValueError("client_timeout_s must be above ping_period_s, or clients vanish between pings")
+        return self
+
 
 class ApiConfig(FrozenConfig):
     """Limits of the HTTP API."""
 
     max_body_bytes: int = Field(8 * 1024 * 1024, ge=1024)
     """Larger bodies are answered with 413."""
+    body_timeout_s: float = Field(30.0, gt=0)
+    """A client that has not sent its whole body by then is answered with 408."""
+    write_timeout_s: float = Field(60.0, gt=0)
+    """A streaming client that takes nothing for this long, while there is something to take, is cut off."""
     max_n: int = Field(16, ge=1)
     """Most outputs per prompt (`n`)."""
     max_prompts: int = Field(64, ge=1)
@@ -41,6 +56,7 @@ class ApiConfig(FrozenConfig):
     max_logprobs: int = Field(20, ge=0)
     """Most alternatives per token (`top_logprobs`, `logprobs`)."""
     max_stop_strings: int = Field(16, ge=0)
+    """Most stop strings in one request."""
     max_stop_chars: int = Field(256, ge=1)
     """Longest single stop string."""
     default_max_tokens: int | None = Field(None, ge=1)

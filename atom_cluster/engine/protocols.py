@@ -103,7 +103,7 @@ class StepRunner(Protocol):
 
 
 class Outbox(Protocol):
-    """Where an engine's messages go. Called from the engine's thread; never blocks; may drop for a peer that is gone."""
+    """Where an engine's messages go. Called from the engine's thread; never blocks; may drop for a lost peer."""
 
     def send(self, destination: str | PeerAddress, message: EngineOutput) -> None:
         """Send to whoever is known by this id (it spoke to us first), to `ROUTER`, or to an address."""

@@ -1,0 +1,1 @@
+"""KV blocks between the memories of engines: transports, the rank-side agent, and the engine-side handoff."""

@@ -1,0 +1,1 @@
+"""Building blocks of models: built with a LayerContext, called with the tensors of one step."""

@@ -1,4 +1,4 @@
-"""ForwardBatch: the tensors of one forward pass, built by the runner, read by layers. Layers keep no state of their own.
+"""ForwardBatch: the tensors of one forward pass, built by the runner, read by layers, which keep no state.
 
 Shape suffixes: T tokens of the step, R rows of the step, B blocks per row (padded), S sampled rows, N KV blocks.
 All tensors are on the model's device; the `_cpu` tuples of `AttentionMetadata` are the same numbers for code that must
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 
 from atom_cluster.ops.attention import AttentionMetadata, KvLayerCache
-
 
 __all__ = ["AttentionMetadata", "ForwardBatch", "KvLayerCache"]
 

@@ -21,6 +21,17 @@ class PeerAddress(Struct, frozen=True, kw_only=True):
     """Random incarnation number; a restarted process has another one even on the same endpoint."""
 
 
+class EngineStatus(Struct, frozen=True, kw_only=True):
+    """An engine at one moment, for people, tests and autoscaling; the router's decisions use `ReplicaLoad`."""
+
+    num_running: int
+    num_waiting: int
+    num_tickets: int
+    """Handoffs under way, on either side."""
+    blocks_by_state: dict[str, int]
+    """The ledger: each block in exactly one of free, cached, running, leased, arriving."""
+
+
 class MemberCard(Struct, frozen=True, kw_only=True):
     """What a member announces about itself, every `serving.announce_period_s`."""
 
@@ -38,6 +49,8 @@ class MemberCard(Struct, frozen=True, kw_only=True):
     pid: int = 0
     choices: dict[str, str] = {}
     """What was chosen automatically and why (op backend, transport, dtype ...), shown at /v1/cluster."""
+    status: EngineStatus | None = None
+    """Engines only, as of the announcement."""
 
 
 class Membership(Struct, frozen=True, kw_only=True):

@@ -171,3 +171,13 @@ class ReadFinished(Struct, frozen=True, kw_only=True, tag="read_finished"):
 
 KvReport = BlocksTagged | ReadFinished
 
+
+
+class RankReport(Struct, frozen=True, kw_only=True):
+    """One rank's own answer to a command, on its way to rank 0, which combines those of all ranks.
+
+    A `BlocksTagged` in it has one entry in `tags`: the rank's.
+    """
+
+    rank: int
+    report: KvReport

@@ -1,0 +1,1 @@
+"""What hardware this process computes on."""

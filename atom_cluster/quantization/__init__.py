@@ -1,0 +1,1 @@
+"""How weights of linear layers are stored."""

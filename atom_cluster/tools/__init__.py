@@ -1,0 +1,1 @@
+"""Command line tools. Nothing in the library imports them."""

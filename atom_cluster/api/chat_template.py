@@ -1,0 +1,155 @@
+"""Stop 4 of 14: chat messages become the prompt text the model was trained on. Next: api/tokenizer.py.
+
+Templates come with checkpoints, so they are untrusted code: they run in jinja2's immutable sandbox. What a template can
+use (filters, globals, block trimming) is what Hugging Face documents for chat templates, so that one written for
+`transformers` renders the same text here. Knows nothing of tokens or HTTP.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+import jinja2.utils
+
+from atom_cluster.api.model_files import read_json
+from atom_cluster.errors import ConfigError, InvalidRequest
+
+RESERVED_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
+"""Variables of every template that `chat_template_kwargs` may not replace."""
+
+_ERRORS_OF_TEMPLATES = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What a template that does not fit the messages raises: its own complaint, or a wrong operation on their values."""
+
+
+class ChatTemplate:
+    """One compiled template with the model's special tokens. Thread-safe."""
+
+    def __init__(self, source: str, *, special_tokens: Mapping[str, str]) -> None:
+        """Raises `ConfigError` when the template does not compile."""
+        try:
+            self._template = _environment().from_string(source)
+        except jinja2.TemplateSyntaxError as exc:
+            raise ConfigError(f"chat template, line {exc.lineno}: {exc.message}") from exc
+        self._special_tokens = dict(special_tokens)
+
+    @classmethod
+    def from_directory(cls, directory: str | Path, *, special_tokens: Mapping[str, str]) -> ChatTemplate | None:
+        """The template of a model directory; None when it has none.
+
+        `chat_template.jinja` wins over `chat_template` in `tokenizer_config.json`, which is a template or a list of
+        named ones, of which `default` is taken. Raises `ConfigError`.
+        """
+        file = Path(directory) / "chat_template.jinja"
+        if file.is_file():
+            return cls(file.read_text(encoding="utf-8"), special_tokens=special_tokens)
+        source = _configured_source(read_json(Path(directory) / "tokenizer_config.json", default={}))
+        return None if source is None else cls(source, special_tokens=special_tokens)
+
+    def render(self, messages: Sequence[Mapping[str, object]], *, variables: Mapping[str, object] | None = None) -> str:
+        """Prompt text that ends where the assistant's answer begins.
+
+        `variables` are the request's `chat_template_kwargs`. Raises `InvalidRequest` when the template refuses the
+        messages or the variables.
+        """
+        variables = variables or {}
+        if reserved := sorted(RESERVED_VARIABLES & variables.keys()):
+            raise InvalidRequest(f"`{reserved[0]}` cannot be set here", param=f"chat_template_kwargs.{reserved[0]}")
+        context = {**self._special_tokens, **variables}
+        try:
+            return self._template.render(
+                messages=[dict(message) for message in messages],
+                tools=None,
+                documents=None,
+                add_generation_prompt=True,
+                **context,
+            )
+        except _ERRORS_OF_TEMPLATES as exc:
+            raise InvalidRequest(f"the model's chat template refused the messages: {exc}", param="messages") from exc
+
+
+def _configured_source(config: dict[str, object]) -> str | None:
+    value = config.get("chat_template")
+    if isinstance(value, list):
+        named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
+        value = named.get("default")
+    if value is not None and not isinstance(value, str):
+        raise ConfigError("tokenizer_config.json: `chat_template` is neither a template nor a list of named ones")
+    return value
+
+
+def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals.update(
+        raise_exception=_raise_exception, strftime_now=_strftime_now, dict=_make_dict, namespace=_Namespace
+    )
+    return environment
+
+
+class _GenerationBlock(jinja2.ext.Extension):
+    """`{% generation %}` marks the assistant's words for training; when serving, its body is output as it is."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        """Replace the block by its body."""
+        next(parser.stream)
+        body: list[jinja2.nodes.Node] = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return [jinja2.nodes.Scope(body, lineno=body[0].lineno)] if body else []
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """jinja2's `namespace` without names that reach into Python's own attributes."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__()
+        for name, value in attributes.items():
+            self[name] = value
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            raise jinja2.exceptions.SecurityError(f"namespace attribute {name!r} starts with an underscore")
+        super().__setitem__(name, value)
+
+
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,  # noqa: FBT001 - templates may pass these by position
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,  # noqa: FBT001
+) -> str:
+    """Plain JSON: jinja2's own filter escapes `<`, `>` and `&` for HTML, which models were not trained on."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
+
+
+def _make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
+    """`dict(...)` as a function: the class itself would hand templates its attributes."""
+    return dict(*args, **kwargs)

@@ -1,0 +1,208 @@
+"""News of outputs in OpenAI's two shapes, chat and text. Knows nothing of streams, tasks or HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from msgspec import UNSET, Struct, UnsetType
+
+from atom_cluster.api.outputs import OutputNews, TokenScore
+from atom_cluster.api.tokenizer import Tokenizer
+from atom_cluster.api.wire import (
+    AssistantMessage,
+    ChatChoice,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatLogprobs,
+    ChatTokenLogprob,
+    Completion,
+    CompletionLogprobs,
+    MessageDelta,
+    TextChoice,
+    TopChatLogprob,
+    Usage,
+    WireFinishReason,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerHeader:
+    """What every object of one answer repeats."""
+
+    id: str
+    created: int
+    """Unix seconds."""
+    model: str
+    usage_in_stream: bool
+    """Whether the client asked for a last chunk with usage; the others then say `usage: null`."""
+    has_logprobs: bool
+
+    @property
+    def chunk_usage(self) -> UnsetType | None:
+        """`usage` of a chunk that is not the last."""
+        return None if self.usage_in_stream else UNSET
+
+
+class AnswerFormat(Protocol):
+    """How one endpoint words its answers."""
+
+    def opening(self, index: int) -> list[Struct]:
+        """Chunks before the first text of an output."""
+        ...
+
+    def chunks(self, news: OutputNews) -> list[Struct]:
+        """Chunks that tell an output's news."""
+        ...
+
+    def usage_chunk(self, usage: Usage) -> Struct:
+        """The last chunk of a stream whose client asked for usage."""
+        ...
+
+    def whole(self, news: Sequence[OutputNews], usage: Usage) -> Struct:
+        """The answer in one piece, from everything that each output produced."""
+        ...
+
+
+class ChatFormat:
+    """Words of /v1/chat/completions."""
+
+    def __init__(self, header: AnswerHeader, tokenizer: Tokenizer) -> None:
+        self._header = header
+        self._tokenizer = tokenizer
+
+    def opening(self, index: int) -> list[Struct]:
+        """The chunk that names the role."""
+        return [self._chunk(index, MessageDelta(role="assistant", content=""))]
+
+    def chunks(self, news: OutputNews) -> list[Struct]:
+        """Text first; the finish reason comes in a chunk of its own with an empty delta, as OpenAI sends it."""
+        chunks: list[Struct] = []
+        if news.text or news.scores:
+            chunks.append(self._chunk(news.index, MessageDelta(content=news.text), logprobs=self._logprobs(news)))
+        if news.finish_reason is not None:
+            chunks.append(self._chunk(news.index, MessageDelta(), finish_reason=news.finish_reason))
+        return chunks
+
+    def usage_chunk(self, usage: Usage) -> Struct:
+        """See `AnswerFormat`."""
+        header = self._header
+        return ChatCompletionChunk(id=header.id, created=header.created, model=header.model, choices=[], usage=usage)
+
+    def whole(self, news: Sequence[OutputNews], usage: Usage) -> Struct:
+        """See `AnswerFormat`."""
+        choices = [
+            ChatChoice(
+                index=entry.index,
+                message=AssistantMessage(role="assistant", content=entry.text),
+                logprobs=self._logprobs(entry),
+                finish_reason=entry.finish_reason or "stop",
+            )
+            for entry in news
+        ]
+        header = self._header
+        return ChatCompletion(id=header.id, created=header.created, model=header.model, choices=choices, usage=usage)
+
+    def _chunk(
+        self,
+        index: int,
+        delta: MessageDelta,
+        *,
+        logprobs: ChatLogprobs | None = None,
+        finish_reason: WireFinishReason | None = None,
+    ) -> ChatCompletionChunk:
+        header = self._header
+        choice = ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=finish_reason)
+        return ChatCompletionChunk(
+            id=header.id, created=header.created, model=header.model, choices=[choice], usage=header.chunk_usage
+        )
+
+    def _logprobs(self, news: OutputNews) -> ChatLogprobs | None:
+        if not self._header.has_logprobs:
+            return None
+        return ChatLogprobs(content=[self._token(score) for score in news.scores])
+
+    def _token(self, score: TokenScore) -> ChatTokenLogprob:
+        value = self._tokenizer.token_bytes(score.token_id)
+        return ChatTokenLogprob(
+            token=_token_text(value),
+            logprob=_finite(score.logprobs.logprob),
+            bytes=list(value),
+            top_logprobs=[
+                TopChatLogprob(token=_token_text(other), logprob=_finite(top.logprob), bytes=list(other))
+                for top in score.logprobs.top
+                for other in (self._tokenizer.token_bytes(top.token_id),)
+            ],
+        )
+
+
+class CompletionFormat:
+    """Words of /v1/completions."""
+
+    def __init__(self, header: AnswerHeader, tokenizer: Tokenizer) -> None:
+        self._header = header
+        self._tokenizer = tokenizer
+
+    def opening(self, index: int) -> list[Struct]:
+        """Nothing: a text answer has no role."""
+        return []
+
+    def chunks(self, news: OutputNews) -> list[Struct]:
+        """One chunk with both text and finish reason."""
+        header = self._header
+        return [
+            Completion(
+                id=header.id,
+                created=header.created,
+                model=header.model,
+                choices=[self._choice(news)],
+                usage=header.chunk_usage,
+            )
+        ]
+
+    def usage_chunk(self, usage: Usage) -> Struct:
+        """See `AnswerFormat`."""
+        header = self._header
+        return Completion(id=header.id, created=header.created, model=header.model, choices=[], usage=usage)
+
+    def whole(self, news: Sequence[OutputNews], usage: Usage) -> Struct:
+        """See `AnswerFormat`."""
+        header = self._header
+        choices = [self._choice(entry) for entry in news]
+        return Completion(id=header.id, created=header.created, model=header.model, choices=choices, usage=usage)
+
+    def _choice(self, news: OutputNews) -> TextChoice:
+        logprobs = self._logprobs(news) if self._header.has_logprobs else None
+        return TextChoice(index=news.index, text=news.text, logprobs=logprobs, finish_reason=news.finish_reason)
+
+    def _logprobs(self, news: OutputNews) -> CompletionLogprobs:
+        return CompletionLogprobs(
+            tokens=[self._text(score.token_id) for score in news.scores],
+            token_logprobs=[_finite(score.logprobs.logprob) for score in news.scores],
+            top_logprobs=[self._top(score) for score in news.scores],
+            text_offset=[score.text_offset for score in news.scores],
+        )
+
+    def _top(self, score: TokenScore) -> dict[str, float]:
+        """The sampled token is among them even when it was not one of the most likely."""
+        top = {self._text(entry.token_id): _finite(entry.logprob) for entry in score.logprobs.top}
+        top.setdefault(self._text(score.token_id), _finite(score.logprobs.logprob))
+        return top
+
+    def _text(self, token_id: int) -> str:
+        return _token_text(self._tokenizer.token_bytes(token_id))
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinity; OpenAI writes -9999 for a probability of zero."""
+    return max(logprob, -9999.0)
+
+
+def _token_text(value: bytes) -> str:
+    """Text of a token; one that is not whole characters is written as `bytes:\\xNN...`, so that no two look alike."""
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in value)

@@ -1,0 +1,249 @@
+"""Stop 4 of 14: text becomes token ids, off the event loop. Next: serving/router.py.
+
+Stop 14 uses it on the way back: `IncrementalDetokenizer` turns an output's token ids into text. Reads `tokenizer.json`
+and `tokenizer_config.json` of a model directory with the `tokenizers` library alone. `Tokenizer` and
+`IncrementalDetokenizer` work without an event loop. Knows nothing of requests or HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+import tokenizers
+
+from atom_cluster.api.chat_template import ChatTemplate
+from atom_cluster.api.model_files import read_json
+from atom_cluster.api.stop_strings import StopMatcher
+from atom_cluster.api.text_stream import ByteText, TextStream, WindowText
+from atom_cluster.errors import ConfigError, Overloaded
+
+T = TypeVar("T")
+
+SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_TYPICAL_MAX_CHARS_PER_TOKEN = 8
+_PROBE_CHARS = 65536
+
+
+class Tokenizer:
+    """Text to token ids and back, for one model. Thread-safe; encoding releases the interpreter lock."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, *, special_tokens: dict[str, str] | None = None) -> None:
+        """`special_tokens`: text of each of `SPECIAL_TOKEN_NAMES` that the model has."""
+        # A file may carry the limits of the training run; prompts must be neither cut nor padded.
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self.special_tokens = dict(special_tokens or {})
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        """Largest token id plus one."""
+        added = backend.get_added_tokens_decoder()
+        self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._added_ids = frozenset(added)
+        decoder = msgspec.json.decode(backend.to_str())["decoder"]
+        self.is_byte_level = _is_byte_level(decoder)
+        """Whether every token stands for fixed bytes, whatever its neighbours."""
+        self._bytes_by_id: list[bytes | None] = [None] * self.vocab_size
+
+    @classmethod
+    def from_directory(cls, directory: str | Path) -> Tokenizer:
+        """Read `tokenizer.json` and, if present, `tokenizer_config.json`. Raises `ConfigError` naming the file."""
+        path = Path(directory) / "tokenizer.json"
+        if not path.is_file():
+            raise ConfigError(f"{path}: not found; the model directory needs a fast tokenizer")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as exc:  # the library raises bare Exception
+            raise ConfigError(f"{path}: not a tokenizer: {exc}") from exc
+        config = read_json(Path(directory) / "tokenizer_config.json", default={})
+        return cls(backend, special_tokens=_special_tokens(config))
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text; `add_special_tokens` puts those around it that the model's tokenizer prescribes."""
+        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of token ids. Ids that the vocabulary lacks are skipped."""
+        text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token_id(self, token: str) -> int | None:
+        """Id of a token given by its vocabulary text."""
+        return self._backend.token_to_id(token)
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether the token is a mark, such as end of turn, rather than text."""
+        return token_id in self._special_ids
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Bytes a token stands for, UTF-8; not necessarily whole characters. Empty for an id without a token."""
+        if not 0 <= token_id < self.vocab_size:
+            return b""
+        known = self._bytes_by_id[token_id]
+        if known is None:
+            known = self._bytes_by_id[token_id] = self._compute_token_bytes(token_id)
+        return known
+
+    def surely_exceeds(self, text: str, num_tokens: int) -> bool:
+        """Whether a text certainly has more than `num_tokens` tokens, for work proportional to `num_tokens`.
+
+        False means only that encoding it is affordable. Long text is encoded in pieces until those alone have twice
+        as many tokens; the few tokens that a cut adds or hides are far below that margin.
+        """
+        if len(text) <= _TYPICAL_MAX_CHARS_PER_TOKEN * num_tokens:
+            return False
+        num_seen = 0
+        for start in range(0, len(text), _PROBE_CHARS):
+            num_seen += len(self._backend.encode(text[start : start + _PROBE_CHARS], add_special_tokens=False))
+            if num_seen > 2 * num_tokens + _PROBE_CHARS // _TYPICAL_MAX_CHARS_PER_TOKEN:
+                return True
+        return False
+
+    def _compute_token_bytes(self, token_id: int) -> bytes:
+        token = self._backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        if self.is_byte_level:
+            values = [_BYTE_BY_CHAR.get(char) for char in token]
+            # Added tokens are spelt out; the library takes any token outside the byte alphabet literally.
+            return token.encode() if None in values else bytes(value for value in values if value is not None)
+        if token_id in self._added_ids:
+            return token.encode()
+        if match := _BYTE_TOKEN.fullmatch(token):
+            return bytes([int(match.group(1), 16)])
+        return token.replace("\u2581", " ").encode()
+
+
+class IncrementalDetokenizer:
+    """Text of one output as its tokens arrive, cut before the first stop string."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, stop_strings: tuple[str, ...] = (), skip_special_tokens: bool = True
+    ) -> None:
+        self._stream = _text_stream(tokenizer, skip_special_tokens=skip_special_tokens)
+        self._stops = StopMatcher(stop_strings) if stop_strings else None
+        self.num_tokens = 0
+        """Tokens taken so far; those after the one that completed a stop string are not counted."""
+        self.num_chars = 0
+        """Characters decoded so far, including those kept back."""
+
+    @property
+    def matched_stop(self) -> str | None:
+        """The stop string that ended the text, if one did."""
+        return self._stops.matched if self._stops else None
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """New text that these tokens make certain; empty after a stop string matched."""
+        if self._stops is None:
+            self.num_tokens += len(token_ids)
+            text = self._stream.feed(token_ids)
+            self.num_chars += len(text)
+            return text
+        pieces = []
+        for token_id in token_ids:
+            if self._stops.matched is not None:
+                break
+            self.num_tokens += 1
+            text = self._stream.feed((token_id,))
+            self.num_chars += len(text)
+            pieces.append(self._stops.push(text))
+        return "".join(pieces)
+
+    def flush(self) -> str:
+        """The rest of the text, once no more tokens come."""
+        if self.matched_stop is not None:
+            return ""
+        rest = self._stream.finish()
+        self.num_chars += len(rest)
+        return self._stops.push(rest) + self._stops.finish() if self._stops else rest
+
+
+class TokenizerService:
+    """A model's tokenizer and chat template with a bounded thread pool, so that neither holds up the event loop."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        chat_template: ChatTemplate | None = None,
+        num_threads: int = 1,
+        max_pending: int = 1024,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        """None for a model without one."""
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="tokenizer")
+        self._max_pending = max_pending
+        self._num_pending = 0
+
+    @classmethod
+    def from_directory(cls, directory: str | Path, *, num_threads: int = 1) -> TokenizerService:
+        """Load tokenizer and chat template of a model directory. Raises `ConfigError` naming the file."""
+        tokenizer = Tokenizer.from_directory(directory)
+        template = ChatTemplate.from_directory(directory, special_tokens=tokenizer.special_tokens)
+        return cls(tokenizer, chat_template=template, num_threads=num_threads)
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """Result of `work` in the pool. Raises `Overloaded` when `max_pending` jobs wait already."""
+        if self._num_pending >= self._max_pending:
+            raise Overloaded("too many prompts are waiting to be tokenized")
+        self._num_pending += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        finally:
+            self._num_pending -= 1
+
+    def close(self) -> None:
+        """End the threads; jobs that have not started are dropped. Idempotent."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _text_stream(tokenizer: Tokenizer, *, skip_special_tokens: bool) -> TextStream:
+    def is_hidden(token_id: int) -> bool:
+        return skip_special_tokens and tokenizer.is_special(token_id)
+
+    def bytes_of(token_id: int) -> bytes:
+        return b"" if is_hidden(token_id) else tokenizer.token_bytes(token_id)
+
+    def decode(token_ids: list[int]) -> str:
+        return tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    if tokenizer.is_byte_level:
+        return ByteText(bytes_of)
+    return WindowText(decode, lambda token_id: bool(bytes_of(token_id)))
+
+
+def _byte_by_char() -> dict[str, int]:
+    """The byte-level alphabet: printable Latin-1 bytes stand for themselves, the others are moved above U+0100."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [value for value in range(256) if value not in printable]
+    return {chr(value): value for value in printable} | {chr(256 + i): value for i, value in enumerate(others)}
+
+
+_BYTE_BY_CHAR = _byte_by_char()
+
+
+def _is_byte_level(decoder: dict[str, object] | None) -> bool:
+    if decoder is None:
+        return False
+    if decoder["type"] == "Sequence":
+        steps = decoder["decoders"]
+        return isinstance(steps, list) and len(steps) == 1 and _is_byte_level(steps[0])
+    return decoder["type"] == "ByteLevel"
+
+
+def _special_tokens(config: dict[str, object]) -> dict[str, str]:
+    tokens = {}
+    for name in SPECIAL_TOKEN_NAMES:
+        value = config.get(name)
+        text = value.get("content") if isinstance(value, dict) else value
+        if isinstance(text, str):
+            tokens[name] = text
+    return tokens

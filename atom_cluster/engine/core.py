@@ -1,0 +1,493 @@
+"""Stop 7 of 14 begins here: the step loop of one engine. Next: atom_cluster/engine/scheduler.py.
+
+A turn of the loop takes in what arrived, fills the next step, hands it to the runner, and applies the result of an
+earlier one. With asynchronous scheduling two plans are in flight: the runner always has the next one when it finishes
+one, and the tokens that a result brings were counted, without being known, when the step after it was planned. Tokens
+go out in one message per client and turn. Knows nothing of tensors, sockets, HTTP or Ray.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import queue
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import msgspec
+
+from atom_cluster.config.scheduler import SchedulerConfig
+from atom_cluster.config.transfer import KvTransferConfig
+from atom_cluster.engine.admission import make_request
+from atom_cluster.engine.decode_side import DecodeSide
+from atom_cluster.engine.prefill_side import PrefillSide
+from atom_cluster.engine.protocols import EngineInput, Outbox, StepRunner
+from atom_cluster.engine.replies import Replies
+from atom_cluster.engine.reporting import CacheReporter
+from atom_cluster.engine.request import Phase, Request
+from atom_cluster.engine.scheduler import ScheduledRow, ScheduledStep, Scheduler
+from atom_cluster.engine.stopping import finish_reason
+from atom_cluster.errors import (
+    AtomClusterError,
+    InvalidRequest,
+    RequestFailed,
+    RequestTimeout,
+)
+from atom_cluster.kv_cache.block_manager import BlockManager
+from atom_cluster.kv_cache.prefix_hash import fingerprint_of, seed_of
+from atom_cluster.messages.cluster import EngineStatus, PeerAddress
+from atom_cluster.messages.requests import CancelRequest, EngineRequest, FinishReason, TokenDelta
+from atom_cluster.messages.steps import SampledTokens, StepPlan, StepResult
+from atom_cluster.messages.transfer import (
+    BlocksTagged,
+    KvCommand,
+    KvExport,
+    KvPublication,
+    KvReport,
+    PrefillAccepted,
+    PrefillFailed,
+    PrefillOrder,
+    TicketRelease,
+    TicketRenew,
+)
+from atom_cluster.observability.metrics import (
+    PREFIX_CACHE_HITS,
+    PREFIX_CACHE_QUERIES,
+    PROMPT_TOKENS,
+    STEP_S,
+    STEP_TOKENS,
+    MetricSink,
+)
+
+_KV_POLL_S = 0.001
+"""How often an otherwise idle engine looks for the end of KV reads and checksums."""
+_IDLE_WAIT_S = 0.1
+"""Longest sleep of an idle engine; leases, deadlines and reports are looked at this often."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Lost:
+    """A peer is gone, whatever it was to us."""
+
+    peer_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class _SnapshotWanted:
+    """The router wants to know all of the cache."""
+
+
+_Item = tuple[str, "EngineInput | _Lost | _SnapshotWanted"]
+
+
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    """A plan that was submitted and not collected."""
+
+    plan: StepPlan
+    rows: list[ScheduledRow]
+    num_prompt_tokens: int
+
+
+@dataclass(slots=True)
+class _Inbox:
+    items: queue.SimpleQueue[_Item] = field(default_factory=queue.SimpleQueue)
+
+    def drain(self, wait_s: float) -> list[_Item]:
+        """Everything that is there; waits for the first item if there is none."""
+        items: list[_Item] = []
+        try:
+            items.append(self.items.get(timeout=wait_s) if wait_s > 0 else self.items.get_nowait())
+            while True:
+                items.append(self.items.get_nowait())
+        except queue.Empty:
+            return items
+
+
+class EngineCore:
+    """One engine. `put`, `drop_client`, `drop_peer`, `request_snapshot`, `stats` and `stop` may be called from any
+    thread, everything else from one."""
+
+    def __init__(
+        self,
+        *,
+        runner: StepRunner,
+        outbox: Outbox,
+        scheduler: SchedulerConfig,
+        transfer: KvTransferConfig,
+        metrics: MetricSink,
+        peer: PeerAddress,
+        prefix_caching: bool = True,
+        load_period_s: float = 0.1,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`peer` is the engine's own address; its epoch becomes the epoch of exported blocks. The runner stays the
+        caller's to close."""
+        info = runner.info
+        self._runner = runner
+        self._info = info
+        self._metrics = metrics
+        self._clock = clock
+        self._depth = 2 if scheduler.async_scheduling else 1
+        self.fingerprint = fingerprint_of(info.fingerprint_fields)
+        self._blocks = BlockManager(
+            num_blocks=info.num_blocks,
+            block_size=info.block_size,
+            seed=seed_of(self.fingerprint),
+            prefix_caching=prefix_caching,
+        )
+        self._scheduler = Scheduler(
+            config=scheduler, blocks=self._blocks, num_rows=info.max_num_requests, metrics=metrics, clock=clock
+        )
+        self._replies = Replies(outbox, metrics, clock)
+        self._reporter = CacheReporter(
+            pool=self._blocks.pool, outbox=outbox, metrics=metrics, peer=peer, period_s=load_period_s, clock=clock
+        )
+        export = KvExport(
+            epoch=peer.epoch,
+            fingerprint=self.fingerprint,
+            fingerprint_fields=info.fingerprint_fields,
+            offers=info.kv_offers,
+        )
+        self._kv_commands: list[KvCommand] = []
+        self._prefill = PrefillSide(
+            export=export,
+            scheduler=self._scheduler,
+            blocks=self._blocks,
+            outbox=outbox,
+            command=self._kv_commands.append,
+            verify_blocks=transfer.verify_blocks,
+        )
+        self._decode = DecodeSide(
+            export=export,
+            transports=info.kv_transports,
+            config=transfer,
+            scheduler=self._scheduler,
+            blocks=self._blocks,
+            outbox=outbox,
+            command=self._kv_commands.append,
+            emit_first=self._emit_remote,
+            metrics=metrics,
+            clock=clock,
+        )
+        self._inbox = _Inbox()
+        self._requests: dict[str, Request] = {}
+        self._deadlines: list[tuple[float, str]] = []
+        self._in_flight: deque[_InFlight] = deque()
+        self._step_ids = itertools.count()
+        self._orders = itertools.count()
+        self._is_stopping = False
+        self._stats = self._take_stats()
+
+    # --- from any thread
+
+    def put(self, source: str, message: EngineInput) -> None:
+        """Queue a message from whoever is known by `source`."""
+        self._inbox.items.put((source, message))
+
+    def drop_client(self, client: str) -> None:
+        """A client is gone: its requests end."""
+        self.drop_peer(client)
+
+    def drop_peer(self, peer_id: str) -> None:
+        """A process is gone: the requests it sent end, the tickets it is part of end."""
+        self._inbox.items.put((peer_id, _Lost(peer_id)))
+
+    def request_snapshot(self) -> None:
+        """Send the router all of the cache's hashes, and load and events from then on."""
+        self._inbox.items.put(("", _SnapshotWanted()))
+
+    def stats(self) -> EngineStatus:
+        """The engine as of its last turn; messages that it has not seen yet count as waiting."""
+        stats = self._stats
+        return msgspec.structs.replace(stats, num_waiting=stats.num_waiting + self._inbox.items.qsize())
+
+    def stop(self) -> None:
+        """Make `run` return after its turn."""
+        self._is_stopping = True
+
+    # --- the loop
+
+    def run(self) -> None:
+        """Turn until `stop`. Raises what the runner raised, after every request was told."""
+        while not self._is_stopping:
+            self.step(wait_s=_IDLE_WAIT_S)
+
+    def step(self, *, wait_s: float = 0.0) -> bool:
+        """One turn; whether there is anything left to do. Sleeps up to `wait_s` for a message if there is not."""
+        for source, message in self._inbox.drain(self._patience(wait_s)):
+            self._handle(source, message)
+        self._tick()
+        try:
+            for report in self._runner.poll_kv():
+                self._handle_report(report)
+            self._decode.start_queued()
+            is_planned = self._plan()
+            if self._in_flight and (len(self._in_flight) >= self._depth or not is_planned):
+                self._collect()
+        except Exception as exc:
+            self._fail_everything(RequestFailed(f"the engine failed: {exc}"))
+            raise
+        self._replies.flush()
+        self._stats = self._take_stats()
+        self._reporter.report(self._stats, self._scheduler.num_waiting_tokens)
+        return self._has_work()
+
+    def _patience(self, wait_s: float) -> float:
+        if self._in_flight or self._scheduler.num_running or self._kv_commands:
+            return 0.0
+        if self._decode.tickets.num_reads or any(ticket.tagging for ticket in self._prefill.tickets.all()):
+            return min(wait_s, _KV_POLL_S)
+        # What waits here waits for blocks, which come back with a message or a clock.
+        return min(wait_s, 0.01) if self._has_work() else wait_s
+
+    def _has_work(self) -> bool:
+        return bool(
+            self._in_flight
+            or self._requests
+            or self._kv_commands
+            or len(self._prefill.tickets)
+            or len(self._decode.tickets)
+        )
+
+    def _plan(self) -> bool:
+        step = self._scheduler.schedule()
+        if not (step.rows or step.freed_rows or self._kv_commands):
+            return False
+        plan = StepPlan(
+            step_id=next(self._step_ids),
+            freed_rows=step.freed_rows,
+            new_rows=tuple(step.new_rows),
+            rows=tuple(step.steps),
+            kv=tuple(self._kv_commands),
+        )
+        self._kv_commands.clear()
+        self._runner.submit(plan)
+        self._in_flight.append(_InFlight(plan, step.rows, _count_prompt_tokens(step)))
+        self._count_admissions(step)
+        return True
+
+    def _count_admissions(self, step: ScheduledStep) -> None:
+        for new_row, request in ((row, self._requests.get(row.request_id)) for row in step.new_rows):
+            # Once per request: not when it comes back after a preemption, nor from prefill, which counted it.
+            if request is not None and request.residence == 1 and len(new_row.token_ids) == request.num_prompt:
+                self._metrics.inc(PREFIX_CACHE_QUERIES, request.num_prompt)
+                self._metrics.inc(PREFIX_CACHE_HITS, request.num_cached or 0)
+
+    def _collect(self) -> None:
+        result: StepResult | None = None
+        while result is None:
+            result = self._runner.collect(None)
+        flight = self._in_flight.popleft()
+        if result.step_id != flight.plan.step_id:
+            raise AssertionError(f"step {flight.plan.step_id} was submitted, {result.step_id} came back")
+        if flight.plan.rows:
+            self._metrics.observe(STEP_S, result.run_s)
+            self._metrics.observe(STEP_TOKENS, flight.plan.num_tokens)
+            self._scheduler.note_step_time(flight.num_prompt_tokens, result.run_s)
+        sampled = iter(result.sampled)
+        for row in flight.rows:
+            self._apply(row, next(sampled) if row.samples else None)
+
+    def _apply(self, row: ScheduledRow, sampled: SampledTokens | None) -> None:
+        request = row.request
+        request.num_in_flight -= 1
+        if sampled is not None:
+            request.num_sampling -= 1
+        if request.is_done:
+            return  # ended while the plan was in flight; what it sampled is nobody's
+        if row.residence == request.residence and request.phase is Phase.RUNNING:
+            request.num_confirmed = row.end
+        if sampled is not None:
+            request.tokens.extend(sampled.token_ids)
+        self._blocks.offer(request.table, request.tokens, request.num_confirmed)
+        if request.ticket_id is not None:
+            self._prefill.on_computed(request)
+        if sampled is not None:
+            self._emit(request, sampled)
+
+    # --- tokens
+
+    def _emit(self, request: Request, sampled: SampledTokens) -> None:
+        reason = self._finish_reason(request)
+        if request.ticket_id is not None:
+            self._hand_over(request, sampled, reason)
+            return
+        self._replies.tokens(request, sampled.token_ids, sampled.logprobs, reason)
+        if reason is not None:
+            self._retire(request)
+
+    def _emit_remote(self, request: Request, delta: TokenDelta) -> None:
+        """The first token, from prefill."""
+        request.tokens.extend(delta.token_ids)
+        request.num_cached = max(request.num_cached or 0, delta.num_cached_tokens)
+        self._metrics.inc(PREFIX_CACHE_QUERIES, request.num_prompt)
+        self._metrics.inc(PREFIX_CACHE_HITS, request.num_cached)
+        reason = self._finish_reason(request)
+        self._replies.tokens(request, delta.token_ids, delta.logprobs, reason)
+        if reason is not None:
+            del self._requests[request.request_id]
+            request.phase = Phase.DONE
+
+    def _hand_over(self, request: Request, sampled: SampledTokens, reason: FinishReason | None) -> None:
+        """The first token of a prompt that was computed for another engine."""
+        delta = TokenDelta(
+            request_id=request.request_id,
+            first_index=0,
+            token_ids=sampled.token_ids,
+            logprobs=sampled.logprobs,
+            num_cached_tokens=request.num_cached or 0,
+        )
+        self._requests.pop(_key(request))
+        self._prefill.on_first_token(request, delta)
+        self._replies.note_end(request, reason or "length")
+
+    def _finish_reason(self, request: Request) -> FinishReason | None:
+        return finish_reason(
+            request.tokens[-1],
+            num_output=request.num_output,
+            num_known=len(request.tokens),
+            max_model_len=self._info.max_model_len,
+            sampling=request.sampling,
+            eos=request.eos,
+        )
+
+    def _retire(self, request: Request) -> None:
+        """A request that this engine schedules has ended."""
+        del self._requests[_key(request)]
+        self._scheduler.remove(request)
+        self._blocks.release(request.table)
+
+    # --- messages
+
+    def _handle(self, source: str, message: EngineInput | _Lost | _SnapshotWanted) -> None:
+        if isinstance(message, EngineRequest):
+            self._add_request(source, message)
+        elif isinstance(message, CancelRequest):
+            self._cancel(source, message.request_id)
+        elif isinstance(message, PrefillOrder):
+            self._add_order(source, message)
+        elif isinstance(message, PrefillAccepted):
+            self._decode.on_accepted(source, message)
+        elif isinstance(message, KvPublication):
+            self._decode.on_publication(source, message)
+        elif isinstance(message, PrefillFailed):
+            self._decode.on_failed(source, message)
+        elif isinstance(message, TicketRenew):
+            self._prefill.tickets.renew(message.ticket_ids, peer_id=source, now_s=self._clock())
+        elif isinstance(message, TicketRelease):
+            for ticket in self._prefill.tickets.release(message.ticket_ids, peer_id=source):
+                self._requests.pop(_key(ticket.request), None)
+                self._prefill.close(ticket)
+        elif isinstance(message, _Lost):
+            self._drop(message.peer_id)
+        else:
+            self._reporter.send_snapshot()
+
+    def _handle_report(self, report: KvReport) -> None:
+        if isinstance(report, BlocksTagged):
+            self._prefill.on_tagged(report)
+        else:
+            self._decode.on_read(report)
+
+    def _add_request(self, client: str, message: EngineRequest) -> None:
+        try:
+            request = self._admit(client, message)
+        except AtomClusterError as exc:
+            self._replies.refuse(client, message.request_id, exc)
+            return
+        self._requests[_key(request)] = request
+        self._metrics.inc(PROMPT_TOKENS, request.num_prompt)
+        if message.deadline_s is not None:
+            heapq.heappush(self._deadlines, (request.arrived_s + message.deadline_s, _key(request)))
+        if message.prefill is not None and self._decode.wants(message.token_ids):
+            self._decode.add(request, message.prefill)
+        else:
+            self._scheduler.add(request)
+
+    def _admit(self, client: str, message: EngineRequest) -> Request:
+        if message.request_id in self._requests:
+            raise InvalidRequest(f"request id {message.request_id!r} is in use", param="request_id")
+        self._scheduler.check_room(num_elsewhere=self._decode.num_queued)
+        return make_request(message, client=client, info=self._info, order=next(self._orders), now_s=self._clock())
+
+    def _add_order(self, peer_id: str, order: PrefillOrder) -> None:
+        try:
+            self._prefill.check(order)
+            self._scheduler.check_room()
+            request = make_request(
+                order, client=peer_id, info=self._info, order=next(self._orders), now_s=self._clock()
+            )
+            self._prefill.open(order, peer_id=peer_id, request=request, now_s=request.arrived_s)
+        except AtomClusterError as exc:
+            self._prefill.refuse(order, peer_id=peer_id, error=exc)
+            return
+        self._requests[_key(request)] = request
+        self._scheduler.add(request)
+
+    # --- ends
+
+    def _cancel(self, client: str, request_id: str) -> None:
+        request = self._requests.get(request_id)
+        if request is not None and request.client == client:
+            self._abort(request)
+            self._replies.note_end(request, "abort")
+
+    def _abort(self, request: Request) -> None:
+        """End a request of a client, whatever it is doing."""
+        if request.phase is Phase.REMOTE:
+            del self._requests[_key(request)]
+            self._decode.cancel(request)
+        else:
+            self._retire(request)
+
+    def _drop(self, peer_id: str) -> None:
+        for request in [request for request in self._requests.values() if request.client == peer_id]:
+            if request.ticket_id is None:
+                self._abort(request)
+                self._replies.note_end(request, "abort")
+        for ticket in self._prefill.tickets.of_peer(peer_id):
+            self._requests.pop(_key(ticket.request), None)
+            self._prefill.tickets.close(ticket)
+            self._prefill.close(ticket)
+        self._decode.drop_peer(peer_id)
+        self._replies.forget(peer_id)
+
+    def _tick(self) -> None:
+        now_s = self._clock()
+        for ticket in self._prefill.expire(now_s):
+            self._requests.pop(_key(ticket.request), None)
+        self._decode.tick(now_s)
+        while self._deadlines and self._deadlines[0][0] <= now_s:
+            request = self._requests.get(heapq.heappop(self._deadlines)[1])
+            if request is not None:
+                self._abort(request)
+                self._replies.error(request, RequestTimeout("the request did not finish within its deadline"))
+
+    def _fail_everything(self, error: AtomClusterError) -> None:
+        """The runner is unusable: tell everybody, so that nobody waits for an engine that will not answer."""
+        for ticket in self._prefill.tickets.all():
+            self._prefill.announce_failure(ticket, error)
+        for request in self._requests.values():
+            if request.ticket_id is None:
+                self._replies.error(request, error)
+        self._replies.flush()
+
+    def _take_stats(self) -> EngineStatus:
+        return EngineStatus(
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting + self._decode.num_queued,
+            num_tickets=len(self._prefill.tickets) + len(self._decode.tickets),
+            blocks_by_state=self._blocks.pool.counts_by_name(),
+        )
+
+
+def _key(request: Request) -> str:
+    """What the engine knows a request by: prompts computed for others have ids of their own."""
+    return request.request_id if request.ticket_id is None else f"ticket {request.ticket_id}"
+
+
+def _count_prompt_tokens(step: ScheduledStep) -> int:
+    return sum(row.num_tokens for row in step.rows if row.num_tokens > 1)

@@ -1,0 +1,289 @@
+"""An engine's use of others: prompts computed by a prefill engine, whose blocks are read into this one's.
+
+Whatever goes wrong, the request is not lost: once its own reads are over it is computed here, from the start or from
+the first bad block, with the first token kept if the client has it already.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from atom_cluster.config.transfer import KvTransferConfig
+from atom_cluster.engine.protocols import Outbox
+from atom_cluster.engine.request import Phase, Request
+from atom_cluster.engine.scheduler import Scheduler
+from atom_cluster.errors import ProtocolError
+from atom_cluster.kv_cache.block_manager import BlockManager
+from atom_cluster.kv_transfer.handoff import DecodeState, DecodeTicket, DecodeTickets
+from atom_cluster.messages.cluster import PeerAddress
+from atom_cluster.messages.requests import TokenDelta
+from atom_cluster.messages.transfer import (
+    ConnectPeer,
+    DropPeer,
+    KvCommand,
+    KvExport,
+    KvOffer,
+    KvPublication,
+    PrefillAccepted,
+    PrefillFailed,
+    PrefillOrder,
+    ReadBlocks,
+    ReadFinished,
+    TicketRelease,
+    TicketRenew,
+)
+from atom_cluster.observability.logging import get_logger
+from atom_cluster.observability.metrics import (
+    KV_BAD_BLOCKS,
+    KV_TRANSFER_BYTES,
+    KV_TRANSFER_FAILURES,
+    KV_TRANSFER_S,
+    MetricSink,
+)
+
+Ticket = DecodeTicket[Request]
+
+_logger = get_logger(__name__)
+
+
+class DecodeSide:
+    """Opens, follows and closes tickets of a decode engine. Called from the engine's thread."""
+
+    def __init__(
+        self,
+        *,
+        export: KvExport,
+        transports: Sequence[str],
+        config: KvTransferConfig,
+        scheduler: Scheduler,
+        blocks: BlockManager,
+        outbox: Outbox,
+        command: Callable[[KvCommand], None],
+        emit_first: Callable[[Request, TokenDelta], None],
+        metrics: MetricSink,
+        clock: Callable[[], float],
+    ) -> None:
+        """`transports` can be read through, best first. `emit_first` hands a request's first token to its client, and
+        ends the request if that was all."""
+        self._export = export
+        self._transports = tuple(transports)
+        self._config = config
+        self._scheduler = scheduler
+        self._blocks = blocks
+        self._outbox = outbox
+        self._command = command
+        self._emit_first = emit_first
+        self._metrics = metrics
+        self._clock = clock
+        self._queue: deque[tuple[Request, PeerAddress]] = deque()
+        self._peers: set[str] = set()
+        self._renewed_s = clock()
+        self.tickets: DecodeTickets[Request] = DecodeTickets(export.epoch)
+
+    @property
+    def num_queued(self) -> int:
+        """Requests that wait for blocks before they are sent to prefill."""
+        return len(self._queue)
+
+    def wants(self, prompt: Sequence[int]) -> bool:
+        """Whether a prompt is worth sending to prefill."""
+        if not self._transports:
+            return False
+        return len(prompt) - self._blocks.count_matching(prompt) >= self._config.min_remote_tokens
+
+    def add(self, request: Request, address: PeerAddress) -> None:
+        """Queue a request for prefill."""
+        request.phase = Phase.REMOTE
+        self._queue.append((request, address))
+
+    def start_queued(self) -> None:
+        """Send what has room to prefill, in order."""
+        while self._queue and self._start(*self._queue[0]):
+            self._queue.popleft()
+
+    def _start(self, request: Request, address: PeerAddress) -> bool:
+        request.table = self._blocks.match(request.tokens, "arriving")
+        num_held = len(request.table.block_ids)
+        if self._blocks.extend(request.table, request.num_prompt) is None:
+            self._blocks.release(request.table)
+            return False
+        now_s = self._clock()
+        request.scheduled_s = now_s
+        request.num_cached = num_held * self._blocks.block_size
+        ticket = self.tickets.open(
+            request,
+            request_id=request.request_id,
+            address=address,
+            num_tokens=request.num_prompt,
+            block_size=self._blocks.block_size,
+            num_blocks_held=num_held,
+            timeout_s=self._config.prefill_timeout_s,
+            now_s=now_s,
+        )
+        self._outbox.send(
+            address,
+            PrefillOrder(
+                ticket_id=ticket.ticket_id,
+                request_id=request.request_id,
+                token_ids=tuple(request.tokens),
+                sampling=request.sampling,
+                eos_token_ids=tuple(sorted(request.eos)),
+                num_blocks_held=num_held,
+                lease_s=self._config.lease_s,
+                fingerprint=self._export.fingerprint,
+                fingerprint_fields=self._export.fingerprint_fields,
+                priority=request.priority,
+            ),
+        )
+        return True
+
+    # --- what prefill says
+
+    def on_accepted(self, source: str, message: PrefillAccepted) -> None:
+        """Prefill works on it; connect to its memory."""
+        ticket = self.tickets.get(message.ticket_id, peer_id=source)
+        if ticket is None:
+            return
+        offer = self._choose(message.export)
+        if offer is None:
+            self._fall_back(ticket, "no_transport", f"{source} offers {[o.transport for o in message.export.offers]}")
+            return
+        peer = f"{source}/{message.export.epoch}"
+        if ticket.state is DecodeState.ASKED and peer not in self._peers:
+            self._peers.add(peer)
+            self._command(ConnectPeer(peer=peer, transport=offer.transport, descriptors=offer.descriptors))
+        self._guarded(
+            ticket, lambda: self.tickets.accept(ticket, peer=peer, epoch=message.export.epoch, now_s=self._clock())
+        )
+
+    def _choose(self, export: KvExport) -> KvOffer | None:
+        if export.fingerprint != self._export.fingerprint:
+            return None
+        offers = {offer.transport: offer for offer in export.offers}
+        return next((offers[name] for name in self._transports if name in offers), None)
+
+    def on_publication(self, source: str, message: KvPublication) -> None:
+        """Blocks can be read; with the last of them comes the first token, which the client gets at once."""
+        ticket = self.tickets.get(message.ticket_id, peer_id=source)
+        if ticket is None:
+            return
+        self._guarded(ticket, lambda: self._take(ticket, message))
+
+    def _take(self, ticket: Ticket, message: KvPublication) -> None:
+        read_id = self.tickets.take(ticket, message, now_s=self._clock())
+        if read_id is not None:
+            end = message.first_block + len(message.block_ids)
+            self._command(
+                ReadBlocks(
+                    read_id=read_id,
+                    peer=ticket.peer,
+                    epoch=message.epoch,
+                    remote_block_ids=message.block_ids,
+                    local_block_ids=tuple(ticket.request.table.block_ids[message.first_block : end]),
+                    tags=message.tags,
+                    timeout_s=self._config.read_timeout_s,
+                )
+            )
+        if message.first_token is not None:
+            self._emit_first(ticket.request, message.first_token)
+        if ticket.request.is_done:
+            self._end(ticket, wants_fallback=False)
+        elif ticket.is_complete:
+            self._join(ticket)
+
+    def on_failed(self, source: str, message: PrefillFailed) -> None:
+        """Prefill gave up."""
+        ticket = self.tickets.get(message.ticket_id, peer_id=source)
+        if ticket is not None:
+            self._fall_back(ticket, "prefill_failed", f"{message.kind}: {message.message}")
+
+    def on_read(self, report: ReadFinished) -> None:
+        """A read is over."""
+        self._metrics.inc(KV_TRANSFER_BYTES, report.num_bytes)
+        self._metrics.observe(KV_TRANSFER_S, report.seconds)
+        ticket = self.tickets.finish_read(report, now_s=self._clock())
+        if ticket is None:
+            return
+        if ticket.state is DecodeState.DRAINING:
+            if not ticket.read_starts:
+                self._settle(ticket)
+        elif report.error is not None:
+            self._fall_back(ticket, "read_failed", report.error)
+        elif ticket.is_complete:
+            self._join(ticket)
+
+    # --- ends
+
+    def _join(self, ticket: Ticket) -> None:
+        """All blocks are here: the request runs, from the first bad block if there is one."""
+        request = ticket.request
+        self.tickets.close(ticket)
+        self._outbox.send(ticket.address, TicketRelease((ticket.ticket_id,)))
+        num_good = request.num_prompt
+        if ticket.bad_blocks:
+            self._metrics.inc(KV_BAD_BLOCKS, len(ticket.bad_blocks))
+            _logger.warning("%s: blocks %s arrived damaged", request.request_id, sorted(ticket.bad_blocks))
+            num_good = min(ticket.bad_blocks) * self._blocks.block_size
+        request.num_computed = request.num_confirmed = num_good
+        self._blocks.rename(request.table, "running")
+        self._blocks.offer(request.table, request.tokens, num_good)
+        self._scheduler.add(request)
+
+    def _fall_back(self, ticket: Ticket, reason: str, why: str) -> None:
+        """Compute the prompt here instead."""
+        self._metrics.inc(KV_TRANSFER_FAILURES, reason=reason)
+        _logger.warning("%s is prefilled here, %s: %s", ticket.request.request_id, reason, why)
+        self._end(ticket, wants_fallback=True)
+
+    def _end(self, ticket: Ticket, *, wants_fallback: bool) -> None:
+        is_first_end = ticket.state is not DecodeState.DRAINING
+        can_settle = self.tickets.drain(ticket, wants_fallback=wants_fallback)
+        if is_first_end:
+            self._outbox.send(ticket.address, TicketRelease((ticket.ticket_id,)))
+        if can_settle:
+            self._settle(ticket)
+
+    def _settle(self, ticket: Ticket) -> None:
+        """A draining ticket's reads are over: its blocks are nobody's."""
+        self.tickets.close(ticket)
+        self._blocks.release(ticket.request.table)
+        if ticket.wants_fallback:
+            self._scheduler.add(ticket.request)
+
+    def _guarded(self, ticket: Ticket, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except ProtocolError as exc:
+            self._fall_back(ticket, "protocol", str(exc))
+
+    def cancel(self, request: Request) -> None:
+        """A request in `Phase.REMOTE` is over."""
+        request.phase = Phase.DONE
+        for entry in self._queue:
+            if entry[0] is request:
+                self._queue.remove(entry)
+                return
+        for ticket in self.tickets.of_request(request):
+            self._end(ticket, wants_fallback=False)
+
+    def drop_peer(self, peer_id: str) -> None:
+        """A prefill engine is gone: its requests are computed here, and nothing is read from it any more."""
+        for entry in [entry for entry in self._queue if entry[1].peer_id == peer_id]:
+            self._queue.remove(entry)
+            self._metrics.inc(KV_TRANSFER_FAILURES, reason="peer_lost")
+            self._scheduler.add(entry[0])
+        for ticket in self.tickets.of_peer(peer_id):
+            self._fall_back(ticket, "peer_lost", peer_id)
+        for peer in [peer for peer in self._peers if peer.startswith(f"{peer_id}/")]:
+            self._peers.remove(peer)
+            self._command(DropPeer(peer=peer))
+
+    def tick(self, now_s: float) -> None:
+        """Give up on tickets that stall; renew the others every third of their lease."""
+        for ticket in self.tickets.stalled(now_s):
+            self._fall_back(ticket, "timeout", f"no progress for {ticket.timeout_s} s")
+        if now_s - self._renewed_s >= self._config.lease_s / 3:
+            self._renewed_s = now_s
+            for address, ticket_ids in self.tickets.renewals().items():
+                self._outbox.send(address, TicketRenew(ticket_ids))

@@ -1,0 +1,135 @@
+"""LocalRunner: the StepRunner of one rank in this process. A thread executes plans while the engine plans the next one.
+
+Torch releases the interpreter lock while it computes, so the two overlap. The only file of `engine` that imports
+`runner`.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Sequence
+
+from atom_cluster.engine.protocols import RunnerInfo
+from atom_cluster.errors import AtomClusterError
+from atom_cluster.kv_transfer.combine import ReportCombiner, merge_offers
+from atom_cluster.messages.steps import StepPlan, StepResult
+from atom_cluster.messages.transfer import KvReport, RankReport
+from atom_cluster.runner.model_runner import LaunchedStep, ModelRunner
+from atom_cluster.runner.rank_info import RankInfo
+
+_log = logging.getLogger(__name__)
+
+
+def merge_rank_infos(infos: Sequence[RankInfo]) -> RunnerInfo:
+    """What the engine sees of a gang whose ranks, in order of rank, are these. `choices` are rank 0's."""
+    first = infos[0]
+    offers = merge_offers([info.kv_descriptors for info in infos])
+    return RunnerInfo(
+        num_blocks=first.num_blocks,
+        block_size=first.block_size,
+        max_num_requests=first.max_num_requests,
+        max_model_len=first.max_model_len,
+        vocab_size=first.vocab_size,
+        world_size=first.world_size,
+        kv_offers=offers,
+        kv_transports=tuple(offer.transport for offer in offers),
+        fingerprint_fields=first.fingerprint_fields,
+        choices=first.choices,
+    )
+
+
+class StepThread:
+    """Executes plans on a `ModelRunner`, which it owns, in order on a thread of its own. Serves rank 0 of any gang."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
+        self._plans: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
+        self._launched: queue.SimpleQueue[LaunchedStep | Exception] = queue.SimpleQueue()
+        self._failure: Exception | None = None
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._work, name="model-runner", daemon=True)
+        self._thread.start()
+
+    def submit(self, plan: StepPlan) -> None:
+        """Queue a plan; returns before it has run."""
+        self._check_usable()
+        self._plans.put(plan)
+
+    def collect(self, timeout_s: float | None = None) -> StepResult | None:
+        """The oldest result; None if it was not ready in time. Raises what the step raised."""
+        self._check_usable()
+        try:
+            launched = self._launched.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+        if isinstance(launched, Exception):
+            self._failure = launched
+            raise launched
+        return launched.wait()
+
+    def poll_kv(self) -> list[RankReport]:
+        """This rank's reports on KV commands since the last call."""
+        self._check_usable()
+        return self._runner.poll_kv()
+
+    def close(self) -> None:
+        """Let the step that is running end, drop the ones behind it and release the runner. Idempotent."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._plans.put(None)
+        self._thread.join()
+        self._runner.close()
+
+    def _work(self) -> None:
+        """Supervisor of the thread: the first exception of a step ends it and is raised again by `collect`."""
+        while not self._is_closed:
+            plan = self._plans.get()
+            if plan is None:
+                return
+            try:
+                launched = self._runner.launch(plan)
+            except Exception as exc:  # noqa: BLE001 - not swallowed: `collect` raises it in the engine
+                _log.exception("step %d failed", plan.step_id)
+                self._launched.put(exc)
+                return
+            self._launched.put(launched)
+
+    def _check_usable(self) -> None:
+        if self._is_closed:
+            raise AtomClusterError("the runner is closed")
+        if self._failure is not None:
+            raise AtomClusterError(f"the runner failed before: {self._failure}") from self._failure
+
+
+class LocalRunner:
+    """A gang of one rank in this process; owns the `ModelRunner`. See `engine.protocols.StepRunner`."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._info = merge_rank_infos([runner.info])
+        self._combiner = ReportCombiner(world_size=1)
+        self._steps = StepThread(runner)
+
+    @property
+    def info(self) -> RunnerInfo:
+        """Constant over the runner's life."""
+        return self._info
+
+    def submit(self, plan: StepPlan) -> None:
+        """Queue a plan; returns before it has run."""
+        self._steps.submit(plan)
+
+    def collect(self, timeout_s: float | None = None) -> StepResult | None:
+        """The oldest result; None if it was not ready in time. Raises what the step raised."""
+        return self._steps.collect(timeout_s)
+
+    def poll_kv(self) -> list[KvReport]:
+        """Reports of KV commands that ended since the last call."""
+        combined = (self._combiner.add(report) for report in self._steps.poll_kv())
+        return [report for report in combined if report is not None]
+
+    def close(self) -> None:
+        """Let the step that is running end and release the runner. Idempotent."""
+        self._steps.close()

@@ -1,0 +1,155 @@
+"""An engine's work for others: prompts computed under tickets, their blocks published as they become complete."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+
+from atom_cluster.engine.protocols import Outbox
+from atom_cluster.engine.request import Phase, Request
+from atom_cluster.engine.scheduler import Scheduler
+from atom_cluster.errors import AtomClusterError, TransferError
+from atom_cluster.kv_cache.block_manager import BlockManager
+from atom_cluster.kv_transfer.handoff import PrefillTicket, PrefillTickets
+from atom_cluster.messages.requests import TokenDelta
+from atom_cluster.messages.transfer import (
+    BlocksTagged,
+    KvCommand,
+    KvExport,
+    KvPublication,
+    PrefillAccepted,
+    PrefillFailed,
+    PrefillOrder,
+    TagBlocks,
+)
+from atom_cluster.units import ceil_div
+
+Ticket = PrefillTicket[Request]
+
+
+class PrefillSide:
+    """Opens, feeds and closes tickets of a prefill engine. Called from the engine's thread."""
+
+    def __init__(
+        self,
+        *,
+        export: KvExport,
+        scheduler: Scheduler,
+        blocks: BlockManager,
+        outbox: Outbox,
+        command: Callable[[KvCommand], None],
+        verify_blocks: bool,
+    ) -> None:
+        """`command` puts a KV command into the next plan."""
+        self._export = export
+        self._scheduler = scheduler
+        self._blocks = blocks
+        self._outbox = outbox
+        self._command = command
+        self._verify_blocks = verify_blocks
+        self.tickets: PrefillTickets[Request] = PrefillTickets()
+
+    def check(self, order: PrefillOrder) -> None:
+        """Raise `TransferError` if this engine's blocks would not mean the same on the other side."""
+        if not self._export.offers:
+            raise TransferError("this engine exports no KV")
+        if order.fingerprint != self._export.fingerprint:
+            raise TransferError(f"prefill and decode differ in {self._differences(order.fingerprint_fields)}")
+
+    def _differences(self, theirs: dict[str, str]) -> str:
+        ours = self._export.fingerprint_fields
+        names = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
+        return ", ".join(f"{name} ({ours.get(name)} on prefill, {theirs.get(name)} on decode)" for name in names)
+
+    def open(self, order: PrefillOrder, *, peer_id: str, request: Request, now_s: float) -> None:
+        """Take an order whose request is about to be scheduled."""
+        self.tickets.open(order, peer_id=peer_id, request=request, now_s=now_s)
+        self._outbox.send(peer_id, PrefillAccepted(ticket_id=order.ticket_id, export=self._export))
+
+    def refuse(self, order: PrefillOrder, *, peer_id: str, error: AtomClusterError) -> None:
+        """Decline an order."""
+        self._outbox.send(peer_id, _failed(order.ticket_id, error))
+
+    def on_computed(self, request: Request) -> None:
+        """More of a prompt's KV is in place."""
+        ticket = None if request.ticket_id is None else self.tickets.get(request.ticket_id)
+        if ticket is not None:
+            self._publish(ticket, request.num_confirmed // self._blocks.block_size)
+
+    def on_first_token(self, request: Request, delta: TokenDelta) -> None:
+        """The prompt is computed; its blocks are held for the ticket from now on."""
+        ticket = None if request.ticket_id is None else self.tickets.get(request.ticket_id)
+        if ticket is None:
+            raise AssertionError(f"{request.request_id} was computed for a ticket that is not open")
+        ticket.first_token = delta
+        self._scheduler.remove(request)
+        self._blocks.rename(request.table, "leased")
+        self._publish(ticket, ceil_div(request.num_prompt, self._blocks.block_size))
+        if not ticket.tagging and not ticket.is_published:
+            self._send(ticket, ticket.next_block, (), ())
+
+    def on_tagged(self, report: BlocksTagged) -> None:
+        """Blocks have their checksums and can be published."""
+        ticket = self.tickets.get(report.ticket_id)
+        if ticket is not None:
+            self._send(ticket, report.first_block, ticket.tagging.pop(report.first_block), report.tags)
+
+    def close(self, ticket: Ticket) -> None:
+        """Give back a closed ticket's blocks, and stop what still runs for it."""
+        if ticket.request.phase is not Phase.DONE:
+            self._scheduler.remove(ticket.request)
+        self._blocks.release(ticket.request.table)
+
+    def announce_failure(self, ticket: Ticket, error: AtomClusterError) -> None:
+        """Tell decode that nothing more will come under a ticket."""
+        self._outbox.send(ticket.peer_id, _failed(ticket.order.ticket_id, error))
+
+    def expire(self, now_s: float) -> list[Ticket]:
+        """End tickets that decode has not renewed."""
+        expired = self.tickets.expired(now_s)
+        for ticket in expired:
+            self.close(ticket)
+            error = TransferError(f"the lease of {ticket.order.lease_s} s was not renewed")
+            self.announce_failure(ticket, error)
+        return expired
+
+    def _publish(self, ticket: Ticket, end: int) -> None:
+        """Publish the prompt's blocks up to `end`; with checksums, as soon as those are known."""
+        first = ticket.next_block
+        if end <= first:
+            return
+        block_ids = tuple(ticket.request.table.block_ids[first:end])
+        ticket.next_block = end
+        if self._verify_blocks:
+            ticket.tagging[first] = block_ids
+            self._command(
+                TagBlocks(
+                    ticket_id=ticket.order.ticket_id,
+                    epoch=self._export.epoch,
+                    first_block=first,
+                    block_ids=block_ids,
+                )
+            )
+        else:
+            self._send(ticket, first, block_ids, ())
+
+    def _send(
+        self, ticket: Ticket, first_block: int, block_ids: tuple[int, ...], tags: tuple[tuple[int, ...], ...]
+    ) -> None:
+        is_last = ticket.first_token is not None and not ticket.tagging
+        ticket.is_published = is_last
+        publication = KvPublication(
+            ticket_id=ticket.order.ticket_id,
+            epoch=self._export.epoch,
+            first_block=first_block,
+            block_ids=block_ids,
+            tags=tags,
+        )
+        if is_last:
+            publication = msgspec.structs.replace(publication, first_token=ticket.first_token)
+        self._outbox.send(ticket.peer_id, publication)
+
+
+def _failed(ticket_id: str, error: AtomClusterError) -> PrefillFailed:
+    return PrefillFailed(ticket_id=ticket_id, kind=type(error).__name__, message=str(error))

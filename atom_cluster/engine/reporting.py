@@ -1,0 +1,98 @@
+"""What an engine tells the router and its operators: cache events in order, load when it changed, gauges."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from atom_cluster.engine.protocols import ROUTER, Outbox
+from atom_cluster.kv_cache.block_pool import BlockPool
+from atom_cluster.messages.cluster import CacheEvents, CacheSnapshot, EngineStatus, PeerAddress, ReplicaLoad
+from atom_cluster.observability.metrics import (
+    KV_BLOCKS,
+    REQUESTS_RUNNING,
+    REQUESTS_WAITING,
+    TICKETS_OPEN,
+    WAITING_TOKENS,
+    MetricSink,
+)
+
+
+class CacheReporter:
+    """Sends at most one report per period, and none while nothing changed."""
+
+    def __init__(
+        self,
+        *,
+        pool: BlockPool,
+        outbox: Outbox,
+        metrics: MetricSink,
+        peer: PeerAddress,
+        period_s: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self._pool = pool
+        self._outbox = outbox
+        self._metrics = metrics
+        self._peer = peer
+        self._period_s = period_s
+        self._clock = clock
+        self._reported_s = -period_s
+        self._last_load: ReplicaLoad | None = None
+
+    def report(self, stats: EngineStatus, num_waiting_tokens: int) -> None:
+        """Tell what changed since the last report, if it is time."""
+        now_s = self._clock()
+        if now_s - self._reported_s < self._period_s:
+            return
+        self._reported_s = now_s
+        self._send_events()
+        load = ReplicaLoad(
+            peer_id=self._peer.peer_id,
+            epoch=self._peer.epoch,
+            num_running=stats.num_running,
+            num_waiting=stats.num_waiting,
+            num_waiting_tokens=num_waiting_tokens,
+            num_free_blocks=self._pool.num_available,
+            num_blocks=self._pool.num_blocks,
+        )
+        if load != self._last_load:
+            self._last_load = load
+            self._outbox.send(ROUTER, load)
+            self._set_gauges(stats, num_waiting_tokens)
+
+    def send_snapshot(self) -> None:
+        """Everything that the cache holds, for a router that knows nothing yet."""
+        self._pool.take_changes()
+        self._outbox.send(
+            ROUTER,
+            CacheSnapshot(
+                peer_id=self._peer.peer_id,
+                epoch=self._peer.epoch,
+                next_seq=self._pool.num_events,
+                hashes=self._pool.cached_hashes,
+            ),
+        )
+        self._last_load = None
+        self._reported_s = -self._period_s
+
+    def _send_events(self) -> None:
+        first_seq, stored, removed = self._pool.take_changes()
+        if stored or removed:
+            self._outbox.send(
+                ROUTER,
+                CacheEvents(
+                    peer_id=self._peer.peer_id,
+                    epoch=self._peer.epoch,
+                    first_seq=first_seq,
+                    stored=stored,
+                    removed=removed,
+                ),
+            )
+
+    def _set_gauges(self, stats: EngineStatus, num_waiting_tokens: int) -> None:
+        self._metrics.set(REQUESTS_RUNNING, stats.num_running)
+        self._metrics.set(REQUESTS_WAITING, stats.num_waiting)
+        self._metrics.set(WAITING_TOKENS, num_waiting_tokens)
+        self._metrics.set(TICKETS_OPEN, stats.num_tickets)
+        for state, count in stats.blocks_by_state.items():
+            self._metrics.set(KV_BLOCKS, count, state=state)

@@ -1,0 +1,92 @@
+"""A request while an engine works on it: what is known, what is computed, what it holds. Changed by the scheduler,
+the engine core and the handoffs only; knows nothing of other requests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from atom_cluster.kv_cache.block_manager import BlockTable
+from atom_cluster.messages.requests import FinishReason, SamplingParams, TokenLogprobs
+
+
+class Phase(Enum):
+    """Who is to act on a request next."""
+
+    WAITING = "waiting"
+    """In the scheduler's queue: new, preempted, fallen back, or arrived from prefill. May hold blocks already."""
+    RUNNING = "running"
+    """Has a row."""
+    REMOTE = "remote"
+    """Prefill computes it, or its blocks are on the way."""
+    DONE = "done"
+    """Answered or given up; only plans in flight may still touch its blocks."""
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Request:
+    """Progress rule: the scheduler makes `num_computed` catch up with the tokens known or being sampled."""
+
+    request_id: str
+    client: str
+    """Who gets the tokens: an id that the outbox understands. For a prefill order, the decode engine."""
+    tokens: list[int]
+    """Known tokens: prompt, then output."""
+    num_prompt: int
+    sampling: SamplingParams
+    eos: frozenset[int]
+    priority: int
+    arrived_s: float
+    order: int
+    """Number of arrival; equal priorities run in this order."""
+    ticket_id: str | None = None
+    """Set for a prefill order: the request is computed for another engine, and its blocks go there."""
+
+    phase: Phase = Phase.WAITING
+    table: BlockTable = field(default_factory=lambda: BlockTable("running"))
+    row: int | None = None
+    num_computed: int = 0
+    """Leading tokens whose KV is in place or being put there by a plan in flight."""
+    num_confirmed: int = 0
+    """Leading tokens whose KV is in place."""
+    num_sampling: int = 0
+    """Tokens that plans in flight will add."""
+    num_in_flight: int = 0
+    """Plans in flight that involve it, discarded ones included."""
+    residence: int = 0
+    """Counts its stays in the batch; results of an earlier stay do not confirm KV."""
+    num_cached: int | None = None
+    """Prompt tokens found in a prefix cache when it was first scheduled, here or on prefill."""
+    scheduled_s: float | None = None
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+
+    new_tokens: list[int] = field(default_factory=list)
+    """Output tokens not sent to the client yet."""
+    new_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish: FinishReason | None = None
+
+    @property
+    def num_output(self) -> int:
+        """Output tokens known."""
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens whose KV is still to be computed, with those being sampled. At least 1 unless it is to end."""
+        return len(self.tokens) + self.num_sampling - self.num_computed
+
+    @property
+    def is_prefilling(self) -> bool:
+        """Whether more than the newest token is to be computed."""
+        return self.num_computed < len(self.tokens) - 1 or self.num_output == self.num_sampling == 0
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has been answered or given up."""
+        return self.phase is Phase.DONE
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Sorts requests by who goes first."""
+        return (self.priority, self.order)

@@ -1,0 +1,265 @@
+"""SimulatedRunner: a StepRunner that computes nothing, takes as long as a model would, and makes up tokens.
+
+With it a whole cluster runs on a laptop. Each token is a pure function of the row's tokens so far, reached through what
+the row's KV blocks contain (`sim_memory`): the answer is the same on any replica, in any batch, by any split between
+prefill and decode, unless wrong KV was used. It never is an end-of-sequence token, so `max_tokens` decides lengths.
+
+Time comes from a clock, which a test replaces to wait for nothing. Knows no model, no torch and no policy.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Protocol
+
+from atom_cluster.config.simulation import SimulationConfig
+from atom_cluster.engine.protocols import RunnerInfo
+from atom_cluster.engine.sim_memory import KvView, SimulatedMemory, mix
+from atom_cluster.engine.sim_transfer import TRANSPORT, SimulatedTransfers
+from atom_cluster.errors import AtomClusterError, ProtocolError
+from atom_cluster.messages.requests import SamplingParams, TokenLogprobs, TopLogprob
+from atom_cluster.messages.steps import NewRow, RowStep, SampledTokens, StepPlan, StepResult
+from atom_cluster.messages.transfer import KvOffer, KvReport
+
+_MAX_PLANS_IN_FLIGHT = 2
+_CHOICE = 0xC4CEB9FE1A85EC53
+
+
+class Clock(Protocol):
+    """What time it is, and waiting."""
+
+    def now_s(self) -> float:
+        """Seconds; never goes back."""
+        ...
+
+    def sleep(self, seconds: float) -> None:
+        """Return when so much time has passed."""
+        ...
+
+
+class MonotonicClock:
+    """Real time."""
+
+    def now_s(self) -> float:
+        """Seconds on this process's monotonic clock."""
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        """Let the thread sleep."""
+        time.sleep(seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A request in the batch."""
+
+    view: KvView
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    eos_token_ids: frozenset[int]
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A plan that was submitted and not collected; it takes effect at its end."""
+
+    plan: StepPlan
+    begins_s: float
+    ends_s: float
+    outcome: StepResult | ProtocolError | None = None
+
+
+class SimulatedRunner:
+    """A gang of one rank on a device that does not exist. See `engine.protocols.StepRunner`."""
+
+    def __init__(
+        self,
+        *,
+        simulation: SimulationConfig,
+        block_size: int,
+        max_num_requests: int,
+        max_model_len: int,
+        clock: Clock | None = None,
+    ) -> None:
+        """Sizes of the device's memory and vocabulary are in `simulation`. Real time unless a clock is given."""
+        self._simulation = simulation
+        self._clock = clock or MonotonicClock()
+        self._memory = SimulatedMemory(num_blocks=simulation.num_blocks, block_size=block_size)
+        self._transfers = SimulatedTransfers(memory=self._memory, bytes_per_s=simulation.kv_bytes_per_s)
+        self._rows: dict[int, _Row] = {}
+        self._flights: deque[_Flight] = deque()
+        self._last_end_s = -math.inf
+        self._failure: ProtocolError | None = None
+        self._is_closed = False
+        self._info = RunnerInfo(
+            num_blocks=simulation.num_blocks,
+            block_size=block_size,
+            max_num_requests=max_num_requests,
+            max_model_len=max_model_len,
+            vocab_size=simulation.vocab_size,
+            kv_offers=(KvOffer(TRANSPORT, (self._transfers.descriptor,)),),
+            kv_transports=(TRANSPORT,),
+            fingerprint_fields={
+                "model": "simulated",
+                "block_size": str(block_size),
+                "vocab_size": str(simulation.vocab_size),
+            },
+            choices={"runner": "simulated (`simulation` is configured): tokens are made up"},
+        )
+
+    @property
+    def info(self) -> RunnerInfo:
+        """Constant over the runner's life."""
+        return self._info
+
+    def submit(self, plan: StepPlan) -> None:
+        """Queue a plan behind the one in flight, if any; returns at once."""
+        self._check_usable()
+        if len(self._flights) >= _MAX_PLANS_IN_FLIGHT:
+            raise ProtocolError(f"plan {plan.step_id} is one too many: {_MAX_PLANS_IN_FLIGHT} are in flight")
+        begins_s = max(self._clock.now_s(), self._last_end_s)
+        self._last_end_s = begins_s + step_seconds(self._simulation, plan)
+        self._flights.append(_Flight(plan, begins_s, self._last_end_s))
+
+    def collect(self, timeout_s: float | None = None) -> StepResult | None:
+        """The oldest result; None if its step does not end within the timeout. Raises ProtocolError for a bad plan."""
+        self._check_usable()
+        if not self._flights and timeout_s is None:
+            raise AtomClusterError("nothing to wait for: no plan is in flight")
+        ends_s = self._flights[0].ends_s if self._flights else math.inf
+        deadline_s = math.inf if timeout_s is None else self._clock.now_s() + timeout_s
+        while (now_s := self._clock.now_s()) < ends_s:
+            if now_s >= deadline_s:
+                return None
+            self._clock.sleep(min(ends_s, deadline_s) - now_s)
+        self._advance()
+        outcome = self._flights.popleft().outcome
+        if isinstance(outcome, ProtocolError):
+            self._failure = outcome
+            raise outcome
+        return outcome
+
+    def poll_kv(self) -> list[KvReport]:
+        """Reports of KV commands that ended since the last call, whether their plan was collected or not."""
+        self._check_usable()
+        self._advance()
+        return self._transfers.poll(self._clock.now_s())
+
+    def close(self) -> None:
+        """Drop plans in flight and withdraw the memory from peers. Idempotent."""
+        self._is_closed = True
+        self._flights.clear()
+        self._transfers.close()
+
+    def corrupt(self, block_id: int) -> None:
+        """Damage a block's KV, for tests of what notices it."""
+        self._memory.corrupt(block_id)
+
+    def _check_usable(self) -> None:
+        if self._is_closed:
+            raise AtomClusterError("the runner is closed")
+        if self._failure is not None:
+            raise AtomClusterError(f"the runner failed before: {self._failure}") from self._failure
+
+    # --- executing plans
+
+    def _advance(self) -> None:
+        """Let the plans whose end has come take effect, in order, up to the first that fails."""
+        now_s = self._clock.now_s()
+        for flight in self._flights:
+            if flight.ends_s > now_s or isinstance(flight.outcome, ProtocolError):
+                return
+            if flight.outcome is None:
+                try:
+                    flight.outcome = self._execute(flight)
+                except ProtocolError as exc:
+                    flight.outcome = exc
+
+    def _execute(self, flight: _Flight) -> StepResult:
+        plan = flight.plan
+        for row in plan.freed_rows:
+            self._free(row)
+        for new in plan.new_rows:
+            self._fill(new)
+        sampled = [token for step in plan.rows if (token := self._run(step)) is not None]
+        for command in plan.kv:
+            self._transfers.execute(command, flight.ends_s)
+        return StepResult(step_id=plan.step_id, sampled=tuple(sampled), run_s=flight.ends_s - flight.begins_s)
+
+    def _free(self, row: int) -> None:
+        freed = self._rows.pop(row, None)
+        if freed is not None:
+            self._memory.detach(freed.view)
+
+    def _fill(self, new: NewRow) -> None:
+        if not 0 <= new.row < self._info.max_num_requests or new.row in self._rows:
+            raise ProtocolError(f"request {new.request_id} got row {new.row}, which is not free")
+        view = KvView(list(new.token_ids))
+        self._memory.attach(view, new.block_ids)
+        self._rows[new.row] = _Row(view, new.num_prompt_tokens, new.sampling, frozenset(new.eos_token_ids))
+
+    def _run(self, step: RowStep) -> SampledTokens | None:
+        row = self._rows.get(step.row)
+        if row is None:
+            raise ProtocolError(f"the plan uses row {step.row}, which is empty")
+        view, end = row.view, step.start + step.num_tokens
+        if step.new_block_ids:
+            self._memory.attach(view, step.new_block_ids)
+        if end > len(view.token_ids) or end > len(view.block_ids) * self._info.block_size:
+            raise ProtocolError(
+                f"row {step.row} has {len(view.token_ids)} tokens and {len(view.block_ids)} blocks, "
+                f"so positions {step.start} to {end - 1} cannot be computed"
+            )
+        self._memory.write(view, step.start, step.num_tokens)
+        return self._sample(step, row) if step.samples else None
+
+    def _sample(self, step: RowStep, row: _Row) -> SampledTokens:
+        view = row.view
+        if step.start + step.num_tokens != len(view.token_ids) or len(view.token_ids) > self._info.max_model_len:
+            raise ProtocolError(f"row {step.row} cannot sample after position {step.start + step.num_tokens - 1}")
+        token_id = _choose(view.digest, _barred(row), self._info.vocab_size)
+        view.token_ids.append(token_id)
+        num_top = row.sampling.logprobs
+        logprobs = None if num_top is None else (_made_up_logprobs(token_id, num_top, self._info.vocab_size),)
+        return SampledTokens(step.row, (token_id,), logprobs)
+
+
+def step_seconds(simulation: SimulationConfig, plan: StepPlan) -> float:
+    """How long a plan takes. A row that computes one token and samples is a decode, whatever the token was."""
+    if not plan.rows:
+        return 0.0
+    num_decodes = sum(row.samples and row.num_tokens == 1 for row in plan.rows)
+    return (
+        simulation.base_s
+        + simulation.per_prefill_token_s * (plan.num_tokens - num_decodes)
+        + simulation.per_decode_row_s * num_decodes
+        + simulation.per_context_token_s * sum(row.start + row.num_tokens for row in plan.rows)
+    )
+
+
+def _barred(row: _Row) -> frozenset[int]:
+    """Tokens not to choose: those that end the sequence, and those that stop the request before `min_tokens`."""
+    if len(row.view.token_ids) - row.num_prompt_tokens < row.sampling.min_tokens:
+        return row.eos_token_ids | frozenset(row.sampling.stop_token_ids)
+    return row.eos_token_ids
+
+
+def _choose(digest: int, barred: frozenset[int], vocab_size: int) -> int:
+    """A token that follows from the digest, and is barred only if all are."""
+    first = mix(mix(digest, _CHOICE), _CHOICE) % vocab_size
+    for token_id in range(first, first + min(vocab_size, len(barred) + 1)):
+        if token_id % vocab_size not in barred:
+            return token_id % vocab_size
+    return first
+
+
+def _made_up_logprobs(token_id: int, num_top: int, vocab_size: int) -> TokenLogprobs:
+    """The chosen token has probability 1/2, the next id 1/4, and so on."""
+    top = (
+        TopLogprob((token_id + rank) % vocab_size, -(rank + 1) * math.log(2))
+        for rank in range(min(num_top, vocab_size))
+    )
+    return TokenLogprobs(-math.log(2), tuple(top))

@@ -1,0 +1,70 @@
+"""What the ranks of a gang say, made into what one engine says: their offers and their reports.
+
+Pure functions of messages; knows no transport, no tensor and no process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from atom_cluster.errors import ProtocolError
+from atom_cluster.messages.transfer import BlocksTagged, KvOffer, KvReport, RankReport, ReadFinished
+
+_Key = tuple[str, int] | int
+
+
+def merge_offers(descriptors_by_rank: Sequence[Mapping[str, bytes]]) -> tuple[KvOffer, ...]:
+    """Offers of a gang: the transports that every rank exports through, in rank 0's order of preference.
+
+    Ranks on different hosts have different names for shared memory, so it drops out for them.
+    """
+    names = [name for name in descriptors_by_rank[0] if all(name in known for known in descriptors_by_rank)]
+    return tuple(KvOffer(name, tuple(known[name] for known in descriptors_by_rank)) for name in names)
+
+
+class ReportCombiner:
+    """Merges the reports of all ranks on a command; gives the merged one out when the last rank has reported."""
+
+    def __init__(self, world_size: int) -> None:
+        self._world_size = world_size
+        self._pending: dict[_Key, dict[int, KvReport]] = {}
+
+    def add(self, report: RankReport) -> KvReport | None:
+        """The combined report if this was the last one missing, else None.
+
+        Raises `ProtocolError` for a rank that does not exist or reports twice.
+        """
+        if not 0 <= report.rank < self._world_size:
+            raise ProtocolError(f"KV report of rank {report.rank}; there are {self._world_size}")
+        key = _key(report.report)
+        reports = self._pending.setdefault(key, {})
+        if report.rank in reports:
+            raise ProtocolError(f"rank {report.rank} reported twice on {key}")
+        reports[report.rank] = report.report
+        if len(reports) < self._world_size:
+            return None
+        del self._pending[key]
+        return _combine(reports)
+
+
+def _key(report: KvReport) -> _Key:
+    if isinstance(report, ReadFinished):
+        return report.read_id
+    return (report.ticket_id, report.first_block)
+
+
+def _combine(reports: Mapping[int, KvReport]) -> KvReport:
+    in_order = [reports[rank] for rank in sorted(reports)]
+    first = in_order[0]
+    if isinstance(first, BlocksTagged):
+        tags = tuple(one for report in in_order if isinstance(report, BlocksTagged) for one in report.tags)
+        return BlocksTagged(ticket_id=first.ticket_id, first_block=first.first_block, tags=tags)
+    reads = {rank: report for rank, report in reports.items() if isinstance(report, ReadFinished)}
+    errors = [f"rank {rank}: {reads[rank].error}" for rank in sorted(reads) if reads[rank].error is not None]
+    return ReadFinished(
+        read_id=first.read_id,
+        bad_blocks=tuple(sorted({index for read in reads.values() for index in read.bad_blocks})),
+        error="; ".join(errors) or None,
+        num_bytes=sum(read.num_bytes for read in reads.values()),
+        seconds=max(read.seconds for read in reads.values()),
+    )

@@ -1,0 +1,50 @@
+"""Token embedding, its vocabulary split over the ranks of a tensor-parallel group. Knows no models."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from atom_cluster.layers.context import LayerContext
+from atom_cluster.parallel.collectives import all_reduce_sum
+from atom_cluster.parallel.groups import Group
+from atom_cluster.parallel.sharding import Span, WeightPart
+from atom_cluster.units import ceil_div
+
+
+class VocabularyShard:
+    """Rows of a [vocabulary, hidden] matrix on this rank. All ranks hold equally many; the last ones are padded."""
+
+    def __init__(self, context: LayerContext, *, vocab_size: int, hidden_size: int) -> None:
+        group = context.groups.tensor
+        num_rows = ceil_div(vocab_size, group.size)
+        start = min(group.rank * num_rows, vocab_size)
+        self.vocab_size = vocab_size
+        self.span = Span(start, min(num_rows, vocab_size - start))
+        self.rows_VD = torch.zeros(num_rows, hidden_size, dtype=context.storage_dtype, device=context.device)
+
+    def weight_parts(self, name: str) -> dict[str, WeightPart]:
+        """Where the checkpoint's tensor goes, by its name."""
+        full_shape = (self.vocab_size, self.rows_VD.shape[1])
+        return {
+            f"{name}.weight": WeightPart(target=self.rows_VD[: self.span.length], full_shape=full_shape, span=self.span)
+        }
+
+
+class Embedding:
+    """Looks token ids up. Rows are kept in the checkpoint's dtype and widened after the lookup."""
+
+    def __init__(self, context: LayerContext, *, vocab_size: int, hidden_size: int) -> None:
+        self.shard = VocabularyShard(context, vocab_size=vocab_size, hidden_size=hidden_size)
+        self._group: Group = context.groups.tensor
+        self._dtype = context.dtype
+
+    def __call__(self, token_ids_T: torch.Tensor) -> torch.Tensor:
+        """[T] int64 -> [T, D]"""
+        if self._group.size == 1:
+            return F.embedding(token_ids_T, self.shard.rows_VD).to(self._dtype)
+        span = self.shard.span
+        local_T = token_ids_T - span.start
+        is_elsewhere_T = (local_T < 0) | (local_T >= span.length)
+        rows_TD = F.embedding(local_T.masked_fill(is_elsewhere_T, 0), self.shard.rows_VD).to(self._dtype)
+        return all_reduce_sum(rows_TD.masked_fill(is_elsewhere_T[:, None], 0), self._group)

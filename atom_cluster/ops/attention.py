@@ -1,0 +1,67 @@
+"""Attention over paged KV: the tensors that describe one step, and the contract of every backend's attention.
+
+Knows no models, requests or block managers.
+
+Shape suffixes: T tokens of the step, R rows of the step, B blocks per row (padded), H query heads, K key/value heads,
+D head dim, N blocks of KV memory. `H % K == 0`: query head h reads key/value head `h // (H // K)`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class KvLayerCache:
+    """Paged KV of one layer: views into the runner's memory, strided over blocks."""
+
+    key: torch.Tensor
+    """[N, block_size, num_kv_heads of this rank, head_dim]"""
+    value: torch.Tensor
+    """[N, block_size, num_kv_heads of this rank, v_head_dim]"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionMetadata:
+    """Which tokens belong to which row and where each row's KV lives. Rows with one query token come first."""
+
+    block_size: int
+    num_decode_rows: int
+    """The first rows, each with exactly one query token (so the first `num_decode_rows` tokens are theirs)."""
+    query_start: torch.Tensor
+    """[R + 1] int32: tokens of row r are query_start[r]:query_start[r + 1]."""
+    context_len: torch.Tensor
+    """[R] int32: tokens of the row including this step's."""
+    block_table: torch.Tensor
+    """[R, B] int32: block ids; entries beyond a row's blocks are 0 and not read."""
+    slot: torch.Tensor
+    """[T] int64: where each token's KV goes, block_id * block_size + offset."""
+    query_start_cpu: tuple[int, ...]
+    context_len_cpu: tuple[int, ...]
+
+
+class AttentionPlan(Protocol):
+    """Attention of one step, prepared once and used by every layer. Holds no reference to KV memory."""
+
+    def store(self, key_TKD: torch.Tensor, value_TKD: torch.Tensor, kv: KvLayerCache) -> None:
+        """Write the step's keys and values to their slots of one layer."""
+        ...
+
+    def attend(self, query_THD: torch.Tensor, kv: KvLayerCache, *, scale: float) -> torch.Tensor:
+        """Causal attention of the step's queries over their rows' KV, which `store` has already completed.
+
+        Returns [T, H, D], contiguous, in the query's dtype. The token at position p of a row sees positions 0..p of
+        that row and nothing else. Scores and softmax are computed in float32 or wider.
+        """
+        ...
+
+
+class PlanAttention(Protocol):
+    """Builds the plan of one step."""
+
+    def __call__(self, metadata: AttentionMetadata) -> AttentionPlan:
+        """Called once per forward pass; does what all layers share, such as gather indices and masks."""
+        ...

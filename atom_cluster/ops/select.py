@@ -1,0 +1,60 @@
+"""Chooses the op backend once, from configuration and platform, and says why. No silent fallback."""
+
+from __future__ import annotations
+
+import torch
+
+from atom_cluster.config.ops import OpsConfig
+from atom_cluster.errors import ConfigError
+from atom_cluster.ops.table import OpTable
+from atom_cluster.platform.detect import Platform
+
+
+def select_ops(config: OpsConfig, platform: Platform, dtype: torch.dtype) -> OpTable:
+    """The op table for activations of `dtype` on `platform`; `choices` of the result gives the reasons.
+
+    Raises ConfigError when the configured backend cannot run there.
+    """
+    if config.backend == "cpu" and platform.vendor != "cpu":
+        raise ConfigError(f"ops.backend is cpu, but this rank computes on {platform.vendor} ({platform.arch})")
+    if config.backend == "torch":
+        return torch_table("configured")
+    if platform.vendor == "cpu":
+        return _cpu_table(platform, dtype, "configured" if config.backend == "cpu" else "fastest on CPUs")
+    return torch_table(f"the only backend for {platform.vendor}")
+
+
+def torch_table(reason: str) -> OpTable:
+    """The reference ops, on any device and in any float dtype."""
+    from atom_cluster.ops import torch_ref as ref
+
+    return OpTable(
+        prepare_linear=ref.prepare_linear,
+        rms_norm=ref.rms_norm,
+        add_rms_norm=ref.add_rms_norm,
+        rotary=ref.rotary,
+        silu_and_mul=ref.silu_and_mul,
+        plan_attention=ref.plan_attention,
+        choices={"ops": f"torch ({reason})"},
+    )
+
+
+def _cpu_table(platform: Platform, dtype: torch.dtype, reason: str) -> OpTable:
+    from atom_cluster.ops import cpu
+
+    name = str(dtype).removeprefix("torch.")
+    if dtype != torch.float32:
+        linear = f"{name} weights; packing needs float32 activations"
+    elif not cpu.can_pack():
+        linear = f"float32 weights; this build of torch ({torch.__version__}) has no FBGEMM"
+    else:
+        linear = "packed float16 weights where half precision holds them, else float32"
+    return OpTable(
+        prepare_linear=cpu.prepare_linear,
+        rms_norm=cpu.rms_norm,
+        add_rms_norm=cpu.add_rms_norm,
+        rotary=cpu.rotary,
+        silu_and_mul=cpu.silu_and_mul,
+        plan_attention=cpu.attention_planner(dtype),
+        choices={"ops": f"cpu ({reason}; {platform.arch})", "ops.linear": linear},
+    )

@@ -1,0 +1,28 @@
+"""OpTable: one typed field per op. Built once by `ops.select.select_ops`; layers call its fields and nothing else.
+
+Every op runs under `torch.inference_mode` on tensors of the device and dtype that the table was selected for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from atom_cluster.ops.activation import SiluAndMul
+from atom_cluster.ops.attention import PlanAttention
+from atom_cluster.ops.linear import PrepareLinear
+from atom_cluster.ops.norm import AddRmsNorm, RmsNorm
+from atom_cluster.ops.rotary import Rotary
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpTable:
+    """The implementation chosen for each op."""
+
+    prepare_linear: PrepareLinear
+    rms_norm: RmsNorm
+    add_rms_norm: AddRmsNorm
+    rotary: Rotary
+    silu_and_mul: SiluAndMul
+    plan_attention: PlanAttention
+    choices: dict[str, str] = field(default_factory=dict)
+    """Which backend each op family uses and why, such as {"ops.linear": "cpu: ..."}; shown at start-up."""

@@ -1,0 +1,56 @@
+"""Reference paged attention: row by row, softmax written out. Any device; clarity over speed."""
+
+from __future__ import annotations
+
+import torch
+
+from atom_cluster.ops.attention import AttentionMetadata, AttentionPlan, KvLayerCache
+from atom_cluster.units import ceil_div
+
+
+class RowByRowAttention:
+    """Attention of one step."""
+
+    def __init__(self, metadata: AttentionMetadata) -> None:
+        self._metadata = metadata
+        self._block_T = metadata.slot // metadata.block_size
+        self._offset_T = metadata.slot % metadata.block_size
+
+    def store(self, key_TKD: torch.Tensor, value_TKD: torch.Tensor, kv: KvLayerCache) -> None:
+        """Write the step's keys and values to their slots."""
+        kv.key[self._block_T, self._offset_T] = key_TKD
+        kv.value[self._block_T, self._offset_T] = value_TKD
+
+    def attend(self, query_THD: torch.Tensor, kv: KvLayerCache, *, scale: float) -> torch.Tensor:
+        """Causal attention of the step's queries over their rows' KV."""
+        starts = self._metadata.query_start_cpu
+        outputs = []
+        for row, context_len in enumerate(self._metadata.context_len_cpu):
+            query = query_THD[starts[row] : starts[row + 1]]
+            key, value = self._gather(row, context_len, kv.key), self._gather(row, context_len, kv.value)
+            outputs.append(_attend_row(query, key, value, scale))
+        return torch.cat(outputs)
+
+    def _gather(self, row: int, context_len: int, paged: torch.Tensor) -> torch.Tensor:
+        """The row's first `context_len` entries, [context_len, K, D]."""
+        num_blocks = ceil_div(context_len, self._metadata.block_size)
+        blocks = paged[self._metadata.block_table[row, :num_blocks].long()]
+        return blocks.flatten(0, 1)[:context_len]
+
+
+def plan_attention(metadata: AttentionMetadata) -> AttentionPlan:
+    """The plan of one step."""
+    return RowByRowAttention(metadata)
+
+
+def _attend_row(query_QHD: torch.Tensor, key_CKD: torch.Tensor, value_CKD: torch.Tensor, scale: float) -> torch.Tensor:
+    """The last Q of C positions attend causally to all C."""
+    wide = torch.promote_types(query_QHD.dtype, torch.float32)
+    group = query_QHD.shape[1] // key_CKD.shape[1]
+    key = key_CKD.to(wide).repeat_interleave(group, dim=1)
+    value = value_CKD.to(wide).repeat_interleave(group, dim=1)
+    scores = torch.einsum("qhd,chd->hqc", query_QHD.to(wide), key) * scale
+    num_queries, num_keys = scores.shape[1:]
+    is_visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=scores.device)
+    scores = scores.masked_fill(~is_visible.tril(diagonal=num_keys - num_queries), float("-inf"))
+    return torch.einsum("hqc,chd->qhd", scores.softmax(dim=-1), value).to(query_QHD.dtype)

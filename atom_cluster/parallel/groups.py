@@ -1,0 +1,70 @@
+"""Process groups of one gang, built once from rank information. Knows no layers; see `collectives.py` for their use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from atom_cluster.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Ranks that work on one thing together, and this process's place among them."""
+
+    rank: int
+    size: int
+    handle: dist.ProcessGroup | None
+    """None for a group of one, which needs no communication."""
+
+
+class ProcessGroups:
+    """All groups that a rank belongs to. `close` leaves them; it is idempotent and every rank must call it."""
+
+    def __init__(self, tensor: Group) -> None:
+        self.tensor = tensor
+        """Ranks that split every layer's weights and KV heads."""
+
+    @classmethod
+    def single(cls) -> ProcessGroups:
+        """A gang of one rank: no communication, nothing to close."""
+        return cls(Group(rank=0, size=1, handle=None))
+
+    @classmethod
+    def connect(
+        cls,
+        *,
+        rank: int,
+        world_size: int,
+        init_method: str,
+        device: torch.device,
+        timeout_s: float = 600.0,
+    ) -> ProcessGroups:
+        """Join a gang; returns when all `world_size` ranks have called this with the same `init_method`.
+
+        `init_method` is torch's: `tcp://host:port` of rank 0, or `file:///path`. CPUs talk through Gloo, GPUs through
+        NCCL (RCCL on ROCm). `timeout_s` bounds joining and each collective. With `world_size` 1 nothing is joined.
+        """
+        if not 0 <= rank < world_size:
+            raise ConfigError(f"rank {rank} is not in a gang of {world_size}")
+        if world_size == 1:
+            return cls.single()
+        backend: Literal["gloo", "nccl"] = "gloo" if device.type == "cpu" else "nccl"
+        dist.init_process_group(
+            backend,
+            init_method=init_method,
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=None if device.type == "cpu" else device,
+        )
+        return cls(Group(rank=rank, size=world_size, handle=dist.group.WORLD))
+
+    def close(self) -> None:
+        """Leave the groups."""
+        if self.tensor.handle is not None and dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,177 @@
+"""RunnerOptions -> ModelRunner: the one place where a rank is put together. Knows no engine and no requests."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from atom_cluster.config.ops import OpsConfig
+from atom_cluster.errors import ConfigError
+from atom_cluster.kv_transfer.agent import KvAgent, open_agent
+from atom_cluster.kv_transfer.registry import TransportSettings
+from atom_cluster.layers.context import LayerContext
+from atom_cluster.models.protocol import CausalLM
+from atom_cluster.models.registry import describe_weights, load_model, read_spec
+from atom_cluster.models.spec import ModelSpec
+from atom_cluster.ops.select import select_ops
+from atom_cluster.parallel.collectives import smallest
+from atom_cluster.parallel.groups import ProcessGroups
+from atom_cluster.platform.detect import detect_platform
+from atom_cluster.platform.device import select_device
+from atom_cluster.runner.fingerprint import fingerprint_fields, weights_identity
+from atom_cluster.runner.kv_memory import KvMemory, allocate_kv_memory, blocks_that_fit
+from atom_cluster.runner.model_runner import ModelRunner
+from atom_cluster.runner.options import RunnerOptions
+from atom_cluster.runner.profiling import kv_budget_bytes
+from atom_cluster.runner.rank_info import RankInfo
+from atom_cluster.units import GiB
+
+
+def build_model_runner(options: RunnerOptions) -> ModelRunner:
+    """Join the gang, load the model, allocate KV memory, open KV transports. All ranks of a gang call this together.
+
+    Raises ConfigError, WeightsError or TransferError; what was opened until then is closed.
+    """
+    platform = detect_platform(options.device)
+    device = select_device(platform, options.device_index)
+    if options.num_threads is not None:
+        torch.set_num_threads(options.num_threads)
+    spec = read_spec(Path(options.model_dir))
+    options = replace(options, max_model_len=_max_model_len(options.max_model_len, spec))
+    dtype, dtype_choice = _choose_dtype(options, spec, device)
+    with ExitStack() as on_failure:
+        groups = ProcessGroups.connect(
+            rank=options.rank, world_size=options.world_size, init_method=options.init_method, device=device
+        )
+        on_failure.callback(groups.close)
+        ops = select_ops(OpsConfig(backend=options.ops_backend), platform, dtype)
+        context = LayerContext(
+            ops=ops, groups=groups, dtype=dtype, device=device, weight_dtype=_weight_dtype(dtype, spec)
+        )
+        model, weights_choice = _load(options, context)
+        num_blocks, blocks_choice = _num_blocks(options, model, groups, device)
+        memory = allocate_kv_memory(
+            model.kv_layout, num_blocks=num_blocks, block_size=options.block_size, device=device
+        )
+        agent, transfer_choice = _open_agent(options, memory)
+        if agent is not None:
+            on_failure.callback(agent.close)
+        choices = {
+            "device": f"{device} ({platform.arch})",
+            "dtype": dtype_choice,
+            "kv_blocks": blocks_choice,
+            "kv_memory": memory.choice,
+            "kv_transport": transfer_choice,
+            "weights": weights_choice,
+            **ops.choices,
+        }
+        runner = ModelRunner(
+            model=model,
+            groups=groups,
+            memory=memory,
+            info=_rank_info(options, model, num_blocks=num_blocks, agent=agent, choices=choices),
+            device=device,
+            agent=agent,
+        )
+        on_failure.pop_all()
+    return runner
+
+
+def _max_model_len(wanted: int | None, spec: ModelSpec) -> int:
+    if wanted is not None and wanted > spec.max_positions:
+        raise ConfigError(f"max_model_len {wanted} is above the checkpoint's limit of {spec.max_positions}")
+    return spec.max_positions if wanted is None else wanted
+
+
+def _choose_dtype(options: RunnerOptions, spec: ModelSpec, device: torch.device) -> tuple[torch.dtype, str]:
+    """Compute dtype, and why."""
+    name: str
+    if options.dtype != "auto":
+        name, reason = options.dtype, "configured"
+    elif device.type == "cpu":
+        name, reason = "float32", "auto: the fastest exact one on CPUs"
+    else:
+        name, reason = spec.checkpoint_dtype or "float32", "auto: the checkpoint's"
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype, f"{name} ({reason})"
+
+
+def _weight_dtype(dtype: torch.dtype, spec: ModelSpec) -> torch.dtype:
+    """Dtype of dummy weights: as narrow as the checkpoint's would be. Real ones know their own."""
+    stored: torch.dtype = getattr(torch, spec.checkpoint_dtype or "float32")
+    return stored if stored.itemsize < dtype.itemsize else dtype
+
+
+@torch.inference_mode()
+def _load(options: RunnerOptions, context: LayerContext) -> tuple[CausalLM, str]:
+    """The loaded model, and what became of its matrices."""
+    assert options.max_model_len is not None, "resolved by build_model_runner"
+    model = load_model(
+        Path(options.model_dir),
+        context=context,
+        max_model_len=options.max_model_len,
+        load_format=options.load_format,
+        seed=options.seed,
+    )
+    return model, f"{describe_weights(model)} ({options.load_format})"
+
+
+def _num_blocks(
+    options: RunnerOptions, model: CausalLM, groups: ProcessGroups, device: torch.device
+) -> tuple[int, str]:
+    """KV blocks, equal on all ranks, and why that many."""
+    if options.num_blocks is not None:
+        return options.num_blocks, f"{options.num_blocks} (configured)"
+    assert options.max_model_len is not None, "resolved by build_model_runner"
+    if device.type == "cpu":
+        budget_bytes, reason = int(options.cpu_cache_gib * GiB), f"cpu_cache_gib {options.cpu_cache_gib}"
+    else:
+        budget_bytes = kv_budget_bytes(
+            model,
+            groups,
+            block_size=options.block_size,
+            max_num_requests=options.max_num_requests,
+            max_model_len=options.max_model_len,
+            max_num_batched_tokens=options.max_num_batched_tokens,
+            memory_fraction=options.memory_fraction,
+            device=device,
+        )
+        reason = f"memory_fraction {options.memory_fraction} after a profiling step"
+    fitting = blocks_that_fit(model.kv_layout, block_size=options.block_size, budget_bytes=budget_bytes)
+    num_blocks = smallest(fitting, groups.tensor, device)
+    return num_blocks, f"{num_blocks} (auto: {reason})"
+
+
+def _open_agent(options: RunnerOptions, memory: KvMemory) -> tuple[KvAgent | None, str]:
+    if options.kv_transport is None:
+        return None, "none: no KV exchange was asked for"
+    settings = TransportSettings(rank=options.rank, host=options.host, secret=options.secret)
+    return open_agent(options.kv_transport, regions=memory.regions, settings=settings)
+
+
+def _rank_info(
+    options: RunnerOptions, model: CausalLM, *, num_blocks: int, agent: KvAgent | None, choices: dict[str, str]
+) -> RankInfo:
+    assert options.max_model_len is not None, "resolved by build_model_runner"
+    model_dir = Path(options.model_dir)
+    return RankInfo(
+        num_blocks=num_blocks,
+        block_size=options.block_size,
+        max_num_requests=options.max_num_requests,
+        max_model_len=options.max_model_len,
+        vocab_size=model.vocab_size,
+        rank=options.rank,
+        world_size=options.world_size,
+        kv_descriptors={} if agent is None else dict(agent.descriptors),
+        fingerprint_fields=fingerprint_fields(
+            model_dir,
+            weights=weights_identity(model_dir, load_format=options.load_format, seed=options.seed),
+            layout=model.kv_layout,
+            block_size=options.block_size,
+            world_size=options.world_size,
+        ),
+        choices=choices,
+    )

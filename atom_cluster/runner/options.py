@@ -1,0 +1,51 @@
+"""RunnerOptions: everything one rank needs to come up, as plain values that can be sent to another process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerOptions:
+    """Options of one rank. Equal on all ranks of a gang except `rank`, `device_index` and `host`."""
+
+    model_dir: str
+    """Directory in Hugging Face layout; what makes a rank's runner may first resolve a hub id into one."""
+    revision: str | None = None
+    """Revision of a hub model."""
+    dtype: Literal["auto", "float64", "float32", "bfloat16"] = "auto"
+    """Compute and KV precision. auto: the checkpoint's on GPUs, float32 on CPUs. float64 is meant for tests."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device_index: int = 0
+    """Which of the GPUs that this process sees."""
+    rank: int = 0
+    world_size: int = 1
+    init_method: str = ""
+    """Where the ranks meet, as torch.distributed spells it; unused when there is one rank."""
+    block_size: int = 16
+    """Tokens per KV block."""
+    num_blocks: int | None = None
+    """KV blocks; None: as many as `cpu_cache_gib` or `memory_fraction` allow, the smallest over all ranks."""
+    cpu_cache_gib: float = 0.5
+    """KV memory on CPUs, in GiB."""
+    memory_fraction: float = 0.88
+    """Share of a GPU's memory for weights, activations and KV cache together."""
+    max_num_requests: int = 256
+    """Rows."""
+    max_model_len: int | None = None
+    """Most tokens of a request; None: the checkpoint's limit."""
+    max_num_batched_tokens: int = 8192
+    """Most tokens of one step; sizes the profiling run on GPUs."""
+    num_threads: int | None = None
+    """Compute threads on CPUs; None leaves torch's choice."""
+    ops_backend: Literal["auto", "torch", "cpu"] = "auto"
+    load_format: Literal["safetensors", "dummy"] = "safetensors"
+    seed: int = 0
+    """Of dummy weights."""
+    kv_transport: str | None = None
+    """Transport for KV exchange with other engines, or auto; None: this engine exchanges none."""
+    host: str = "127.0.0.1"
+    """Address of this node that KV transports listen on."""
+    secret: bytes = field(default=b"", repr=False)
+    """The cluster's secret, for KV transports."""

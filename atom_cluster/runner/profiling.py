@@ -1,0 +1,92 @@
+"""How much device memory the largest step needs beside weights and KV, measured by running one. GPUs only."""
+
+from __future__ import annotations
+
+import torch
+
+from atom_cluster.kv_cache.layout import KvLayout
+from atom_cluster.messages.requests import SamplingParams
+from atom_cluster.messages.steps import NewRow, RowStep, StepPlan
+from atom_cluster.models.protocol import CausalLM
+from atom_cluster.parallel.groups import ProcessGroups
+from atom_cluster.platform.device import device_memory
+from atom_cluster.runner.kv_memory import allocate_kv_memory
+from atom_cluster.runner.model_runner import ModelRunner
+from atom_cluster.runner.rank_info import RankInfo
+from atom_cluster.units import ceil_div
+
+
+def kv_budget_bytes(
+    model: CausalLM,
+    groups: ProcessGroups,
+    *,
+    block_size: int,
+    max_num_requests: int,
+    max_model_len: int,
+    max_num_batched_tokens: int,
+    memory_fraction: float,
+    device: torch.device,
+) -> int:
+    """Bytes left for KV on a GPU: its `memory_fraction`, less what is in use now and what the largest step adds."""
+    lengths = largest_step(
+        max_num_requests=max_num_requests, max_model_len=max_model_len, max_num_batched_tokens=max_num_batched_tokens
+    )
+    plan, num_blocks = _plan(lengths, block_size)
+    torch.cuda.empty_cache()
+    memory = device_memory(device)
+    in_use_bytes = memory.total_bytes - memory.free_bytes
+    allocated_bytes = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    info = RankInfo(
+        num_blocks=num_blocks,
+        block_size=block_size,
+        max_num_requests=max_num_requests,
+        max_model_len=max_model_len,
+        vocab_size=model.vocab_size,
+        rank=groups.tensor.rank,
+        world_size=groups.tensor.size,
+    )
+    kv_memory = allocate_kv_memory(model.kv_layout, num_blocks=num_blocks, block_size=block_size, device=device)
+    ModelRunner(model=model, groups=groups, memory=kv_memory, info=info, device=device).run(plan)
+    step_bytes = (
+        torch.cuda.max_memory_allocated(device) - allocated_bytes - _kv_bytes(model.kv_layout, num_blocks, block_size)
+    )
+    del kv_memory
+    torch.cuda.empty_cache()
+    return int(memory.total_bytes * memory_fraction) - in_use_bytes - step_bytes
+
+
+def largest_step(*, max_num_requests: int, max_model_len: int, max_num_batched_tokens: int) -> list[int]:
+    """Tokens per row, ascending, of a step that uses all rows and all tokens, with prompts as long as they can be."""
+    lengths: list[int] = []
+    remaining = max_num_batched_tokens
+    while remaining > 0 and len(lengths) < max_num_requests:
+        num_rows_after = max_num_requests - len(lengths) - 1
+        lengths.append(min(max_model_len, max(1, remaining - num_rows_after)))
+        remaining -= lengths[-1]
+    return sorted(lengths)
+
+
+def _plan(lengths: list[int], block_size: int) -> tuple[StepPlan, int]:
+    """A step of rows with these numbers of tokens, and the blocks that it needs."""
+    new_rows = []
+    num_blocks = 0
+    for row, length in enumerate(lengths):
+        last_block = num_blocks + ceil_div(length, block_size)
+        new_rows.append(
+            NewRow(
+                row=row,
+                request_id=f"profile-{row}",
+                token_ids=(0,) * length,
+                num_prompt_tokens=length,
+                block_ids=tuple(range(num_blocks, last_block)),
+                sampling=SamplingParams(seed=0),
+            )
+        )
+        num_blocks = last_block
+    rows = tuple(RowStep(row, 0, length, samples=True) for row, length in enumerate(lengths))
+    return StepPlan(step_id=0, new_rows=tuple(new_rows), rows=rows), num_blocks
+
+
+def _kv_bytes(layout: KvLayout, num_blocks: int, block_size: int) -> int:
+    return num_blocks * layout.bytes_per_block(block_size)

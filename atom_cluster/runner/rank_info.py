@@ -1,0 +1,26 @@
+"""RankInfo: what one rank turned out to be, as plain values that can be sent to the process of the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankInfo:
+    """Facts known once a rank has loaded its model and allocated its KV memory.
+
+    Equal on all ranks of a gang except `rank`, `kv_descriptors` and `choices`.
+    """
+
+    num_blocks: int
+    block_size: int
+    """Tokens per block."""
+    max_num_requests: int
+    max_model_len: int
+    vocab_size: int
+    rank: int = 0
+    world_size: int = 1
+    kv_descriptors: dict[str, bytes] = field(default_factory=dict)
+    """How peers read this rank's KV memory, by transport, best first; input of `kv_transfer.combine.merge_offers`."""
+    fingerprint_fields: dict[str, str] = field(default_factory=dict)
+    choices: dict[str, str] = field(default_factory=dict)

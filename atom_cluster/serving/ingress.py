@@ -1,0 +1,77 @@
+"""Stop 3 of 14 is hosted here: the ingress's Serve deployment. Next: atom_cluster/api/routes.py.
+
+Puts the HTTP API, the tokenizer and the cluster client together. Serve's proxy calls the ASGI app; everything between
+ingress and engines goes over the client's ZMQ endpoint.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import socket
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from ray.util import get_node_ip_address
+
+from atom_cluster.api.model_files import ServedModel
+from atom_cluster.api.routes import create_app
+from atom_cluster.api.tokenizer import TokenizerService
+from atom_cluster.config.cluster import ClusterConfig
+from atom_cluster.config.model_path import resolve_model_path
+from atom_cluster.gang.ray_metrics import RayMetrics
+from atom_cluster.link.auth import ClusterKey
+from atom_cluster.link.endpoint import Endpoint
+from atom_cluster.messages.cluster import MemberCard
+from atom_cluster.serving.cluster_client import ClusterClient
+from atom_cluster.serving.membership import Announcer
+from atom_cluster.serving.secret import cluster_secret
+
+
+@serve.ingress()
+class Ingress:
+    """One HTTP front end. Holds no state that a client would miss but its open connections."""
+
+    async def __init__(
+        self, config: ClusterConfig, reasons: dict[str, str], router: DeploymentHandle, *groups: DeploymentHandle
+    ) -> None:
+        """`groups` are not called; naming them here is how Serve learns that the application contains them."""
+        options = config.model_options
+        model_dir = await asyncio.to_thread(resolve_model_path, config.model, options.revision)
+        max_model_len = None if options.max_model_len == "auto" else options.max_model_len
+        model = ServedModel.from_directory(model_dir, served_name=options.served_name, max_model_len=max_model_len)
+        self._tokenizer = TokenizerService.from_directory(model_dir, num_threads=config.api.tokenizer_threads)
+        replica_id = serve.get_replica_context().replica_id.unique_id
+        metrics = RayMetrics(labels={"role": "ingress", "replica": replica_id})
+        self._client = ClusterClient(config=config, reasons=reasons, model=model, metrics=metrics)
+        self._endpoint = Endpoint(
+            key=ClusterKey.from_secret(cluster_secret()),
+            peer_id=f"ingress-{replica_id}",
+            host=get_node_ip_address(),
+            epoch=random.getrandbits(62),
+            on_message=self._client.receive,
+            on_lost=self._client.lose,
+            ping_period_s=config.serving.ping_period_s,
+            peer_timeout_s=config.serving.client_timeout_s,
+        )
+        await self._endpoint.start()
+        self._client.attach(self._endpoint)
+        self._announcer = Announcer(
+            router=router,
+            card=self._card,
+            period_s=config.serving.announce_period_s,
+            on_membership=self._client.update,
+        )
+        self._announcer.start()
+        self._app = create_app(
+            generator=self._client, tokenizer=self._tokenizer, model=model, limits=config.api, metrics=metrics
+        )
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Serve calls this after the constructor and routes the proxy's requests to the result."""
+        return self._app
+
+    def _card(self) -> MemberCard:
+        return MemberCard(address=self._endpoint.address, kind="ingress", node=socket.gethostname(), pid=os.getpid())

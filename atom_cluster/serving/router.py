@@ -1,0 +1,96 @@
+"""Stop 5 of 14: the router actor chooses a prefill and a decode replica. Next: atom_cluster/routing/policy.py.
+
+I/O around `RouterState`: announcements come through the Serve handle; queries, load and cache events over ZMQ. The
+router connects to every engine that announces itself, asks for a snapshot of its cache and thereby subscribes to its
+events and load. It keeps nothing that the replicas cannot tell it again, so a restarted router is soon as good as the
+one before, and nobody waits for it meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+
+from ray import serve
+from ray.util import get_node_ip_address
+
+from atom_cluster.config.cluster import ClusterConfig
+from atom_cluster.gang.ray_metrics import RayMetrics
+from atom_cluster.link.auth import ClusterKey
+from atom_cluster.link.codec import Message
+from atom_cluster.link.endpoint import Endpoint
+from atom_cluster.messages.cluster import (
+    CacheEvents,
+    CacheSnapshot,
+    MemberCard,
+    Membership,
+    PeerAddress,
+    ReplicaLoad,
+    RequestDone,
+    RouteQuery,
+)
+from atom_cluster.routing.state import RouterState
+from atom_cluster.serving.secret import cluster_secret
+
+logger = logging.getLogger(__name__)
+
+
+class Router:
+    """The router's Serve deployment: one replica, light, restarted by Serve when it dies."""
+
+    async def __init__(self, config: ClusterConfig) -> None:
+        replica_id = serve.get_replica_context().replica_id.unique_id
+        self._endpoint = Endpoint(
+            key=ClusterKey.from_secret(cluster_secret()),
+            peer_id=f"router-{replica_id}",
+            host=get_node_ip_address(),
+            epoch=random.getrandbits(62),
+            on_message=self._receive,
+            on_lost=self._lose,
+            ping_period_s=config.serving.ping_period_s,
+            peer_timeout_s=config.serving.client_timeout_s,
+        )
+        self._state = RouterState(
+            config=config.router,
+            address=await self._endpoint.start(),
+            member_timeout_s=config.serving.member_timeout_s,
+            min_remote_tokens=config.kv_transfer.min_remote_tokens,
+            metrics=RayMetrics(labels={"role": "router", "replica": replica_id}),
+        )
+
+    async def announce(self, card: MemberCard) -> Membership:
+        """Take a member's card and return everybody's; engines that are new here are asked for a snapshot."""
+        now_s = time.monotonic()
+        membership = self._state.announce(card, now_s)
+        for address, request in self._state.wanted_snapshots(now_s):
+            self._endpoint.send(address, request)
+        return membership
+
+    async def withdraw(self, address: PeerAddress) -> Membership:
+        """A member is leaving for good."""
+        self._endpoint.disconnect(address.peer_id)
+        self._state.withdraw(address.peer_id)
+        return self._state.membership(time.monotonic())
+
+    def _receive(self, source: str, message: Message) -> None:
+        now_s = time.monotonic()
+        if isinstance(message, RouteQuery):
+            self._endpoint.send(source, self._state.decide(message, source=source, now_s=now_s))
+        elif isinstance(message, RequestDone):
+            self._state.done(message, source=source)
+        elif isinstance(message, (CacheEvents, CacheSnapshot, ReplicaLoad)):
+            request = self._state.apply(message, now_s)
+            if request is not None:
+                self._endpoint.send(source, request)
+        else:
+            logger.warning("dropped a %s from %s", type(message).__name__, source)
+
+    def _lose(self, peer_id: str) -> None:
+        # A member that is only slow announces itself again; one that died must not get requests until it times out.
+        self._state.withdraw(peer_id)
+
+    async def __del__(self) -> None:
+        """Serve calls and awaits this when the replica stops."""
+        await asyncio.wait_for(self._endpoint.close(), timeout=5.0)

@@ -1,0 +1,100 @@
+"""Stop 13 of 14: the deltas of one request between the socket and its reader. Next: atom_cluster/api/text_stream.py.
+
+A reader that is slower than the engine finds its pending deltas merged into one, so a slow client costs the ingress
+less, not more. A delta that does not continue where the last one ended means that something was lost or doubled; the
+request fails rather than showing a text that the model did not write.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+
+from atom_cluster import errors
+from atom_cluster.errors import AtomClusterError, InvalidRequest, Overloaded, RequestFailed, RequestTimeout
+from atom_cluster.messages.requests import RequestError, TokenDelta
+from atom_cluster.units import Deadline
+
+
+class EngineLost(RequestFailed):
+    """The engine that ran the request is gone."""
+
+    code = "engine_lost"
+
+
+class DeltaStream:
+    """Deltas of one request, pushed from the endpoint's callback and read by one reader on the same event loop."""
+
+    def __init__(self, request_id: str, peer_id: str) -> None:
+        self.request_id = request_id
+        self.peer_id = peer_id
+        """The engine that runs the request."""
+        self.num_tokens = 0
+        """Output tokens pushed so far; the index that the next delta must start at."""
+        self._pending: list[TokenDelta] = []
+        self._error: AtomClusterError | None = None
+        self._wake = asyncio.Event()
+
+    def push(self, delta: TokenDelta) -> None:
+        """Take the next delta."""
+        if delta.first_index != self.num_tokens and delta.token_ids:
+            self.fail(
+                RequestFailed(f"tokens were lost on the way: got index {delta.first_index}, not {self.num_tokens}")
+            )
+            return
+        self.num_tokens += len(delta.token_ids)
+        self._pending.append(delta)
+        self._wake.set()
+
+    def fail(self, error: AtomClusterError) -> None:
+        """End the stream with an error, after what is already pending."""
+        self._error = self._error or error
+        self._wake.set()
+
+    async def read(self, deadline: Deadline) -> TokenDelta:
+        """Everything that has arrived, merged; waits if that is nothing. Raises what the request failed with."""
+        while not self._pending:
+            if self._error is not None:
+                raise self._error
+            self._wake.clear()
+            try:
+                await asyncio.wait_for(self._wake.wait(), deadline.remaining_s)
+            except asyncio.TimeoutError:
+                raise RequestTimeout("the request did not finish in time") from None
+        pending, self._pending = self._pending, []
+        delta = pending[0] if len(pending) == 1 else _merge(pending)
+        if delta.error is not None:
+            if not delta.token_ids:
+                raise error_of(delta.error)
+            # Tokens first, the error when the reader comes back.
+            self._error = error_of(delta.error)
+            return msgspec.structs.replace(delta, finish_reason=None, error=None)
+        return delta
+
+
+def _merge(deltas: list[TokenDelta]) -> TokenDelta:
+    last = deltas[-1]
+    has_logprobs = any(delta.logprobs is not None for delta in deltas)
+    return TokenDelta(
+        request_id=last.request_id,
+        first_index=deltas[0].first_index,
+        token_ids=tuple(token for delta in deltas for token in delta.token_ids),
+        logprobs=tuple(entry for delta in deltas for entry in delta.logprobs or ()) if has_logprobs else None,
+        finish_reason=last.finish_reason,
+        error=last.error,
+        num_cached_tokens=last.num_cached_tokens,
+        timing=last.timing,
+    )
+
+
+def error_of(error: RequestError) -> AtomClusterError:
+    """The exception that an engine's error message stands for; RequestFailed for kinds unknown here."""
+    kind = getattr(errors, error.kind, None)
+    if not (isinstance(kind, type) and issubclass(kind, AtomClusterError)):
+        return RequestFailed(error.message)
+    if issubclass(kind, InvalidRequest):
+        return kind(error.message, param=error.param)
+    if issubclass(kind, Overloaded):
+        return kind(error.message, retry_after_s=error.retry_after_s or 1.0)
+    return kind(error.message)

@@ -1,0 +1,57 @@
+"""The command `atom-cluster`. Parses arguments and prints; the work is in the modules beside it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from atom_cluster import __version__
+from atom_cluster.errors import AtomClusterError
+from atom_cluster.tools.demo_model import demo_model_dir, get_demo_model
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command with `arguments`, or those of the process. Returns the exit status; 1 for an error it printed."""
+    options = _parser().parse_args(arguments)
+    try:
+        _run(options)
+    except AtomClusterError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    if options.command == "check-config":
+        # Looks at the hardware through torch, which is slow to import.
+        from atom_cluster.tools.check_config import explain_file
+
+        print(explain_file(options.file))
+    elif options.command == "get-demo-model":
+        get_demo_model(demo_model_dir(), replace=options.force, report=_print_now)
+    else:
+        print(__version__)
+
+
+def _print_now(line: str) -> None:
+    # pip writes to the same terminal or log from a process of its own; buffered lines would come after its lines.
+    print(line, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="atom-cluster", description="Tools around an atom_cluster deployment.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    check = commands.add_parser("check-config", help="check a Serve YAML and print what it comes to on this machine")
+    check.add_argument("file", type=Path, metavar="FILE")
+    demo = commands.add_parser("get-demo-model", help="fetch the small model that the quick start serves")
+    demo.add_argument("--force", action="store_true", help="make it anew even if it is there")
+    commands.add_parser("version", help="print the version")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Serve recipes: each picks how a configuration is laid out, and implements nothing."""

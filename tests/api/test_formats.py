@@ -1,0 +1,60 @@
+"""Outputs in OpenAI's words."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from atom_cluster.api.formats import AnswerHeader, ChatFormat, CompletionFormat
+from atom_cluster.api.outputs import OutputNews, TokenScore
+from atom_cluster.api.tokenizer import Tokenizer
+from atom_cluster.messages.requests import TokenLogprobs, TopLogprob
+
+
+def header(*, has_logprobs: bool = False, usage_in_stream: bool = False) -> AnswerHeader:
+    return AnswerHeader(id="i", created=1, model="m", usage_in_stream=usage_in_stream, has_logprobs=has_logprobs)
+
+
+def as_json(struct: msgspec.Struct) -> dict:
+    return msgspec.json.decode(msgspec.json.encode(struct))
+
+
+def test_chat_finish_reason_follows_the_text_in_a_chunk_of_its_own(tokenizer: Tokenizer) -> None:
+    words = ChatFormat(header(), tokenizer)
+    chunks = [as_json(chunk) for chunk in words.opening(2) + words.chunks(OutputNews(2, "hi", [], "stop"))]
+    assert [chunk["choices"][0]["delta"] for chunk in chunks] == [
+        {"role": "assistant", "content": ""},
+        {"content": "hi"},
+        {},
+    ]
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None, None, "stop"]
+    assert {chunk["choices"][0]["index"] for chunk in chunks} == {2}
+    assert all("usage" not in chunk for chunk in chunks)
+
+
+def test_chunks_say_null_usage_only_when_usage_was_asked_for(tokenizer: Tokenizer) -> None:
+    words = CompletionFormat(header(usage_in_stream=True), tokenizer)
+    assert as_json(words.chunks(OutputNews(0, "a"))[0])["usage"] is None
+
+
+def test_a_token_that_is_part_of_a_character_is_told_apart_by_its_bytes(tokenizer: Tokenizer) -> None:
+    first, *_ = tokenizer.encode("€")
+    score = TokenScore(first, TokenLogprobs(-0.5, (TopLogprob(first, -0.5), TopLogprob(0, -math.inf))), 0)
+    choice = as_json(ChatFormat(header(has_logprobs=True), tokenizer).chunks(OutputNews(0, "€", [score]))[0])
+    token = choice["choices"][0]["logprobs"]["content"][0]
+    assert (token["token"], token["bytes"]) == ("bytes:\\xe2", [0xE2])
+    assert token["top_logprobs"][1]["logprob"] == -9999.0
+
+
+def test_the_sampled_token_is_among_the_alternatives_of_a_completion(tokenizer: Tokenizer) -> None:
+    a, b = tokenizer.encode("ab")
+    score = TokenScore(a, TokenLogprobs(-3.0, (TopLogprob(b, -0.1),)), 7)
+    words = CompletionFormat(header(has_logprobs=True), tokenizer)
+    logprobs = as_json(words.chunks(OutputNews(0, "a", [score]))[0])["choices"][0]["logprobs"]
+    assert logprobs == {
+        "tokens": ["a"],
+        "token_logprobs": [-3.0],
+        "top_logprobs": [{"b": -0.1, "a": -3.0}],
+        "text_offset": [7],
+    }

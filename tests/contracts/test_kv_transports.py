@@ -1,0 +1,276 @@
+"""What every KvTransport promises, on one host: between two ranks of one process and between two processes."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import pytest
+import torch
+
+from atom_cluster.errors import TransferError
+from atom_cluster.kv_transfer.protocol import KvRegion
+from atom_cluster.kv_transfer.registry import available
+from atom_cluster.units import Deadline
+from tests.kv_transfer.ranks import (
+    LARGE,
+    Exporter,
+    Rank,
+    exporter_elsewhere,
+    rank_here,
+    wait_for,
+)
+
+LONG_READ = tuple(range(7, -1, -1)) * 2000
+"""Descending, so never coalesced: 16,000 copies of a MiB, which takes seconds."""
+
+
+@pytest.fixture(params=available("cpu"))
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@contextmanager
+def exporter_here(name: str) -> Iterator[Exporter]:
+    with rank_here(name, seed=7) as rank:
+        yield Exporter(rank.descriptor, rank.regions, None)
+
+
+@pytest.fixture(params=[exporter_here, exporter_elsewhere], ids=["same process", "other process"])
+def exporter(request: pytest.FixtureRequest, name: str) -> Iterator[Exporter]:
+    make: Callable[[str], AbstractContextManager[Exporter]] = request.param
+    with make(name) as exporter:
+        yield exporter
+
+
+@pytest.fixture
+def reader(name: str) -> Iterator[Rank]:
+    with rank_here(name) as rank:
+        yield rank
+
+
+@pytest.fixture
+def pair(reader: Rank, exporter: Exporter) -> tuple[Rank, Exporter]:
+    reader.transport.connect("peer", exporter.descriptor)
+    return reader, exporter
+
+
+def assert_copied(reader: Rank, source: tuple[KvRegion, ...], remote: tuple[int, ...], local: tuple[int, ...]) -> None:
+    """The blocks were copied in every region, and no other block was touched."""
+    others = [block for block in range(16) if block not in local]
+    for target, origin in zip(reader.regions, source, strict=True):
+        assert torch.equal(target.blocks[list(local)], origin.blocks[list(remote)])
+        assert not target.blocks[others].any()
+
+
+@pytest.mark.parametrize(
+    ("remote", "local"),
+    [
+        ((3,), (11,)),
+        ((4, 5, 6), (0, 1, 2)),
+        ((9, 2, 3, 15), (15, 4, 5, 0)),
+        (tuple(range(16)), tuple(range(15, -1, -1))),
+    ],
+    ids=["one", "adjacent", "scattered", "all reversed"],
+)
+def test_copies_the_right_blocks_of_every_region_and_no_others(
+    pair: tuple[Rank, Exporter], remote: tuple[int, ...], local: tuple[int, ...]
+) -> None:
+    reader, exporter = pair
+    completion = reader.read(1, "peer", remote, local)
+    assert (completion.read_id, completion.error) == (1, None)
+    assert completion.num_bytes == len(remote) * sum(region.block_bytes for region in exporter.regions)
+    assert_copied(reader, exporter.regions, remote, local)
+
+
+def test_reads_of_many_blocks_are_cut_and_put_together_right(name: str) -> None:
+    with (
+        exporter_elsewhere(name, num_blocks=300, block_bytes=(1 << 17,)) as exporter,
+        rank_here(name, num_blocks=300, block_bytes=(1 << 17,)) as reader,
+    ):
+        reader.transport.connect("peer", exporter.descriptor)
+        order = torch.randperm(300, generator=torch.Generator().manual_seed(1)).tolist()
+        assert reader.read(1, "peer", tuple(range(300)), tuple(order)).error is None
+        assert torch.equal(reader.regions[0].blocks[order], exporter.regions[0].blocks)
+
+
+def test_many_reads_under_way_each_end_once(pair: tuple[Rank, Exporter]) -> None:
+    reader, exporter = pair
+    for read_id in range(200):
+        block = read_id % 16
+        reader.transport.start_read(read_id, "peer", (block,), (block,), Deadline.after(20))
+    completions = wait_for(reader.transport, 200)
+    assert sorted(completion.read_id for completion in completions) == list(range(200))
+    assert all(completion.error is None for completion in completions)
+    assert reader.transport.poll() == []
+    assert_copied(reader, exporter.regions, tuple(range(16)), tuple(range(16)))
+
+
+def test_a_read_of_nothing_ends(pair: tuple[Rank, Exporter]) -> None:
+    reader, _ = pair
+    assert reader.read(1, "peer", (), ()).error is None
+
+
+def test_reads_from_two_peers_do_not_mix(name: str, reader: Rank) -> None:
+    with rank_here(name, seed=1) as one, rank_here(name, seed=2) as two:
+        reader.transport.connect("one", one.descriptor)
+        reader.transport.connect("two", two.descriptor)
+        reader.transport.start_read(1, "one", (0, 1), (4, 5), Deadline.after(20))
+        reader.transport.start_read(2, "two", (0, 1), (8, 9), Deadline.after(20))
+        assert {completion.error for completion in wait_for(reader.transport, 2)} == {None}
+        for target, first, second in zip(reader.regions, one.regions, two.regions, strict=True):
+            assert torch.equal(target.blocks[4:6], first.blocks[0:2])
+            assert torch.equal(target.blocks[8:10], second.blocks[0:2])
+
+
+def test_connecting_twice_changes_nothing(pair: tuple[Rank, Exporter]) -> None:
+    reader, exporter = pair
+    reader.transport.connect("peer", exporter.descriptor)
+    assert reader.read(1, "peer", (1,), (1,)).error is None
+
+
+@pytest.mark.parametrize("garbage", [b"", b"\x00", b"\xff" * 100, b"\x80", b"x" * 1_000_000])
+def test_a_wrong_descriptor_is_refused(reader: Rank, garbage: bytes) -> None:
+    with pytest.raises(TransferError):
+        reader.transport.connect("peer", garbage)
+
+
+def test_a_damaged_descriptor_is_refused_or_its_reads_fail(name: str, reader: Rank) -> None:
+    with rank_here(name, seed=7) as exporter:
+        for position in range(0, len(exporter.descriptor), 7):
+            damaged = bytearray(exporter.descriptor)
+            damaged[position] ^= 1
+            try:
+                reader.transport.connect(f"peer {position}", bytes(damaged))
+            except TransferError:
+                continue
+            reader.transport.start_read(position, f"peer {position}", (0,), (0,), Deadline.after(0.2))
+            wait_for(reader.transport, 1)
+
+
+def test_descriptors_of_another_rank_or_layout_are_refused(name: str, reader: Rank) -> None:
+    with rank_here(name, rank=1) as other_rank, rank_here(name, block_bytes=(64, 200, 4104)) as other_layout:
+        with pytest.raises(TransferError, match="rank 1"):
+            reader.transport.connect("peer", other_rank.descriptor)
+        with pytest.raises(TransferError, match="4104"):
+            reader.transport.connect("peer", other_layout.descriptor)
+
+
+def test_peers_may_have_other_numbers_of_blocks(name: str, reader: Rank) -> None:
+    with rank_here(name, num_blocks=40, seed=7) as exporter:
+        reader.transport.connect("peer", exporter.descriptor)
+        assert reader.read(1, "peer", (39,), (15,)).error is None
+        assert "outside" in str(reader.read(2, "peer", (40,), (0,)).error)
+        assert "outside" in str(reader.read(3, "peer", (0,), (16,)).error)
+        assert "outside" in str(reader.read(4, "peer", (-1,), (0,)).error)
+
+
+def test_reading_from_an_unknown_peer_ends_with_an_error(reader: Rank) -> None:
+    assert "unknown peer" in str(reader.read(1, "nobody", (0,), (0,)).error)
+
+
+def test_a_read_whose_deadline_passed_ends_with_an_error_and_writes_nothing(pair: tuple[Rank, Exporter]) -> None:
+    reader, exporter = pair
+    reader.transport.start_read(1, "peer", (1,), (1,), Deadline.after(-1))
+    (completion,) = wait_for(reader.transport, 1)
+    assert "deadline" in str(completion.error)
+    assert reader.read(2, "peer", (2,), (2,)).error is None
+    assert_copied(reader, exporter.regions, (2,), (2,))
+
+
+@contextmanager
+def long_read(name: str, deadline_s: float) -> Iterator[tuple[Rank, Exporter]]:
+    """A read that would take seconds is under way, as read 1."""
+    with (
+        exporter_elsewhere(name, num_blocks=8, block_bytes=LARGE) as exporter,
+        rank_here(name, num_blocks=16, block_bytes=LARGE) as reader,
+    ):
+        reader.transport.connect("peer", exporter.descriptor)
+        assert reader.read(0, "peer", (0,), (8,)).error is None
+        reader.transport.start_read(1, "peer", LONG_READ, LONG_READ, Deadline.after(deadline_s))
+        yield reader, exporter
+
+
+def test_nothing_is_written_after_a_deadline_passed_in_the_middle(name: str) -> None:
+    with long_read(name, deadline_s=0.2) as (reader, _):
+        (completion,) = wait_for(reader.transport, 1, timeout_s=5)
+        assert "deadline" in str(completion.error)
+        reader.regions[0].blocks.fill_(0)
+        assert reader.read(2, "peer", (3,), (12,)).error is None
+        assert not reader.regions[0].blocks[:8].any()
+
+
+def test_nothing_is_written_after_a_disconnect_in_the_middle(name: str) -> None:
+    with long_read(name, deadline_s=60) as (reader, exporter):
+        reader.transport.disconnect("peer")
+        (completion,) = wait_for(reader.transport, 1, timeout_s=5)
+        assert (completion.read_id, completion.error) == (1, "disconnected")
+        reader.regions[0].blocks.fill_(0)
+        assert "unknown peer" in str(reader.read(2, "peer", (0,), (0,)).error)
+        reader.transport.connect("peer", exporter.descriptor)
+        assert reader.read(3, "peer", (3,), (12,)).error is None
+        assert not reader.regions[0].blocks[:8].any()
+
+
+def test_a_peer_killed_in_the_middle_of_a_read_ends_it_with_an_error(name: str) -> None:
+    with long_read(name, deadline_s=60) as (reader, exporter):
+        exporter.signal(signal.SIGKILL)
+        (completion,) = wait_for(reader.transport, 1)
+        assert completion.error is not None
+        assert "deadline" not in completion.error
+        assert reader.read(2, "peer", (0,), (0,)).error is not None
+
+
+def test_a_peer_that_stands_still_does_not_hold_reads_beyond_their_deadline(name: str) -> None:
+    with exporter_elsewhere(name) as exporter, rank_here(name) as reader:
+        reader.transport.connect("peer", exporter.descriptor)
+        assert reader.read(0, "peer", (0,), (8,)).error is None
+        exporter.signal(signal.SIGSTOP)
+        reader.transport.start_read(1, "peer", (0, 1), (0, 1), Deadline.after(0.3))
+        (stopped,) = wait_for(reader.transport, 1, timeout_s=5)
+        if stopped.error is not None:  # shared memory can be read all the same
+            for region in reader.regions:
+                region.blocks[:2] = 0
+        exporter.signal(signal.SIGCONT)
+        assert reader.read(2, "peer", (5,), (9,)).error is None
+        for target, origin in zip(reader.regions, exporter.regions, strict=True):
+            expected = origin.blocks[:2] if stopped.error is None else torch.zeros_like(origin.blocks[:2])
+            assert torch.equal(target.blocks[:2], expected)
+
+
+def test_closing_abandons_reads_writes_nothing_afterwards_and_may_be_repeated(name: str) -> None:
+    with long_read(name, deadline_s=60) as (reader, _):
+        reader.transport.close()
+        before = reader.regions[0].blocks.clone()
+        reader.transport.close()
+        assert torch.equal(reader.regions[0].blocks, before)
+
+
+def test_unknown_peers_can_be_disconnected(reader: Rank) -> None:
+    reader.transport.disconnect("nobody")
+
+
+def open_resources() -> tuple[int, int, int]:
+    gc.collect()
+    with open("/proc/self/maps") as maps:
+        num_mappings = sum("memfd:atom_cluster_kv" in line for line in maps)
+    return len(os.listdir("/proc/self/fd")), threading.active_count(), num_mappings
+
+
+def test_no_descriptors_threads_or_mappings_are_left_behind(name: str) -> None:
+    def use() -> None:
+        with rank_here(name, seed=7) as exporter, rank_here(name) as reader:
+            for attempt in range(3):
+                reader.transport.connect("peer", exporter.descriptor)
+                assert reader.read(attempt, "peer", (0, 1), (0, 1)).error is None
+                reader.transport.disconnect("peer")
+
+    use()
+    before = open_resources()
+    for _ in range(5):
+        use()
+    assert open_resources() == before

@@ -1,0 +1,24 @@
+"""One disaggregated cluster serves all end-to-end tests; each test leaves it healthy and idle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.cluster import REPO, RunningCluster, serve_run, with_args
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster]:
+    """`serve run configs/smollm2_cpu.yaml`, on another port and with limits that tests can reach."""
+    directory: Path = tmp_path_factory.mktemp("cluster")
+    config = with_args(
+        REPO / "configs" / "smollm2_cpu.yaml",
+        directory / "cluster.yaml",
+        scheduler={"max_waiting_requests": 128, "max_num_requests": 64},
+        api={"max_body_bytes": 4 * 1024 * 1024},
+    )
+    with serve_run(config, directory) as running:
+        yield running

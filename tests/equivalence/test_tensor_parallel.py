@@ -1,0 +1,125 @@
+"""TP n == TP 1: a model split over processes gives the same tokens as a whole one, in float64 so that rounding cannot
+flip a near-tie. The ranks are real processes joined by the gang's own channel, without Ray."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from atom_cluster.engine.local_runner import LocalRunner, merge_rank_infos
+from atom_cluster.engine.protocols import StepRunner
+from atom_cluster.gang.gang_runner import GangRunner
+from atom_cluster.gang.shm_sender import ShmPlanSender
+from atom_cluster.messages.requests import SamplingParams
+from atom_cluster.messages.steps import NewRow, RowStep, StepPlan
+from atom_cluster.runner.build import build_model_runner
+from atom_cluster.runner.options import RunnerOptions
+from tests.equivalence.follower_process import run_follower
+from tests.tiny_models import random_tokens, tiny_model_dir
+
+NUM_STEPS = 12
+PROMPTS = tuple(tuple(random_tokens(length, seed=length)) for length in (5, 16, 33))
+SAMPLINGS = (
+    SamplingParams(temperature=0.0, seed=0),
+    SamplingParams(temperature=0.8, top_k=20, seed=5),
+    SamplingParams(temperature=1.0, repetition_penalty=1.2, seed=6),
+)
+
+
+def make_options(model: str, *, rank: int, world_size: int, init_method: str) -> RunnerOptions:
+    return RunnerOptions(
+        model_dir=str(tiny_model_dir(model)),
+        dtype="float64",
+        device="cpu",
+        rank=rank,
+        world_size=world_size,
+        init_method=init_method,
+        block_size=4,
+        num_blocks=64,
+        max_num_requests=4,
+        max_model_len=128,
+        num_threads=1,
+    )
+
+
+def open_gang(model: str, world_size: int, meeting_point: Path) -> StepRunner:
+    init_method = f"file://{meeting_point}"
+    sender = ShmPlanSender(tuple(range(1, world_size)), send_timeout_s=30.0)
+    context = multiprocessing.get_context("spawn")
+    pipes = []
+    for rank in range(1, world_size):
+        ours, theirs = context.Pipe()
+        options = make_options(model, rank=rank, world_size=world_size, init_method=init_method)
+        context.Process(target=run_follower, args=(options, sender.address, theirs), daemon=True).start()
+        pipes.append(ours)
+    first = build_model_runner(make_options(model, rank=0, world_size=world_size, init_method=init_method))
+    infos = [first.info, *(pipe.recv() for pipe in pipes)]
+    sender.accept(30.0)
+    return GangRunner(
+        info=merge_rank_infos(infos), local=LocalRunner(first), poll_local_kv=first.poll_kv, sender=sender
+    )
+
+
+def make_plans() -> Sequence[StepPlan]:
+    """All prompts in one step, one of them in two chunks, then decodes; planned without knowing any token."""
+    new_rows = tuple(
+        NewRow(
+            row=row,
+            request_id=str(row),
+            token_ids=prompt,
+            num_prompt_tokens=len(prompt),
+            block_ids=tuple(range(16 * row, 16 * row + 15)),
+            sampling=sampling,
+        )
+        for row, (prompt, sampling) in enumerate(zip(PROMPTS, SAMPLINGS))
+    )
+    short, middle, long = (len(prompt) for prompt in PROMPTS)
+    plans = [
+        StepPlan(
+            step_id=0,
+            new_rows=new_rows,
+            rows=(RowStep(0, 0, short, True), RowStep(1, 0, middle, True), RowStep(2, 0, 20, False)),
+        ),
+        StepPlan(
+            step_id=1, rows=(RowStep(0, short, 1, True), RowStep(1, middle, 1, True), RowStep(2, 20, long - 20, True))
+        ),
+    ]
+    for step in range(2, NUM_STEPS):
+        starts = (short + step - 1, middle + step - 1, long + step - 2)
+        plans.append(
+            StepPlan(step_id=step, rows=tuple(RowStep(row, start, 1, True) for row, start in enumerate(starts)))
+        )
+    return plans
+
+
+def run(runner: StepRunner) -> dict[int, list[int]]:
+    """Tokens by row, with two plans in flight."""
+    tokens: dict[int, list[int]] = {}
+    plans = make_plans()
+    runner.submit(plans[0])
+    for index in range(len(plans)):
+        if index + 1 < len(plans):
+            runner.submit(plans[index + 1])
+        result = runner.collect(60.0)
+        assert result is not None and result.step_id == index
+        for sampled in result.sampled:
+            tokens.setdefault(sampled.row, []).extend(sampled.token_ids)
+    return tokens
+
+
+@pytest.mark.parametrize("model", ["llama", "llama_tied_bias", "qwen2", "qwen3"])
+def test_two_ranks_give_the_tokens_of_one(model: str, tmp_path: Path) -> None:
+    whole = LocalRunner(build_model_runner(make_options(model, rank=0, world_size=1, init_method="")))
+    split = open_gang(model, 2, tmp_path / "meeting_point")
+    try:
+        assert split.info.world_size == 2
+        assert split.info.vocab_size == whole.info.vocab_size
+        expected = run(whole)
+        assert [len(expected[row]) for row in range(3)] == [NUM_STEPS, NUM_STEPS, NUM_STEPS - 1]
+        assert run(split) == expected
+    finally:
+        whole.close()
+        split.close()

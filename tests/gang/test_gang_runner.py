@@ -1,0 +1,172 @@
+"""GangRunner and Follower together, over a real channel, with ranks that have no model."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import cast
+
+import pytest
+
+from atom_cluster.engine.local_runner import LocalRunner, merge_rank_infos
+from atom_cluster.errors import AtomClusterError, GangError
+from atom_cluster.gang import wire
+from atom_cluster.gang.follower import Follower
+from atom_cluster.gang.gang_runner import GangRunner
+from atom_cluster.gang.plan_channel import PlanReceiver
+from atom_cluster.gang.step_clock import StepClock
+from atom_cluster.messages.requests import SamplingParams
+from atom_cluster.messages.steps import NewRow, RowStep, SampledTokens, StepPlan
+from atom_cluster.messages.transfer import BlocksTagged, KvReport, ReadBlocks, ReadFinished, TagBlocks
+from atom_cluster.runner.model_runner import ModelRunner
+from tests.gang import channels
+from tests.gang.fake_ranks import FakeRank
+
+
+class Rig:
+    """A gang in one process: rank 0's runner, and a thread per follower as in `Worker`."""
+
+    def __init__(self, *, num_followers: int, behaviour: str) -> None:
+        world_size = num_followers + 1
+        self.ranks = [FakeRank(rank=rank, world_size=world_size, behaviour=behaviour) for rank in range(world_size)]
+        sender, self.receivers = channels.open_channel("shm", num_followers)
+        self.runner = GangRunner(
+            info=merge_rank_infos([rank.info for rank in self.ranks]),
+            local=LocalRunner(cast("ModelRunner", self.ranks[0])),
+            poll_local_kv=self.ranks[0].poll_kv,
+            sender=sender,
+        )
+        self.threads = [
+            threading.Thread(target=self._follow, args=(rank, receiver), daemon=True)
+            for rank, receiver in zip(self.ranks[1:], self.receivers)
+        ]
+        for thread in self.threads:
+            thread.start()
+
+    def close(self) -> None:
+        for rank in self.ranks:
+            rank.release.set()
+        self.runner.close()
+        for thread, receiver in zip(self.threads, self.receivers):
+            thread.join(5)
+            receiver.close()
+
+    def _follow(self, rank: FakeRank, receiver: PlanReceiver) -> None:
+        try:
+            Follower(rank, receiver, StepClock()).run()
+        except AtomClusterError as exc:
+            with contextlib.suppress(GangError):  # rank 0 may have hung up
+                receiver.report(wire.encode(wire.RankFailed(str(exc))))
+
+
+@pytest.fixture
+def make_rig() -> Iterator[Callable[..., Rig]]:
+    rigs: list[Rig] = []
+
+    def make(num_followers: int = 2, behaviour: str = "ok") -> Rig:
+        rigs.append(Rig(num_followers=num_followers, behaviour=behaviour))
+        return rigs[-1]
+
+    yield make
+    for rig in rigs:
+        rig.close()
+
+
+PLAN = StepPlan(
+    step_id=0,
+    new_rows=(
+        NewRow(
+            row=2,
+            request_id="r",
+            token_ids=(1, 2, 3),
+            num_prompt_tokens=3,
+            block_ids=(5,),
+            sampling=SamplingParams(seed=1, stop_token_ids=(9,)),
+        ),
+    ),
+    rows=(RowStep(2, 0, 3, True),),
+)
+
+
+def poll_until(runner: GangRunner, count: int) -> list[KvReport]:
+    deadline_s = time.monotonic() + 10
+    reports: list[KvReport] = []
+    while len(reports) < count and time.monotonic() < deadline_s:
+        reports += runner.poll_kv()
+    return reports
+
+
+def test_every_rank_executes_the_same_plans_and_rank_0_answers(make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig()
+    rig.runner.submit(PLAN)
+    rig.runner.submit(StepPlan(step_id=1))
+    first, second = rig.runner.collect(), rig.runner.collect()
+    assert first is not None and second is not None
+    assert first.sampled == (SampledTokens(2, (102,)),)
+    assert (first.step_id, second.step_id) == (0, 1)
+    rig.runner.close()
+    for thread in rig.threads:
+        thread.join(5)
+    assert [rank.plans for rank in rig.ranks] == [[PLAN, StepPlan(step_id=1)]] * 3
+
+
+def test_collect_gives_none_when_nothing_is_ready(make_rig: Callable[..., Rig]) -> None:
+    assert make_rig().runner.collect(0.0) is None
+
+
+def test_the_gang_offers_the_memory_of_all_ranks(make_rig: Callable[..., Rig]) -> None:
+    info = make_rig().runner.info
+    assert info.world_size == 3
+    assert info.kv_offers[0].descriptors == (b"rank 0", b"rank 1", b"rank 2")
+
+
+def test_kv_reports_come_once_every_rank_has_reported(make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig()
+    tag = TagBlocks(ticket_id="t", epoch=1, first_block=0, block_ids=(1, 2))
+    read = ReadBlocks(read_id=7, peer="p", epoch=1, remote_block_ids=(1,), local_block_ids=(1,), tags=(), timeout_s=1.0)
+    rig.runner.submit(StepPlan(step_id=0, kv=(tag, read)))
+    assert rig.runner.collect(10.0) is not None
+    assert poll_until(rig.runner, 2) == [
+        BlocksTagged(ticket_id="t", first_block=0, tags=((1, 2), (11, 12), (21, 22))),
+        ReadFinished(read_id=7, num_bytes=15),
+    ]
+
+
+def test_a_failing_follower_fails_the_gang_with_its_own_words(make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig(behaviour="fail_step:1")
+    rig.runner.submit(PLAN)
+    with pytest.raises(GangError, match="rank 1 failed: the device is on fire"):
+        for _ in range(100):
+            rig.runner.collect(0.1)
+    with pytest.raises(GangError, match="failed before"):
+        rig.runner.submit(PLAN)
+
+
+def test_a_failing_follower_is_noticed_while_rank_0_waits_for_its_step(make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig(behaviour="hang_step:0")
+    rig.runner.submit(PLAN)
+    assert rig.ranks[0].is_stuck.wait(10)
+    rig.receivers[1].close()
+    with pytest.raises(GangError, match="rank 2 is gone"):
+        rig.runner.collect(10.0)
+
+
+def test_an_error_of_rank_0_alone_is_raised_as_it_is(make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig(num_followers=1, behaviour="fail_step:0")
+    rig.runner.submit(PLAN)
+    with pytest.raises(AtomClusterError, match="the device is on fire"):
+        rig.runner.collect(10.0)
+
+
+def test_close_dismisses_the_followers(make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig()
+    for _ in range(2):
+        rig.runner.close()
+    for thread in rig.threads:
+        thread.join(5)
+        assert not thread.is_alive()
+    assert rig.ranks[0].num_closed == 1
+    with pytest.raises(AtomClusterError, match="closed"):
+        rig.runner.submit(PLAN)

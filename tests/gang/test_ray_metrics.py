@@ -1,0 +1,76 @@
+"""Metrics recorded in a process of a Ray cluster appear on the node's metrics port."""
+
+from __future__ import annotations
+
+import time
+import urllib.request
+
+import pytest
+import ray
+from prometheus_client.parser import text_string_to_metric_families
+
+from atom_cluster.gang.ray_metrics import RayMetrics
+from atom_cluster.observability.metrics import KV_BLOCKS, PREEMPTIONS, REQUESTS_FINISHED, STEP_S
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+
+
+@ray.remote(num_cpus=0.01)
+class Recorder:
+    def record(self) -> None:
+        metrics = RayMetrics(labels={"replica": "r1", "role": "decode"}, period_s=0.1)
+        metrics.inc(PREEMPTIONS)
+        metrics.inc(REQUESTS_FINISHED, 0.0, reason="abort")
+        metrics.inc(REQUESTS_FINISHED, reason="stop")
+        metrics.inc(REQUESTS_FINISHED, 2.0, reason="stop")
+        metrics.set(KV_BLOCKS, 3, state="free")
+        metrics.set(KV_BLOCKS, 7, state="free")
+        for seconds in (0.0002, 0.02, 0.02):
+            metrics.observe(STEP_S, seconds)
+        metrics.close()
+        metrics.close()
+
+
+def samples() -> dict[tuple[str, str], float]:
+    """Value by (name, last label that matters) of this test's replica."""
+    node = ray.nodes()[0]
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    with urllib.request.urlopen(url, timeout=10) as response:
+        text = response.read().decode()
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name.startswith("ray_atom_") and sample.labels.get("replica") == "r1":
+                assert sample.labels["role"] == "decode"
+                label = sample.labels.get("reason") or sample.labels.get("state") or sample.labels.get("le") or ""
+                found[sample.name, label] = sample.value
+    return found
+
+
+def test_labels_that_are_not_the_metrics_are_an_error_where_they_are_recorded() -> None:
+    metrics = RayMetrics(labels={}, period_s=60.0)
+    for labels in ({}, {"raeson": "stop"}, {"reason": "stop", "more": "x"}):
+        with pytest.raises(ValueError, match="atom_requests_finished_total has the labels"):
+            metrics.inc(REQUESTS_FINISHED, **labels)
+    metrics.close()
+
+
+def test_recordings_appear_on_rays_metrics_port() -> None:
+    recorder = Recorder.remote()
+    ray.get(recorder.record.remote())
+    expected = {
+        ("ray_atom_preemptions_total", ""): 1.0,
+        ("ray_atom_requests_finished_total", "stop"): 3.0,
+        ("ray_atom_kv_blocks", "free"): 7.0,
+        ("ray_atom_step_seconds_bucket", "0.01"): 1.0,
+        ("ray_atom_step_seconds_bucket", "0.025"): 3.0,
+        ("ray_atom_step_seconds_count", ""): 3.0,
+    }
+    deadline_s = time.monotonic() + 30
+    while True:
+        found = samples()
+        relevant = {key: found.get(key) for key in expected}
+        if relevant == expected:
+            return
+        assert time.monotonic() < deadline_s, found
+        time.sleep(0.5)

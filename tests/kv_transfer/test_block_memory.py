@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from atom_cluster.kv_transfer.agent import KvAgent, open_agent
+from atom_cluster.kv_transfer.block_memory import VIEW_BYTES, block_memory
+from atom_cluster.kv_transfer.protocol import KvRegion
+from atom_cluster.kv_transfer.registry import TransportSettings
+from atom_cluster.messages.transfer import (
+    BlocksTagged,
+    ConnectPeer,
+    KvReport,
+    ReadBlocks,
+    ReadFinished,
+    TagBlocks,
+)
+from tests.kv_transfer.ranks import SECRET, make_regions, wait_until
+
+needs_device = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
+SIZES = (64, 200, (1 << 20) + 4096)
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_device])], ids=["host", "device"]
+)
+@pytest.mark.parametrize("order", [[3, 4, 5, 0, 9], list(range(12)), [11]])
+def test_what_goes_out_of_some_blocks_lands_in_others(device: str, order: list[int]) -> None:
+    source = regions_on(device, seed=3)
+    target = regions_on(device, seed=None)
+    chunks: list[bytes] = []
+    for views in block_memory(source).outgoing(order):
+        assert all(len(view) <= VIEW_BYTES for view in views)
+        chunks.extend(bytes(view) for view in views)
+    data = b"".join(chunks)
+    assert data == b"".join(region.blocks[order].cpu().numpy().tobytes() for region in source)
+    local = [(block + 5) % 12 for block in order]
+    landing = block_memory(target).landing(local)
+    offset = 0
+    for view in landing.views():
+        view[:] = data[offset : offset + len(view)]
+        offset += len(view)
+    landing.commit()
+    others = [block for block in range(12) if block not in local]
+    for before, after in zip(source, target, strict=True):
+        assert torch.equal(after.blocks[local], before.blocks[order])
+        assert not after.blocks[others].any()
+
+
+def regions_on(device: str, seed: int | None) -> tuple[KvRegion, ...]:
+    regions = make_regions(num_blocks=12, block_bytes=SIZES, seed=seed)
+    if device == "cpu":
+        return regions
+    return tuple(KvRegion(region.name, region.blocks.to(device).contiguous()) for region in regions)
+
+
+def report_of(agent: KvAgent) -> KvReport:
+    found: list[KvReport] = []
+
+    def has_reported() -> bool:
+        found.extend(report.report for report in agent.poll())
+        return bool(found)
+
+    wait_until(has_reported)
+    return found[0]
+
+
+@pytest.mark.gpu
+@needs_device
+def test_agents_move_blocks_between_device_memories_in_order_with_the_work_issued_before() -> None:
+    prefill, decode = regions_on("cuda", seed=None), regions_on("cuda", seed=None)
+    truth = regions_on("cuda", seed=4)
+    agents = [
+        open_agent("auto", regions=regions, settings=TransportSettings(rank=0, host="127.0.0.1", secret=SECRET))[0]
+        for regions in (prefill, decode)
+    ]
+    try:
+        assert agents[0].transports == ("tcp",)
+        torch.cuda._sleep(200_000_000)  # type: ignore[no-untyped-call]  # the forward pass is still running when the command is given
+        for region, content in zip(prefill, truth, strict=True):
+            region.blocks.copy_(content.blocks)
+        agents[0].execute([TagBlocks(ticket_id="t", epoch=1, first_block=0, block_ids=(1, 2, 7))])
+        tagged = report_of(agents[0])
+        assert isinstance(tagged, BlocksTagged)
+
+        torch.cuda._sleep(200_000_000)  # type: ignore[no-untyped-call]
+        for region in decode:
+            region.blocks.fill_(255)  # an earlier owner of the blocks; must not come after the read
+        read = ReadBlocks(
+            read_id=1,
+            peer="p",
+            epoch=1,
+            remote_block_ids=(1, 2, 7),
+            local_block_ids=(4, 5, 0),
+            tags=tagged.tags,
+            timeout_s=20,
+        )
+        descriptor = agents[0].descriptors["tcp"]
+        agents[1].execute([ConnectPeer(peer="p", transport="tcp", descriptors=(descriptor,)), read])
+        finished = report_of(agents[1])
+        assert isinstance(finished, ReadFinished)
+        assert (finished.error, finished.bad_blocks, finished.num_bytes) == (None, (), 3 * sum(SIZES))
+        for region, content in zip(decode, truth, strict=True):
+            assert torch.equal(region.blocks[[4, 5, 0]], content.blocks[[1, 2, 7]])
+    finally:
+        for agent in agents:
+            agent.close()

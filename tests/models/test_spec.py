@@ -1,0 +1,85 @@
+"""Reading config.json: both spellings, defaults of each family, and refusals that name the key."""
+
+import pytest
+
+from atom_cluster.errors import ConfigError
+from atom_cluster.models.spec import ModelSpec
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+}
+
+
+def test_old_and_new_spellings_mean_the_same() -> None:
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    old = {
+        **LLAMA,
+        "torch_dtype": "bfloat16",
+        "rope_theta": 5e5,
+        "rope_scaling": {"type": "llama3", **scaling},
+    }
+    new = {
+        **LLAMA,
+        "dtype": "bfloat16",
+        "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **scaling},
+    }
+    assert ModelSpec.from_config(old) == ModelSpec.from_config(new)
+    assert ModelSpec.from_config(new).checkpoint_dtype == "bfloat16"
+
+
+def test_a_null_rope_scaling_is_the_default_rotation() -> None:
+    spec = ModelSpec.from_config({**LLAMA, "rope_theta": 2e4, "rope_scaling": None})
+    assert (spec.rope.kind, spec.rope.theta, spec.rope.rotary_dim) == ("default", 2e4, 16)
+
+
+def test_families_differ_in_biases_norms_and_head_size() -> None:
+    llama = ModelSpec.from_config({**LLAMA, "attention_bias": True})
+    assert (llama.has_qkv_bias, llama.has_attention_output_bias, llama.has_qk_norm) == (True, True, False)
+    qwen2 = ModelSpec.from_config({**LLAMA, "architectures": ["Qwen2ForCausalLM"]})
+    assert (qwen2.has_qkv_bias, qwen2.has_attention_output_bias, qwen2.head_dim) == (True, False, 16)
+    qwen3 = ModelSpec.from_config({**LLAMA, "architectures": ["Qwen3ForCausalLM"]})
+    assert (qwen3.has_qkv_bias, qwen3.has_qk_norm, qwen3.head_dim) == (False, True, 128)
+
+
+def test_end_tokens_may_be_one_several_or_none() -> None:
+    assert ModelSpec.from_config(LLAMA).eos_token_ids == ()
+    assert ModelSpec.from_config({**LLAMA, "eos_token_id": 2}).eos_token_ids == (2,)
+    assert ModelSpec.from_config({**LLAMA, "eos_token_id": [2, 5]}).eos_token_ids == (2, 5)
+
+
+def test_yarn_extends_the_stated_context() -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+    assert ModelSpec.from_config({**LLAMA, "rope_scaling": yarn}).max_positions == 1024
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"hidden_size": None}, "hidden_size"),
+        ({"num_hidden_layers": "two"}, "num_hidden_layers"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"use_sliding_window": True}, "sliding window"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding window"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"rope_scaling": {"type": "longrope"}}, "longrope"),
+        ({"rope_scaling": {"type": "linear"}}, "factor"),
+        ({"rope_scaling": "linear"}, "rope_scaling"),
+        ({"dtype": "int8"}, "int8"),
+        ({"architectures": []}, "architectures"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+        ({"eos_token_id": "</s>"}, "eos_token_id"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps"),
+    ],
+)
+def test_what_cannot_run_is_refused_by_name(change: dict[str, object], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        ModelSpec.from_config({**LLAMA, **change})

@@ -1,0 +1,43 @@
+"""A model split over two ranks computes what it computes on one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing
+
+from atom_cluster.errors import ConfigError
+from atom_cluster.models.registry import build_model, read_spec
+from atom_cluster.ops.select import torch_table
+from atom_cluster.parallel.groups import Group, ProcessGroups
+from tests.models.paged_driver import make_context
+from tests.models.tensor_parallel_worker import run_model, run_rank
+from tests.tiny_models import random_tokens, tiny_model_dir
+
+NAMES = ["llama", "llama_tied_bias", "llama_one_kv_head", "qwen2", "qwen3", "llama_one_kv_head/dummy"]
+TOKENS = random_tokens(30)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    folder = tmp_path_factory.mktemp("gang")
+    directories = {name: str(tiny_model_dir(name.split("/")[0])) for name in NAMES}
+    args = (2, f"file://{folder}/meeting", directories, TOKENS, f"{folder}/logits.pt")
+    torch.multiprocessing.spawn(run_rank, args=args, nprocs=2)
+    return torch.load(folder / "logits.pt")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_ranks_equal_one(name: str, two_ranks: dict[str, torch.Tensor]) -> None:
+    directory = tiny_model_dir(name.split("/")[0])
+    one_rank = run_model(directory, TOKENS, ProcessGroups.single(), is_dummy=name.endswith("dummy"))
+    assert one_rank is not None and one_rank.std() > 0.1
+    torch.testing.assert_close(two_ranks[name], one_rank, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("num_ranks", "reason"), [(3, "4 attention heads"), (8, "4 attention heads")])
+def test_heads_that_do_not_divide_are_refused(num_ranks: int, reason: str) -> None:
+    groups = ProcessGroups(Group(rank=0, size=num_ranks, handle=None))
+    spec = read_spec(Path(tiny_model_dir("llama")))
+    with pytest.raises(ConfigError, match=reason):
+        build_model(spec, make_context(torch_table("test"), groups=groups), max_model_len=16)

@@ -1,0 +1,78 @@
+"""MemoryMetrics against Prometheus's own parser, and its refusals."""
+
+from __future__ import annotations
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from atom_cluster.observability.memory import MemoryMetrics, prometheus_text
+from atom_cluster.observability.metrics import (
+    ITL_S,
+    KV_BLOCKS,
+    PREEMPTIONS,
+    REQUESTS_FINISHED,
+    REQUESTS_RUNNING,
+    MetricSink,
+    NullMetrics,
+)
+
+
+def _samples(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_both_sinks_fulfil_the_protocol() -> None:
+    sinks: list[MetricSink] = [NullMetrics(), MemoryMetrics()]
+    for sink in sinks:
+        sink.inc(PREEMPTIONS)
+        sink.set(REQUESTS_RUNNING, 3)
+        sink.observe(ITL_S, 0.2)
+
+
+def test_counters_add_up_and_gauges_are_replaced() -> None:
+    metrics = MemoryMetrics()
+    metrics.inc(REQUESTS_FINISHED, reason="stop")
+    metrics.inc(REQUESTS_FINISHED, 2, reason="stop")
+    metrics.inc(REQUESTS_FINISHED, reason="error")
+    metrics.set(KV_BLOCKS, 7, state="free")
+    metrics.set(KV_BLOCKS, 5, state="free")
+    assert metrics.value(REQUESTS_FINISHED, reason="stop") == 3
+    assert metrics.value(REQUESTS_FINISHED, reason="error") == 1
+    assert metrics.value(KV_BLOCKS, state="free") == 5
+    assert metrics.value(KV_BLOCKS, state="cached") == 0
+
+
+def test_text_is_what_prometheus_reads() -> None:
+    decode, prefill = MemoryMetrics(), MemoryMetrics()
+    decode.inc(REQUESTS_FINISHED, 2, reason='a "quoted"\\\n reason')
+    decode.observe(ITL_S, ITL_S.buckets[0])
+    decode.observe(ITL_S, 1e9)
+    prefill.inc(REQUESTS_FINISHED, 123456789, reason="stop")
+    text = prometheus_text([({"replica": "d0"}, decode), ({"replica": "p0"}, prefill)])
+    samples = _samples(text)
+    assert text.count("# TYPE atom_requests_finished_total counter") == 1
+    name = "atom_requests_finished_total"
+    assert samples[name, (("reason", 'a "quoted"\\\n reason'), ("replica", "d0"))] == 2
+    assert samples[name, (("reason", "stop"), ("replica", "p0"))] == 123456789
+    first, last = f"{ITL_S.buckets[0]:g}", f"{ITL_S.buckets[-1]:g}"
+    assert samples[f"{ITL_S.name}_bucket", (("le", first), ("replica", "d0"))] == 1
+    assert samples[f"{ITL_S.name}_bucket", (("le", last), ("replica", "d0"))] == 1
+    assert samples[f"{ITL_S.name}_bucket", (("le", "+Inf"), ("replica", "d0"))] == 2
+    assert samples[f"{ITL_S.name}_count", (("replica", "d0"),)] == 2
+    assert samples[f"{ITL_S.name}_sum", (("replica", "d0"),)] == 1e9 + ITL_S.buckets[0]
+
+
+def test_a_recording_that_contradicts_the_table_is_refused() -> None:
+    metrics = MemoryMetrics()
+    with pytest.raises(ValueError, match="is a gauge, recorded as a counter"):
+        metrics.inc(REQUESTS_RUNNING)
+    with pytest.raises(ValueError, match=r"has the labels \['reason'\], recorded with \[\]"):
+        metrics.inc(REQUESTS_FINISHED)
+    with pytest.raises(ValueError, match="recorded with"):
+        metrics.inc(PREEMPTIONS, reason="stop")
+    with pytest.raises(ValueError, match="cannot go down"):
+        metrics.inc(PREEMPTIONS, -1)

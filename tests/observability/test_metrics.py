@@ -1,0 +1,38 @@
+"""The table itself: names follow the rules, every constant is in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from atom_cluster.observability import metrics
+from atom_cluster.observability.metrics import ALL_METRICS, Metric
+from atom_cluster.observability.metrics_page import metrics_page
+
+_SUFFIX_BY_UNIT = {"s": "_seconds", "bytes": "_bytes", "tokens": "_tokens", "blocks": "_blocks"}
+
+
+@pytest.mark.parametrize("metric", ALL_METRICS, ids=lambda metric: metric.name)
+def test_a_name_starts_with_the_prefix_and_ends_with_unit_and_kind(metric: Metric) -> None:
+    assert metric.name.startswith("atom_")
+    assert metric.name.endswith("_total") == (metric.kind == "counter")
+    base = metric.name.removesuffix("_total")
+    if metric.unit in _SUFFIX_BY_UNIT:
+        assert base.endswith(_SUFFIX_BY_UNIT[metric.unit])
+
+
+@pytest.mark.parametrize("metric", ALL_METRICS, ids=lambda metric: metric.name)
+def test_histograms_and_only_they_have_increasing_buckets(metric: Metric) -> None:
+    assert bool(metric.buckets) == (metric.kind == "histogram")
+    assert all(low < high for low, high in zip(metric.buckets, metric.buckets[1:]))
+
+
+def test_the_table_has_every_constant_once() -> None:
+    constants = {name for name, value in vars(metrics).items() if isinstance(value, Metric)}
+    assert len(constants) == len(ALL_METRICS) == len({metric.name for metric in ALL_METRICS})
+
+
+def test_the_documentation_page_is_current() -> None:
+    page = Path(__file__).parents[2] / "docs" / "metrics.md"
+    assert page.read_text(encoding="utf-8") == metrics_page()

@@ -1,0 +1,62 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from atom_cluster.runner.noise import exponential_noise, noise_key
+
+
+def token_ids(num_tokens: int) -> torch.Tensor:
+    return torch.arange(num_tokens, dtype=torch.int32)
+
+
+def test_noise_of_a_row_does_not_depend_on_the_other_rows() -> None:
+    keys = [noise_key(seed, position) for seed, position in [(1, 0), (2, 5), (3, 9)]]
+    together = exponential_noise(keys, token_ids(1000))
+    for key, row in zip(keys, together):
+        assert torch.equal(exponential_noise([key], token_ids(1000))[0], row)
+
+
+def test_noise_of_a_token_does_not_depend_on_the_other_tokens() -> None:
+    keys = [noise_key(1, 2), noise_key(3, 4)]
+    chosen = torch.tensor([[5, 900, 17], [3, 5, 0]], dtype=torch.int32)
+    everything = exponential_noise(keys, token_ids(1000))
+    assert torch.equal(exponential_noise(keys, chosen), everything.gather(-1, chosen.long()))
+
+
+def test_noise_equals_its_definition_in_plain_integers() -> None:
+    low, high = (key & 0xFFFFFFFF for key in noise_key(42, 7))
+    assert (low, high) == (0x89F83DF6, 0xFE2F1081)
+    found = exponential_noise([noise_key(42, 7)], token_ids(1000))[0].tolist()
+    for token_id, value in enumerate(found):
+        x = (token_id * 0x9E3779B1 + low) & 0xFFFFFFFF
+        x = ((x ^ x >> 16) * 0x85EBCA6B & 0xFFFFFFFF) ^ high
+        x = (x ^ x >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
+        uniform = ((x ^ x >> 16) & 0x7FFFFFFF) + 0.5
+        assert value == pytest.approx(-math.log1p(-uniform / 2**31), rel=1e-4)
+
+
+@given(st.integers(-(2**70), 2**70), st.integers(0, 2**31))
+def test_any_seed_and_position_give_valid_keys_and_positive_noise(seed: int, position: int) -> None:
+    noise = exponential_noise([noise_key(seed, position)], token_ids(64))
+    assert bool((noise > 0).all())
+
+
+def test_noise_is_exponentially_distributed_over_tokens_and_over_positions() -> None:
+    over_tokens = exponential_noise([noise_key(1, 0)], token_ids(200_000))[0]
+    over_positions = exponential_noise([noise_key(1, p) for p in range(200_000)], token_ids(1))[:, 0]
+    over_seeds = exponential_noise([noise_key(s, 3) for s in range(200_000)], token_ids(2))[:, 1]
+    for sample in (over_tokens, over_positions, over_seeds):
+        counts = torch.histc(1.0 - torch.exp(-sample), bins=100, min=0.0, max=1.0)
+        chi_square = float(((counts - 2000) ** 2 / 2000).sum())
+        assert abs(chi_square - 99) < 4 * math.sqrt(2 * 99)
+
+
+def test_noise_of_neighbouring_positions_is_uncorrelated_at_every_shift() -> None:
+    uniform = [1.0 - torch.exp(-exponential_noise([noise_key(5, p)], token_ids(20_000))[0]) - 0.5 for p in range(3)]
+    for a, b in [(0, 1), (1, 2), (0, 2)]:
+        for shift in range(-3, 4):
+            correlation = float((uniform[a] * uniform[b].roll(shift)).mean()) * 12
+            assert abs(correlation) < 5 / math.sqrt(20_000)

@@ -1,0 +1,81 @@
+"""A stream merges what is pending, notices gaps, and raises what the engine said."""
+
+from __future__ import annotations
+
+import pytest
+
+from atom_cluster.errors import InvalidRequest, Overloaded, RequestFailed, RequestTimeout
+from atom_cluster.messages.requests import RequestError, TokenDelta, TokenLogprobs
+from atom_cluster.serving.streams import DeltaStream, EngineLost, error_of
+from atom_cluster.units import Deadline
+
+
+def delta(first_index: int, *token_ids: int, finish: bool = False) -> TokenDelta:
+    return TokenDelta(
+        request_id="r", first_index=first_index, token_ids=token_ids, finish_reason="stop" if finish else None
+    )
+
+
+def soon() -> Deadline:
+    return Deadline.after(5.0)
+
+
+async def test_pending_deltas_are_read_as_one() -> None:
+    stream = DeltaStream("r", "engine")
+    stream.push(delta(0, 7))
+    assert (await stream.read(soon())).token_ids == (7,)
+    stream.push(delta(1, 8, 9))
+    stream.push(delta(3, 10, finish=True))
+    merged = await stream.read(soon())
+    assert (merged.first_index, merged.token_ids, merged.finish_reason) == (1, (8, 9, 10), "stop")
+
+
+async def test_logprobs_stay_with_their_tokens_when_merged() -> None:
+    stream = DeltaStream("r", "engine")
+    for index in range(3):
+        entry = (TokenLogprobs(-float(index)),)
+        stream.push(TokenDelta(request_id="r", first_index=index, token_ids=(index,), logprobs=entry))
+    assert (await stream.read(soon())).logprobs == tuple(TokenLogprobs(-float(index)) for index in range(3))
+
+
+@pytest.mark.parametrize("next_index", [0, 2])
+async def test_a_lost_or_doubled_delta_fails_the_request_after_what_was_good(next_index: int) -> None:
+    stream = DeltaStream("r", "engine")
+    stream.push(delta(0, 7))
+    stream.push(delta(next_index, 8))
+    assert (await stream.read(soon())).token_ids == (7,)
+    with pytest.raises(RequestFailed, match="lost"):
+        await stream.read(soon())
+
+
+async def test_an_error_comes_after_the_tokens_that_precede_it() -> None:
+    stream = DeltaStream("r", "engine")
+    stream.push(delta(0, 7))
+    error = RequestError(kind="RequestTimeout", message="too slow")
+    stream.push(TokenDelta(request_id="r", first_index=1, finish_reason="error", error=error))
+    first = await stream.read(soon())
+    assert (first.token_ids, first.finish_reason) == ((7,), None)
+    with pytest.raises(RequestTimeout, match="too slow"):
+        await stream.read(soon())
+
+
+async def test_a_read_ends_with_its_deadline() -> None:
+    with pytest.raises(RequestTimeout):
+        await DeltaStream("r", "engine").read(Deadline.after(0.01))
+
+
+async def test_the_first_failure_is_the_one_that_is_told() -> None:
+    stream = DeltaStream("r", "engine")
+    stream.fail(EngineLost("gone"))
+    stream.fail(RequestFailed("later"))
+    with pytest.raises(EngineLost):
+        await stream.read(soon())
+
+
+def test_errors_come_back_as_what_they_were() -> None:
+    invalid = error_of(RequestError(kind="InvalidRequest", message="no", param="prompt"))
+    assert isinstance(invalid, InvalidRequest) and invalid.param == "prompt"
+    full = error_of(RequestError(kind="Overloaded", message="full", retry_after_s=3.0))
+    assert isinstance(full, Overloaded) and full.retry_after_s == 3.0
+    for kind in ("NoSuchError", "annotations", "Exception"):
+        assert type(error_of(RequestError(kind=kind, message="?"))) is RequestFailed
