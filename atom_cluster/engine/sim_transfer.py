@@ -102,13 +102,13 @@ class SimulatedTransfers:
 
     def _drop(self, peer: str, now_s: float) -> None:
         self._peers.pop(peer, None)
-        for read in [read for read in self._reads if read.command.peer == peer]:
+        for read in [read for read in self._reads if read.command.peer == peer and read.ends_s > now_s]:
             self._reads.remove(read)
             self._reports.append(_failed(read.command, "the peer was dropped", now_s - read.issued_s))
 
     def _start(self, command: ReadBlocks, now_s: float) -> _Read:
         peer = self._peers.get(command.peer, _Peer(error="unknown peer"))
-        error = peer.error or _defect(command)
+        error = peer.error or _defect(command) or self._missing(command.local_block_ids)
         if error:
             return _Read(command, peer, now_s, now_s, error)
         begins_s = max(now_s, self._link_is_free_s)
@@ -121,6 +121,10 @@ class SimulatedTransfers:
         self._link_is_free_s = ends_s
         return _Read(command, peer, now_s, ends_s)
 
+    def _missing(self, block_ids: tuple[int, ...]) -> str:
+        missing = [block_id for block_id in block_ids if not 0 <= block_id < self._memory.num_blocks]
+        return f"there are no blocks {missing} here" if missing else ""
+
     def _num_bytes(self, command: ReadBlocks) -> int:
         return len(command.local_block_ids) * self._memory.block_size * _BYTES_PER_TOKEN
 
@@ -131,7 +135,7 @@ class SimulatedTransfers:
         tags = command.tags[0] if command.tags else (None,) * len(command.local_block_ids)
         contents = _fetch(command, read.peer, tags)
         if contents is None:
-            return _failed(command, "the peer is gone", seconds)
+            return _failed(command, "the peer, or a block that it named, is gone", seconds)
         for block_id, content in zip(command.local_block_ids, contents):
             self._memory.fill(block_id, content)
         return ReadFinished(
@@ -164,11 +168,13 @@ def _defect(command: ReadBlocks) -> str:
 
 
 def _fetch(command: ReadBlocks, peer: _Peer, tags: tuple[int | None, ...]) -> list[BlockContent] | None:
-    """What the peer's blocks contain now; None if it is gone."""
+    """What the peer's blocks contain now; None if it is gone or has no such blocks."""
     if peer.name is None:
         return [BlockContent(claim=Claim(tag, command.epoch)) for tag in tags]
     memory = _MEMORY_BY_NAME.get(peer.name)
-    return None if memory is None else [memory.content(block_id) for block_id in command.remote_block_ids]
+    if memory is None or not all(0 <= block_id < memory.num_blocks for block_id in command.remote_block_ids):
+        return None
+    return [memory.content(block_id) for block_id in command.remote_block_ids]
 
 
 def _has_tag(content: BlockContent, tag: int | None, epoch: int) -> bool:

@@ -74,7 +74,6 @@ class EngineHost:
             scheduler=settings.scheduler,
             transfer=settings.transfer,
             prefix_caching=settings.prefix_caching,
-            role=settings.role,
             peer=address,
             load_period_s=settings.load_period_s,
             metrics=self._metrics,

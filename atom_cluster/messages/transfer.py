@@ -172,7 +172,6 @@ class ReadFinished(Struct, frozen=True, kw_only=True, tag="read_finished"):
 KvReport = BlocksTagged | ReadFinished
 
 
-
 class RankReport(Struct, frozen=True, kw_only=True):
     """One rank's own answer to a command, on its way to rank 0, which combines those of all ranks.
 

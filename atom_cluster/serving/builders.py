@@ -10,6 +10,7 @@ import logging
 
 from ray import serve
 from ray.serve import Application
+from ray.serve.schema import LoggingConfig
 
 from atom_cluster.config.cluster import ClusterConfig
 from atom_cluster.config.facts import read_model_facts
@@ -44,6 +45,7 @@ def build_cluster(config: ClusterConfig) -> Application:
         num_replicas=1,
         max_ongoing_requests=_MAX_OPEN_HTTP_REQUESTS,
         health_check_period_s=serving.health_check_period_s,
+        logging_config=_logging(decided),
         ray_actor_options=_LIGHT,
     )
     ingress = serve.deployment(Ingress).options(
@@ -51,6 +53,7 @@ def build_cluster(config: ClusterConfig) -> Application:
         num_replicas=serving.ingress_replicas,
         max_ongoing_requests=_MAX_OPEN_HTTP_REQUESTS,
         graceful_shutdown_timeout_s=serving.drain_timeout_s,
+        logging_config=_logging(decided),
         ray_actor_options=_LIGHT,
     )
     router_node = router.bind(decided)
@@ -77,8 +80,14 @@ def _group(config: ClusterConfig, reasons: dict[str, str], role: str, group: Gro
         health_check_period_s=config.serving.health_check_period_s,
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=config.serving.drain_timeout_s + 30.0,
+        logging_config=_logging(config),
         ray_actor_options=_LIGHT,
         placement_group_bundles=bundles(group.parallel, device, group.resources_per_rank),
         placement_group_strategy=strategy(group.parallel, device),
         **options,
     )
+
+
+def _logging(config: ClusterConfig) -> LoggingConfig:
+    # Serve's access log would name every announcement, twice a second and member.
+    return LoggingConfig(log_level=config.observability.log_level, enable_access_log=False)

@@ -34,7 +34,7 @@ from atom_cluster.serving.secret import cluster_secret
 class Ingress:
     """One HTTP front end. Holds no state that a client would miss but its open connections."""
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: ClusterConfig, reasons: dict[str, str], router: DeploymentHandle, *groups: DeploymentHandle
     ) -> None:
         """`groups` are not called; naming them here is how Serve learns that the application contains them."""

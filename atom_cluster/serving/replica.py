@@ -30,7 +30,7 @@ _DRAIN_POLL_S = 0.1
 class EngineReplica:
     """Serve deployment class of all three roles. Serve restarts it when `check_health` raises."""
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: ClusterConfig, reasons: dict[str, str], role: Role, router: DeploymentHandle
     ) -> None:
         replica_id = serve.get_replica_context().replica_id.unique_id

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 class Router:
     """The router's Serve deployment: one replica, light, restarted by Serve when it dies."""
 
-    async def __init__(self, config: ClusterConfig) -> None:
+    async def __init__(self, config: ClusterConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         replica_id = serve.get_replica_context().replica_id.unique_id
         self._endpoint = Endpoint(
             key=ClusterKey.from_secret(cluster_secret()),
