@@ -44,9 +44,9 @@ class Row:
     """Share of outputs that are equal token for token."""
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Measure, print a table, and save it if asked to."""
-    args = parse_arguments()
+    args = parse_arguments(arguments)
     torch.set_num_threads(args.threads)
     model_dir = resolve_model_path(args.model)
     rows = []
@@ -71,7 +71,7 @@ def main() -> None:
         print(f"saved {save(rows, args)}")
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="directory, hub id or demo:NAME")
@@ -83,7 +83,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--ops-backend", choices=["auto", "torch", "cpu"], default="auto")
     parser.add_argument("--save", action="store_true", help=f"write JSON to {RESULTS_DIR}")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def our_generate(engine: LLMEngine, output_len: int) -> Generate:

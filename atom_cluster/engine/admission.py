@@ -24,14 +24,14 @@ def make_request(
     validate_sampling(sampling)
     if sampling.seed is None or sampling.n != 1:
         raise InvalidRequest("an engine needs an integer seed and n == 1", param="seed")
-    max_tokens = _check_lengths(message.token_ids, sampling.max_tokens, info)
     is_order = isinstance(message, PrefillOrder)
+    max_tokens = _check_lengths(message.token_ids, 1 if is_order else sampling.max_tokens, info)
     return Request(
         request_id=message.request_id,
         client=client,
         tokens=list(message.token_ids),
         num_prompt=len(message.token_ids),
-        sampling=msgspec.structs.replace(sampling, max_tokens=1 if is_order else max_tokens),
+        sampling=msgspec.structs.replace(sampling, max_tokens=max_tokens),
         eos=frozenset(message.eos_token_ids),
         priority=message.priority,
         arrived_s=now_s,

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import queue
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import msgspec
 
@@ -22,6 +21,7 @@ from atom_cluster.config.scheduler import SchedulerConfig
 from atom_cluster.config.transfer import KvTransferConfig
 from atom_cluster.engine.admission import make_request
 from atom_cluster.engine.decode_side import DecodeSide
+from atom_cluster.engine.inbox import Inbox, Item, Lost, SnapshotWanted
 from atom_cluster.engine.prefill_side import PrefillSide
 from atom_cluster.engine.protocols import EngineInput, Outbox, StepRunner
 from atom_cluster.engine.replies import Replies
@@ -63,23 +63,10 @@ from atom_cluster.observability.metrics import (
 
 _KV_POLL_S = 0.001
 """How often an otherwise idle engine looks for the end of KV reads and checksums."""
+_BLOCKED_WAIT_S = 0.01
+"""Longest sleep of an engine whose requests all wait for something."""
 _IDLE_WAIT_S = 0.1
 """Longest sleep of an idle engine; leases, deadlines and reports are looked at this often."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Lost:
-    """A peer is gone, whatever it was to us."""
-
-    peer_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class _SnapshotWanted:
-    """The router wants to know all of the cache."""
-
-
-_Item = tuple[str, "EngineInput | _Lost | _SnapshotWanted"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,21 +76,6 @@ class _InFlight:
     plan: StepPlan
     rows: list[ScheduledRow]
     num_prompt_tokens: int
-
-
-@dataclass(slots=True)
-class _Inbox:
-    items: queue.SimpleQueue[_Item] = field(default_factory=queue.SimpleQueue)
-
-    def drain(self, wait_s: float) -> list[_Item]:
-        """Everything that is there; waits for the first item if there is none."""
-        items: list[_Item] = []
-        try:
-            items.append(self.items.get(timeout=wait_s) if wait_s > 0 else self.items.get_nowait())
-            while True:
-                items.append(self.items.get_nowait())
-        except queue.Empty:
-            return items
 
 
 class EngineCore:
@@ -172,12 +144,13 @@ class EngineCore:
             metrics=metrics,
             clock=clock,
         )
-        self._inbox = _Inbox()
+        self._inbox = Inbox()
         self._requests: dict[str, Request] = {}
-        self._deadlines: list[tuple[float, str]] = []
+        self._deadlines: list[tuple[float, int, Request]] = []
         self._in_flight: deque[_InFlight] = deque()
         self._step_ids = itertools.count()
         self._orders = itertools.count()
+        self._is_busy = False
         self._is_stopping = False
         self._stats = self._take_stats()
 
@@ -185,7 +158,7 @@ class EngineCore:
 
     def put(self, source: str, message: EngineInput) -> None:
         """Queue a message from whoever is known by `source`."""
-        self._inbox.items.put((source, message))
+        self._inbox.put(source, message)
 
     def drop_client(self, client: str) -> None:
         """A client is gone: its requests end."""
@@ -193,16 +166,16 @@ class EngineCore:
 
     def drop_peer(self, peer_id: str) -> None:
         """A process is gone: the requests it sent end, the tickets it is part of end."""
-        self._inbox.items.put((peer_id, _Lost(peer_id)))
+        self._inbox.put(peer_id, Lost(peer_id))
 
     def request_snapshot(self) -> None:
         """Send the router all of the cache's hashes, and load and events from then on."""
-        self._inbox.items.put(("", _SnapshotWanted()))
+        self._inbox.put("", SnapshotWanted())
 
     def stats(self) -> EngineStatus:
         """The engine as of its last turn; messages that it has not seen yet count as waiting."""
         stats = self._stats
-        return msgspec.structs.replace(stats, num_waiting=stats.num_waiting + self._inbox.items.qsize())
+        return msgspec.structs.replace(stats, num_waiting=stats.num_waiting + len(self._inbox))
 
     def stop(self) -> None:
         """Make `run` return after its turn."""
@@ -217,16 +190,9 @@ class EngineCore:
 
     def step(self, *, wait_s: float = 0.0) -> bool:
         """One turn; whether there is anything left to do. Sleeps up to `wait_s` for a message if there is not."""
-        for source, message in self._inbox.drain(self._patience(wait_s)):
-            self._handle(source, message)
-        self._tick()
+        items = self._inbox.drain(self._patience(wait_s))
         try:
-            for report in self._runner.poll_kv():
-                self._handle_report(report)
-            self._decode.start_queued()
-            is_planned = self._plan()
-            if self._in_flight and (len(self._in_flight) >= self._depth or not is_planned):
-                self._collect()
+            self._is_busy = self._turn(items)
         except Exception as exc:
             self._fail_everything(RequestFailed(f"the engine failed: {exc}"))
             raise
@@ -235,13 +201,28 @@ class EngineCore:
         self._reporter.report(self._stats, self._scheduler.num_waiting_tokens)
         return self._has_work()
 
+    def _turn(self, items: list[Item]) -> bool:
+        """Take in, plan, collect; whether anything happened that the next turn may build upon."""
+        for source, message in items:
+            self._handle(source, message)
+        self._tick()
+        reports = self._runner.poll_kv()
+        for report in reports:
+            self._handle_report(report)
+        self._decode.start_queued()
+        is_planned = self._plan()
+        is_result_due = bool(self._in_flight) and (len(self._in_flight) >= self._depth or not is_planned)
+        if is_result_due:
+            self._collect()
+        return bool(items or reports or is_planned or is_result_due)
+
     def _patience(self, wait_s: float) -> float:
-        if self._in_flight or self._scheduler.num_running or self._kv_commands:
+        if self._in_flight or self._is_busy:
             return 0.0
         if self._decode.tickets.num_reads or any(ticket.tagging for ticket in self._prefill.tickets.all()):
             return min(wait_s, _KV_POLL_S)
         # What waits here waits for blocks, which come back with a message or a clock.
-        return min(wait_s, 0.01) if self._has_work() else wait_s
+        return min(wait_s, _BLOCKED_WAIT_S) if self._has_work() else wait_s
 
     def _has_work(self) -> bool:
         return bool(
@@ -270,9 +251,11 @@ class EngineCore:
         return True
 
     def _count_admissions(self, step: ScheduledStep) -> None:
-        for new_row, request in ((row, self._requests.get(row.request_id)) for row in step.new_rows):
-            # Once per request: not when it comes back after a preemption, nor from prefill, which counted it.
-            if request is not None and request.residence == 1 and len(new_row.token_ids) == request.num_prompt:
+        new_rows = {row.row for row in step.new_rows}
+        for request in (row.request for row in step.rows if row.request.row in new_rows):
+            # Once per request: not when it comes back after a preemption or with a first token from prefill, and not
+            # on prefill.
+            if request.ticket_id is None and request.residence == 1 and not request.num_output:
                 self._metrics.inc(PREFIX_CACHE_QUERIES, request.num_prompt)
                 self._metrics.inc(PREFIX_CACHE_HITS, request.num_cached or 0)
 
@@ -340,7 +323,6 @@ class EngineCore:
             logprobs=sampled.logprobs,
             num_cached_tokens=request.num_cached or 0,
         )
-        self._requests.pop(_key(request))
         self._prefill.on_first_token(request, delta)
         self._replies.note_end(request, reason or "length")
 
@@ -356,13 +338,13 @@ class EngineCore:
 
     def _retire(self, request: Request) -> None:
         """A request that this engine schedules has ended."""
-        del self._requests[_key(request)]
+        del self._requests[request.request_id]
         self._scheduler.remove(request)
         self._blocks.release(request.table)
 
     # --- messages
 
-    def _handle(self, source: str, message: EngineInput | _Lost | _SnapshotWanted) -> None:
+    def _handle(self, source: str, message: EngineInput | Lost | SnapshotWanted) -> None:
         if isinstance(message, EngineRequest):
             self._add_request(source, message)
         elif isinstance(message, CancelRequest):
@@ -379,9 +361,8 @@ class EngineCore:
             self._prefill.tickets.renew(message.ticket_ids, peer_id=source, now_s=self._clock())
         elif isinstance(message, TicketRelease):
             for ticket in self._prefill.tickets.release(message.ticket_ids, peer_id=source):
-                self._requests.pop(_key(ticket.request), None)
                 self._prefill.close(ticket)
-        elif isinstance(message, _Lost):
+        elif isinstance(message, Lost):
             self._drop(message.peer_id)
         else:
             self._reporter.send_snapshot()
@@ -398,10 +379,10 @@ class EngineCore:
         except AtomClusterError as exc:
             self._replies.refuse(client, message.request_id, exc)
             return
-        self._requests[_key(request)] = request
+        self._requests[request.request_id] = request
         self._metrics.inc(PROMPT_TOKENS, request.num_prompt)
         if message.deadline_s is not None:
-            heapq.heappush(self._deadlines, (request.arrived_s + message.deadline_s, _key(request)))
+            heapq.heappush(self._deadlines, (request.arrived_s + message.deadline_s, request.order, request))
         if message.prefill is not None and self._decode.wants(message.token_ids):
             self._decode.add(request, message.prefill)
         else:
@@ -424,7 +405,6 @@ class EngineCore:
         except AtomClusterError as exc:
             self._prefill.refuse(order, peer_id=peer_id, error=exc)
             return
-        self._requests[_key(request)] = request
         self._scheduler.add(request)
 
     # --- ends
@@ -438,18 +418,16 @@ class EngineCore:
     def _abort(self, request: Request) -> None:
         """End a request of a client, whatever it is doing."""
         if request.phase is Phase.REMOTE:
-            del self._requests[_key(request)]
+            del self._requests[request.request_id]
             self._decode.cancel(request)
         else:
             self._retire(request)
 
     def _drop(self, peer_id: str) -> None:
         for request in [request for request in self._requests.values() if request.client == peer_id]:
-            if request.ticket_id is None:
-                self._abort(request)
-                self._replies.note_end(request, "abort")
+            self._abort(request)
+            self._replies.note_end(request, "abort")
         for ticket in self._prefill.tickets.of_peer(peer_id):
-            self._requests.pop(_key(ticket.request), None)
             self._prefill.tickets.close(ticket)
             self._prefill.close(ticket)
         self._decode.drop_peer(peer_id)
@@ -457,12 +435,11 @@ class EngineCore:
 
     def _tick(self) -> None:
         now_s = self._clock()
-        for ticket in self._prefill.expire(now_s):
-            self._requests.pop(_key(ticket.request), None)
+        self._prefill.expire(now_s)
         self._decode.tick(now_s)
         while self._deadlines and self._deadlines[0][0] <= now_s:
-            request = self._requests.get(heapq.heappop(self._deadlines)[1])
-            if request is not None:
+            _, _, request = heapq.heappop(self._deadlines)
+            if self._requests.get(request.request_id) is request:
                 self._abort(request)
                 self._replies.error(request, RequestTimeout("the request did not finish within its deadline"))
 
@@ -470,9 +447,14 @@ class EngineCore:
         """The runner is unusable: tell everybody, so that nobody waits for an engine that will not answer."""
         for ticket in self._prefill.tickets.all():
             self._prefill.announce_failure(ticket, error)
+        self._decode.abandon()
         for request in self._requests.values():
-            if request.ticket_id is None:
-                self._replies.error(request, error)
+            self._replies.error(request, error)
+        for source, message in self._inbox.drain(0.0):
+            if isinstance(message, EngineRequest):
+                self._replies.refuse(source, message.request_id, error)
+            elif isinstance(message, PrefillOrder):
+                self._prefill.refuse(message, peer_id=source, error=error)
         self._replies.flush()
 
     def _take_stats(self) -> EngineStatus:
@@ -482,11 +464,6 @@ class EngineCore:
             num_tickets=len(self._prefill.tickets) + len(self._decode.tickets),
             blocks_by_state=self._blocks.pool.counts_by_name(),
         )
-
-
-def _key(request: Request) -> str:
-    """What the engine knows a request by: prompts computed for others have ids of their own."""
-    return request.request_id if request.ticket_id is None else f"ticket {request.ticket_id}"
 
 
 def _count_prompt_tokens(step: ScheduledStep) -> int:

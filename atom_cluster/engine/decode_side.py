@@ -6,7 +6,7 @@ the first bad block, with the first token kept if the client has it already.
 
 from __future__ import annotations
 
-from collections import deque
+import bisect
 from collections.abc import Callable, Sequence
 
 from atom_cluster.config.transfer import KvTransferConfig
@@ -76,7 +76,7 @@ class DecodeSide:
         self._emit_first = emit_first
         self._metrics = metrics
         self._clock = clock
-        self._queue: deque[tuple[Request, PeerAddress]] = deque()
+        self._queue: list[tuple[Request, PeerAddress]] = []
         self._peers: set[str] = set()
         self._renewed_s = clock()
         self.tickets: DecodeTickets[Request] = DecodeTickets(export.epoch)
@@ -95,17 +95,20 @@ class DecodeSide:
     def add(self, request: Request, address: PeerAddress) -> None:
         """Queue a request for prefill."""
         request.phase = Phase.REMOTE
-        self._queue.append((request, address))
+        bisect.insort(self._queue, (request, address), key=lambda entry: entry[0].rank)
 
     def start_queued(self) -> None:
         """Send what has room to prefill, in order."""
         while self._queue and self._start(*self._queue[0]):
-            self._queue.popleft()
+            self._queue.pop(0)
 
     def _start(self, request: Request, address: PeerAddress) -> bool:
         request.table = self._blocks.match(request.tokens, "arriving")
         num_held = len(request.table.block_ids)
-        if self._blocks.extend(request.table, request.num_prompt) is None:
+        # Who waits for blocks of this engine longer gets them first; else a stream of short prompts would starve it.
+        num_spare = self._blocks.pool.num_available - self._scheduler.num_blocks_wanted(request)
+        is_room = self._blocks.blocks_missing(request.table, request.num_prompt) <= num_spare
+        if not is_room or self._blocks.extend(request.table, request.num_prompt) is None:
             self._blocks.release(request.table)
             return False
         now_s = self._clock()
@@ -249,6 +252,8 @@ class DecodeSide:
         self.tickets.close(ticket)
         self._blocks.release(ticket.request.table)
         if ticket.wants_fallback:
+            if not ticket.request.num_output:
+                ticket.request.num_cached = None  # what counts is found when it is scheduled here
             self._scheduler.add(ticket.request)
 
     def _guarded(self, ticket: Ticket, action: Callable[[], None]) -> None:
@@ -260,10 +265,7 @@ class DecodeSide:
     def cancel(self, request: Request) -> None:
         """A request in `Phase.REMOTE` is over."""
         request.phase = Phase.DONE
-        for entry in self._queue:
-            if entry[0] is request:
-                self._queue.remove(entry)
-                return
+        self._queue = [entry for entry in self._queue if entry[0] is not request]
         for ticket in self.tickets.of_request(request):
             self._end(ticket, wants_fallback=False)
 
@@ -275,9 +277,14 @@ class DecodeSide:
             self._scheduler.add(entry[0])
         for ticket in self.tickets.of_peer(peer_id):
             self._fall_back(ticket, "peer_lost", peer_id)
-        for peer in [peer for peer in self._peers if peer.startswith(f"{peer_id}/")]:
+        for peer in [peer for peer in self._peers if peer.rpartition("/")[0] == peer_id]:
             self._peers.remove(peer)
             self._command(DropPeer(peer=peer))
+
+    def abandon(self) -> None:
+        """This engine is about to end: prefill need not wait for leases to run out."""
+        for address, ticket_ids in self.tickets.wanted().items():
+            self._outbox.send(address, TicketRelease(ticket_ids))
 
     def tick(self, now_s: float) -> None:
         """Give up on tickets that stall; renew the others every third of their lease."""
@@ -285,5 +292,5 @@ class DecodeSide:
             self._fall_back(ticket, "timeout", f"no progress for {ticket.timeout_s} s")
         if now_s - self._renewed_s >= self._config.lease_s / 3:
             self._renewed_s = now_s
-            for address, ticket_ids in self.tickets.renewals().items():
+            for address, ticket_ids in self.tickets.wanted().items():
                 self._outbox.send(address, TicketRenew(ticket_ids))

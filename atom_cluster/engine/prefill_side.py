@@ -105,14 +105,12 @@ class PrefillSide:
         """Tell decode that nothing more will come under a ticket."""
         self._outbox.send(ticket.peer_id, _failed(ticket.order.ticket_id, error))
 
-    def expire(self, now_s: float) -> list[Ticket]:
+    def expire(self, now_s: float) -> None:
         """End tickets that decode has not renewed."""
-        expired = self.tickets.expired(now_s)
-        for ticket in expired:
+        for ticket in self.tickets.expired(now_s):
             self.close(ticket)
             error = TransferError(f"the lease of {ticket.order.lease_s} s was not renewed")
             self.announce_failure(ticket, error)
-        return expired
 
     def _publish(self, ticket: Ticket, end: int) -> None:
         """Publish the prompt's blocks up to `end`; with checksums, as soon as those are known."""

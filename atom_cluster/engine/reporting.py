@@ -55,10 +55,10 @@ class CacheReporter:
             num_free_blocks=self._pool.num_available,
             num_blocks=self._pool.num_blocks,
         )
+        self._set_gauges(stats, num_waiting_tokens)
         if load != self._last_load:
             self._last_load = load
             self._outbox.send(ROUTER, load)
-            self._set_gauges(stats, num_waiting_tokens)
 
     def send_snapshot(self) -> None:
         """Everything that the cache holds, for a router that knows nothing yet."""

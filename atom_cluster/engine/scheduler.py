@@ -4,7 +4,8 @@ There is one rule and no phases: a step is a budget of tokens, given first to re
 order of priority and arrival, so that each request's computed tokens catch up with those that are known or being
 sampled. Chunked prompts, prefix hits, preempted requests and requests that arrive from prefill differ only in how many
 tokens are missing. When blocks run out, the request that goes last is preempted: it loses its blocks and is computed
-again later. Knows nothing of tensors, of clients or of other engines.
+again later. Prompts computed for other engines are not: their blocks are being read. They get all of them at once.
+Knows nothing of tensors, of clients or of other engines.
 """
 
 from __future__ import annotations
@@ -83,6 +84,11 @@ class Scheduler:
         """Prompt tokens still to be computed."""
         return sum(request.num_uncomputed for request in (*self._waiting, *self._running) if request.is_prefilling)
 
+    def num_blocks_wanted(self, before: Request) -> int:
+        """Blocks that waiting requests lack, as far as they are known, of those that go before this one."""
+        earlier = (request for request in self._waiting if request.rank < before.rank)
+        return sum(self._blocks.blocks_missing(request.table, len(request.tokens)) for request in earlier)
+
     def check_room(self, *, num_elsewhere: int = 0) -> None:
         """Raise `Overloaded` if no further request may wait, here or in queues that hold `num_elsewhere`."""
         num_waiting = len(self._waiting) + num_elsewhere
@@ -160,28 +166,28 @@ class Scheduler:
         """Preempt those that go last until the request's blocks fit. False when it had to be preempted itself."""
         missing = self._blocks.blocks_missing(request.table, num_tokens)
         while missing > self._blocks.pool.num_available:
-            victim = self._last_unscheduled()
-            if victim is None:
-                return False
+            victim = max(self._victims(), key=lambda victim: victim.rank)
             self._preempt(victim)
             if victim is request:
                 return False
         return True
 
-    def _last_unscheduled(self) -> Request | None:
+    def _victims(self) -> list[Request]:
+        """Who may lose blocks in this step: those without a part in it, and those that wait with blocks in hand."""
         scheduled = {id(row.request) for row in self._step.rows}
-        candidates = [request for request in self._running if id(request) not in scheduled]
-        return max(candidates, key=lambda request: request.rank, default=None)
+        running = [request for request in self._running if request.ticket_id is None and id(request) not in scheduled]
+        return running + [request for request in self._waiting if request.table.block_ids]
 
     def _preempt(self, request: Request) -> None:
-        self._running.remove(request)
-        self._free_row(request)
         # Plans in flight may still write to these blocks. But plans run in order, and reads from other engines begin
         # after the plans before them: whoever gets the blocks next writes later.
         self._blocks.release(request.table)
         request.num_computed = request.num_confirmed = 0
         self._metrics.inc(PREEMPTIONS)
-        self.add(request)
+        if request.phase is Phase.RUNNING:
+            self._running.remove(request)
+            self._free_row(request)
+            self.add(request)
 
     def _free_row(self, request: Request) -> None:
         if request.row is None:
@@ -206,13 +212,16 @@ class Scheduler:
     # --- admission
 
     def _admit(self) -> None:
+        is_blocked = False
         for request in list(self._waiting):
-            if not self._free_rows or not self._budget or self._is_held_back(request):
+            if not self._free_rows or not self._budget:
                 return
             if request.num_sampling or request.num_in_flight:
                 continue  # preempted a moment ago; what is in flight still belongs to its last stay
-            if not self._try_admit(request):
-                return  # in order: whoever comes later does not overtake
+            # In order, but for requests that came from prefill: their blocks come free when they have run.
+            if is_blocked and not request.table.block_ids:
+                continue
+            is_blocked |= self._is_held_back(request) or not self._try_admit(request)
 
     def _is_held_back(self, request: Request) -> bool:
         if not self._config.delay_factor or not self._running or request.num_computed:
@@ -229,16 +238,27 @@ class Scheduler:
         num_tokens = self._tokens_for(request)
         # Room for all that is known, so that two long prompts do not each wait for the other's blocks.
         missing = self._blocks.blocks_missing(request.table, len(request.tokens))
+        if not self._running:
+            self._take_back(missing, on_behalf_of=request)
         if not num_tokens or missing > self._blocks.pool.num_available:
             if is_matched:
                 self._blocks.release(request.table)
                 request.num_computed = request.num_confirmed = 0
             return False
-        if self._blocks.extend(request.table, request.num_computed + num_tokens) is None:
+        num_held = request.num_computed + num_tokens if request.ticket_id is None else request.num_prompt
+        if self._blocks.extend(request.table, num_held) is None:
             raise AssertionError("blocks vanished during admission")
         self._enter(request)
         self._place(request, num_tokens, ())
         return True
+
+    def _take_back(self, num_blocks: int, *, on_behalf_of: Request) -> None:
+        """While nobody runs, blocks of those that wait behind come free in no other way."""
+        for request in reversed(self._waiting):
+            if request is on_behalf_of or num_blocks <= self._blocks.pool.num_available:
+                return
+            if request.table.block_ids:
+                self._preempt(request)
 
     def _enter(self, request: Request) -> None:
         self._waiting.remove(request)

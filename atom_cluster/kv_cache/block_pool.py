@@ -106,6 +106,8 @@ class BlockPool:
 
     def share(self, block_id: int, holder: Holder) -> None:
         """One more holder of a block that is cached or held."""
+        if self._blocks[block_id].state() == "free":
+            raise AssertionError(f"block {block_id} is free; it can be acquired, not shared")
         self._idle_cached.pop(block_id, None)
         self._add(block_id, holder, 1)
 

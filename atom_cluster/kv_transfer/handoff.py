@@ -267,8 +267,8 @@ class DecodeTickets(Generic[R]):
         """The request's ticket, if it has one."""
         return [ticket for ticket in self._tickets.values() if ticket.request is request]
 
-    def renewals(self) -> dict[PeerAddress, tuple[str, ...]]:
-        """Tickets to renew, by where."""
+    def wanted(self) -> dict[PeerAddress, tuple[str, ...]]:
+        """Tickets that prefill is to keep, by where."""
         by_address: dict[PeerAddress, list[str]] = {}
         for ticket in self._tickets.values():
             # Of a draining one nothing will be used; prefill has been told so.

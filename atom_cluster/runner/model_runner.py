@@ -1,7 +1,9 @@
-"""Stops 10 and 12 of 14: ModelRunner executes step plans on one rank. Inputs: runner/inputs.py, math: models/.
+"""Stop 10 of 14: ModelRunner executes a step plan on one rank. Next: atom_cluster/models/llama/model.py.
 
-All ranks of a gang execute the same plans. Rank 0 samples and sends the token ids to the others, so each rank knows
-the tokens of every row and the next plan needs none. Knows rows and blocks; knows no requests, policies or sockets.
+Rows are brought up to date (runner/row_state.py), the plan becomes tensors (runner/inputs.py), the model computes
+logits, tokens are chosen from them (runner/sampler.py) and written to their rows. All ranks of a gang execute the same
+plans; rank 0 samples and sends the token ids to the others, so each rank knows the tokens of every row and the next
+plan needs none. Knows rows and blocks; knows no requests, policies or sockets.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Logits -> one token per row, and log probabilities when asked for. Pure functions: nothing is kept between steps.
+"""Stop 12 of 14: logits become one token per row. Next: atom_cluster/engine/core.py, and kv_transfer/handoff.py.
+
+Pure functions: nothing is kept between steps.
 
 Order, the same as vLLM's: log probabilities are taken from the raw logits; then end tokens are masked while
 `min_tokens` is not reached, penalties, temperature, min-p, top-k, top-p, draw. (Transformers differs in one point: its

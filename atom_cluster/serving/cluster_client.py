@@ -54,6 +54,7 @@ class ClusterClient:
         self._endpoint: Endpoint | None = None
         self._membership: Membership | None = None
         self._router: PeerAddress | None = None
+        self._router_since_s = 0.0
         self._engines: dict[str, MemberCard] = {}
         self._streams: dict[str, DeltaStream] = {}
         self._requests_by_peer: dict[str, set[str]] = {}
@@ -76,9 +77,15 @@ class ClusterClient:
     def update(self, membership: Membership) -> None:
         """Take the router's latest view. Engines that left it keep their requests until their connection ends."""
         endpoint = self._attached()
+        now_s = time.monotonic()
+        if self._membership is None or self._membership.router != membership.router:
+            self._router_since_s = now_s
         self._membership = membership
         self._router = membership.router
-        self._engines = {card.address.peer_id: card for card in membership.members if card.kind == "engine"}
+        engines = {card.address.peer_id: card for card in membership.members if card.kind == "engine"}
+        # A router that has just started has not heard from everybody yet; who is still connected here is still there.
+        is_new = now_s - self._router_since_s < self._config.serving.member_timeout_s
+        self._engines = {**self._engines, **engines} if is_new else engines
         endpoint.connect(membership.router)
         for card in self._engines.values():
             if card.role != "prefill":
@@ -155,7 +162,8 @@ class ClusterClient:
             excluded=tuple(excluded),
         )
         decision = await self._ask_router(query)
-        if decision is None:
+        if decision is None or decision.decode is None:
+            # Away, or too new to know anybody.
             decision = self._fallback.decide(query, self._engines.values())
             self._metrics.inc(ROUTER_DECISIONS, reason=decision.reason)
         if decision.decode is None:

@@ -21,4 +21,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster
         api={"max_body_bytes": 4 * 1024 * 1024},
     )
     with serve_run(config, directory) as running:
+        # Ready means that requests are answered, which decode can do alone.
+        running.wait_until(lambda: {replica["role"] for replica in running.replicas()} == {"prefill", "decode"})
         yield running

@@ -71,9 +71,7 @@ def test_completions_take_every_form_of_prompt(client: openai.OpenAI) -> None:
 
 def test_a_repeated_prompt_is_found_in_the_cache_and_answered_alike(client: openai.OpenAI) -> None:
     prompt = "Once upon a time there was a " + "very " * 60 + "old clock that"
-    answers = [
-        client.completions.create(model=MODEL, prompt=prompt, temperature=0, max_tokens=8) for _ in range(2)
-    ]
+    answers = [client.completions.create(model=MODEL, prompt=prompt, temperature=0, max_tokens=8) for _ in range(2)]
     assert answers[0].choices[0].text == answers[1].choices[0].text
     details = answers[1].usage.prompt_tokens_details  # type: ignore[union-attr]
     assert details is not None and (details.cached_tokens or 0) >= 48

@@ -12,7 +12,7 @@ from tests.tiny_models import random_tokens, tiny_model_dir
 
 MODELS = ("llama", "qwen3")
 
-GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+GREEDY = SamplingParams(temperature=0.0, seed=0, max_tokens=24, ignore_eos=True)
 SAMPLED = SamplingParams(temperature=1.0, top_p=0.95, seed=3, max_tokens=24)
 FREE = SamplingParams(temperature=1.3, seed=11, max_tokens=17, ignore_eos=True)
 PENALIZED = SamplingParams(

@@ -13,6 +13,7 @@ from atom_cluster.engine.local_runner import LocalRunner
 from atom_cluster.engine.protocols import EngineOutput
 from atom_cluster.messages.cluster import PeerAddress
 from atom_cluster.messages.requests import EngineRequest, TokenBatch
+from atom_cluster.models.registry import read_spec
 from atom_cluster.observability.memory import MemoryMetrics
 from atom_cluster.observability.metrics import KV_TRANSFER_BYTES, PREFIX_CACHE_HITS
 from atom_cluster.runner.build import build_model_runner
@@ -29,6 +30,7 @@ class Pair:
     """A prefill and a decode engine in this process, each with its own runner and KV memory."""
 
     def __init__(self, model: str, *, transport: str, num_decode_blocks: int = 128, max_num_batched_tokens: int = 1024):
+        self.model = model
         self.tokens: dict[str, list[int]] = {}
         self.finish_reasons: dict[str, str] = {}
         self.metrics = {name: MemoryMetrics() for name in ("prefill", "decode")}
@@ -59,7 +61,7 @@ class Pair:
                 peer=self.addresses[name],
             )
 
-    def generate(self, requests: list[Request], *, timeout_s: float = 60.0) -> list[list[int]]:
+    def generate(self, requests: list[Request], *, timeout_s: float = 20.0) -> list[list[int]]:
         """Output tokens, all requests sent to decode at once."""
         for number, (prompt, sampling) in enumerate(requests):
             message = EngineRequest(
@@ -128,9 +130,8 @@ def pairs() -> Iterator[list[Pair]]:
 def assert_kv_came_from_prefill(pair: Pair, requests: list[Request]) -> None:
     """Every prompt's blocks were transferred, and nothing is held afterwards."""
     num_blocks = sum(-(-len(prompt) // BLOCK_SIZE) for prompt, _ in requests)
-    bytes_per_block = BLOCK_SIZE * sum(
-        layer.key[0, 0].numel() * 2 * 8 for layer in pair.runners[0]._steps._runner._inputs._kv
-    )
+    spec = read_spec(tiny_model_dir(pair.model))
+    bytes_per_block = BLOCK_SIZE * spec.num_layers * spec.num_kv_heads * 2 * spec.head_dim * 8
     assert pair.metrics["decode"].value(KV_TRANSFER_BYTES) == num_blocks * bytes_per_block
     for core in pair.cores.values():
         held = {state: count for state, count in core.stats().blocks_by_state.items() if count}

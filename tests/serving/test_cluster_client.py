@@ -85,6 +85,12 @@ def refuse(peer: Peer, source: str, message: Message) -> None:
         peer.endpoint.send(source, TokenBatch((delta,)))
 
 
+def refuse_to_place(peer: Peer, source: str, message: Message) -> None:
+    """A router that has just started."""
+    if isinstance(message, RouteQuery):
+        peer.endpoint.send(source, RouteDecision(query_id=message.query_id, decode=None, reason="no_engine"))
+
+
 def ignore(peer: Peer, source: str, message: Message) -> None:
     """Take everything, say nothing."""
 
@@ -169,6 +175,15 @@ async def test_requests_go_where_the_router_says(cluster: Cluster) -> None:
 async def test_a_silent_router_is_not_waited_for(cluster: Cluster) -> None:
     await cluster.add("only", count_up)
     assert await cluster.generate() == [0, 1, 2, 3, 4]
+
+
+async def test_a_new_router_that_knows_nobody_yet_does_not_make_the_ingress_forget(cluster: Cluster) -> None:
+    await cluster.add("only", count_up)
+    newer = Peer("newer router", refuse_to_place)
+    await newer.endpoint.start()
+    cluster.client.update(Membership(router=newer.endpoint.address, members=()))
+    assert await cluster.generate() == [0, 1, 2, 3, 4]
+    await newer.endpoint.close()
 
 
 async def test_without_any_engine_the_request_is_refused(cluster: Cluster) -> None:
