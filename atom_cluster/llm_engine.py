@@ -241,12 +241,13 @@ class LLMEngine:
         """The engine requests of one prompt, one per output, each with its stop strings; all values decided."""
         validate_sampling(sampling)
         token_ids = self.encode(prompt)
-        room = self.info.max_model_len - len(token_ids)
+        # A request that could never fit the KV cache is refused now, like one that exceeds the context.
+        context = min(self.info.max_model_len, self.info.num_blocks * self.info.block_size)
+        room = context - len(token_ids)
         max_tokens = room if sampling.max_tokens is None else sampling.max_tokens
         if room < 1 or max_tokens > room:
             raise ContextLengthExceeded(
-                f"{len(token_ids)} prompt tokens and {max(max_tokens, 1)} output tokens exceed the context of "
-                f"{self.info.max_model_len}",
+                f"{len(token_ids)} prompt and {max(max_tokens, 1)} output tokens exceed a context of {context}",
                 param="prompt" if room < 1 else "max_tokens",
             )
         if sampling.stop_strings and self._tokenizer is None:

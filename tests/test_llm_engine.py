@@ -177,6 +177,24 @@ def test_what_exceeds_the_context_is_refused(engine: LLMEngine, num_prompt: int,
         engine.generate([random_tokens(num_prompt)], SamplingParams(max_tokens=max_tokens))
 
 
+def test_the_context_is_what_the_kv_cache_can_hold() -> None:
+    with LLMEngine(tiny_model_dir("llama"), device="cpu", num_blocks=3, block_size=8, num_threads=1) as engine:
+        with pytest.raises(ContextLengthExceeded, match="context of 24"):
+            engine.generate([random_tokens(14)], SamplingParams(max_tokens=11))
+        (output,) = engine.generate([random_tokens(14)], SamplingParams(max_tokens=None, ignore_eos=True))
+        assert output["num_tokens_output"] == 10
+
+
+def test_a_step_that_fails_is_raised_and_open_requests_end(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, tokens: object) -> None:
+        raise MemoryError("no memory for logits")
+
+    with LLMEngine(model_dir, device="cpu", num_blocks=16, num_threads=1) as engine:
+        monkeypatch.setattr("atom_cluster.runner.model_runner.sample", fail)
+        with pytest.raises(MemoryError, match="no memory for logits"):
+            engine.generate("Hello", GREEDY)
+
+
 def test_what_exactly_fills_the_context_is_served(engine: LLMEngine) -> None:
     params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
     (output,) = engine.generate([random_tokens(120)], params)

@@ -133,7 +133,7 @@ class EngineHost:
     def _run_engine(self) -> None:
         try:
             self._core.run()
-        except Exception as exc:  # noqa: BLE001  Supervisor: reported by `failure`, upon which the gang is replaced.
+        except Exception as exc:
             logger.exception("the engine stopped")
             self._failure = f"{type(exc).__name__}: {exc}"
 

@@ -46,12 +46,12 @@ class ReadCompletion:
 
 
 class KvTransport(Protocol):
-    """Copies blocks out of other ranks' KV memory. All methods are called from one thread and none of them blocks long."""
+    """Copies blocks out of other ranks' KV memory. Called from one thread; no method blocks long."""
 
     name: str
 
     def export(self, regions: tuple[KvRegion, ...]) -> bytes:
-        """Make these regions readable by peers; called once. Returns a descriptor that `connect` on the other side takes.
+        """Make these regions readable by peers; called once. Returns what a peer's `connect` takes.
 
         Raises `TransferError` when the memory cannot be exported this way (for instance GPU memory through shm).
         """
@@ -68,7 +68,7 @@ class KvTransport(Protocol):
         ...
 
     def poll(self) -> list[ReadCompletion]:
-        """Reads that ended since the last call; a read past its deadline ends with an error, and writes nothing after."""
+        """Reads that ended since the last call; one past its deadline ends with an error, and writes nothing after."""
         ...
 
     def disconnect(self, peer: str) -> None:

@@ -115,7 +115,7 @@ class TokenDelta(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     request_id: str
     first_index: int
-    """Index of `token_ids[0]` among the request's output tokens. A receiver that expects another one has lost a delta."""
+    """Index of `token_ids[0]` among the request's output tokens. Whoever expects another one has lost a delta."""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] | None = None
     """One per token id, when asked for."""

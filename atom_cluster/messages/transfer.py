@@ -17,7 +17,6 @@ released expires on prefill's own monotonic clock after `lease_s`.
 
 from __future__ import annotations
 
-
 from msgspec import Struct
 
 from atom_cluster.messages.requests import SamplingParams, TokenDelta

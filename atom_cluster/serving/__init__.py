@@ -1,1 +1,1 @@
-"""The cluster's processes as Ray Serve deployments: ingress, router and replicas. Thin: policy and engines live below."""
+"""The cluster's processes as Ray Serve deployments: ingress, router, replicas. Thin: policy is elsewhere."""

@@ -1,0 +1,216 @@
+"""Three engines that prefill for each other while everything goes wrong that can: the world of the random tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import msgspec
+from hypothesis import strategies as st
+
+from atom_cluster.config.scheduler import SchedulerConfig
+from atom_cluster.engine.protocols import EngineOutput
+from atom_cluster.engine.sim_runner import SimulatedRunner
+from atom_cluster.messages.requests import CancelRequest
+from atom_cluster.messages.transfer import (
+    KvPublication,
+    PrefillAccepted,
+    PrefillFailed,
+    PrefillOrder,
+    TicketRelease,
+    TicketRenew,
+)
+from tests.factories import (
+    TRANSFER,
+    assert_clean,
+    expected_tokens,
+    make_engine,
+    make_message,
+    make_prompt,
+    make_runner,
+    pool_of,
+)
+from tests.fakes import Network, VirtualClock
+
+NAMES = ("a", "b", "c")
+MESSAGES = (PrefillOrder, PrefillAccepted, KvPublication, PrefillFailed, TicketRelease, TicketRenew)
+DAMAGE = 0x5A5A
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """Of all three engines."""
+
+    num_blocks: int
+    num_rows: int
+    budget: int
+    is_async: bool
+    kv_bytes_per_s: float
+    chunk: int
+
+
+SIZES = st.builds(
+    Sizes,
+    num_blocks=st.sampled_from((12, 16, 40)),
+    num_rows=st.sampled_from((1, 3, 8)),
+    budget=st.sampled_from((6, 16, 64)),
+    is_async=st.booleans(),
+    kv_bytes_per_s=st.sampled_from((1e7, 1e8, 1e11)),
+    chunk=st.sampled_from((0, 0, 5)),
+)
+
+_who = st.sampled_from(NAMES)
+_send = st.tuples(
+    st.just("send"),
+    _who,
+    st.sampled_from((None, *NAMES)),  # who prefills
+    st.integers(0, 2),  # prompts of one family share a prefix
+    st.integers(1, 30),
+    st.integers(1, 12),
+    st.integers(0, 1),  # priority
+)
+ACTION = st.one_of(
+    _send,
+    _send,
+    st.tuples(st.just("step"), _who),
+    st.tuples(st.just("step"), _who),
+    st.tuples(st.just("deliver"), st.integers(1, 4)),
+    st.tuples(st.just("deliver"), st.integers(1, 4)),
+    st.tuples(st.just("turns"), st.integers(1, 5)),
+    st.tuples(st.just("cancel"), st.integers(0, 60)),
+    st.tuples(st.just("lapse"), st.sampled_from((0.01, 0.3, 1.1, 2.1))),
+    st.tuples(st.just("lose"), st.sampled_from(MESSAGES)),
+    st.tuples(st.just("damage"), st.integers(0, 7)),
+    st.tuples(st.just("disconnect"), _who, _who),
+    st.tuples(st.just("restart"), _who, st.booleans()),
+)
+Action = tuple[str, ...]
+
+
+@dataclass
+class _Sent:
+    engine: str
+    prompt: tuple[int, ...]
+    max_tokens: int
+    is_cancelled: bool = False
+
+
+@dataclass
+class Storm:
+    """Carries out actions. `check` lets the storm pass and looks at what is left."""
+
+    sizes: Sizes
+    seed: int = 0
+    network: Network = field(init=False)
+    runners: dict[str, SimulatedRunner] = field(default_factory=dict)
+    sent: dict[str, _Sent] = field(default_factory=dict)
+    num_epochs: int = 0
+    to_lose: list[type[EngineOutput]] = field(default_factory=list)
+    to_damage: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.network = Network(VirtualClock(), self.seed)
+        self.network.alter = self._alter
+        self.network.after_step = self._check_integrity
+        for name in NAMES:
+            self._start(name)
+
+    def act(self, action: str, *values: object) -> None:
+        getattr(self, f"_do_{action}")(*values)
+
+    def _start(self, name: str) -> None:
+        sizes = self.sizes
+        self.num_epochs += 1
+        runner = make_runner(
+            self.network.clock,
+            num_blocks=sizes.num_blocks,
+            num_rows=sizes.num_rows,
+            kv_bytes_per_s=sizes.kv_bytes_per_s,
+        )
+        scheduler = SchedulerConfig(
+            max_num_batched_tokens=sizes.budget, async_scheduling=sizes.is_async, long_prefill_tokens=sizes.chunk
+        )
+        self.runners[name] = runner
+        make_engine(self.network, name, runner=runner, scheduler=scheduler, transfer=TRANSFER, epoch=self.num_epochs)
+
+    def _alter(self, source: str, target: str, message: EngineOutput) -> EngineOutput | None:
+        if type(message) in self.to_lose:
+            self.to_lose.remove(type(message))
+            return None
+        if isinstance(message, KvPublication) and message.block_ids and self.to_damage:
+            index = self.to_damage.pop() % len(message.block_ids)
+            tags = list(message.tags[0])
+            tags[index] ^= DAMAGE
+            return msgspec.structs.replace(message, tags=(tuple(tags),))
+        return message
+
+    def _check_integrity(self) -> None:
+        for engine in self.network.engines.values():
+            pool_of(engine).check_integrity()
+
+    # --- actions
+
+    def _do_send(
+        self, name: str, prefill: str | None, family: int, num_tokens: int, max_tokens: int, priority: int
+    ) -> None:
+        request_id = f"r{len(self.sent)}"
+        prompt = (*make_prompt(num_tokens, seed=family), len(self.sent) % 3)
+        self.sent[request_id] = _Sent(name, prompt, max_tokens)
+        address = None if prefill is None or prefill == name else self.network.addresses[prefill]
+        message = make_message(request_id, prompt, max_tokens, prefill=address, priority=priority)
+        self.network.engines[name].put("client", message)
+
+    def _do_step(self, name: str) -> None:
+        self.network.step(name)
+
+    def _do_deliver(self, num_messages: int) -> None:
+        self.network.deliver(num_messages)
+
+    def _do_turns(self, num_turns: int) -> None:
+        for _ in range(num_turns):
+            self.network.turn()
+
+    def _do_cancel(self, number: int) -> None:
+        sent = self.sent.get(f"r{number}")
+        if sent is not None:
+            sent.is_cancelled = True
+            self.network.engines[sent.engine].put("client", CancelRequest(f"r{number}"))
+
+    def _do_lapse(self, seconds: float) -> None:
+        self.network.clock.sleep(seconds)
+
+    def _do_lose(self, kind: type[EngineOutput]) -> None:
+        self.to_lose.append(kind)
+
+    def _do_damage(self, index: int) -> None:
+        self.to_damage.append(index)
+
+    def _do_disconnect(self, name: str, other: str) -> None:
+        if name != other:
+            self.network.disconnect(name, other)
+
+    def _do_restart(self, name: str, is_noticed: bool) -> None:
+        """Its requests are gone with it, which is for the ingress to deal with."""
+        self.network.remove(name)
+        self.runners[name].close()
+        self._start(name)
+        for request_id in [request_id for request_id, sent in self.sent.items() if sent.engine == name]:
+            self.sent[request_id].engine = ""
+        for other in self.network.engines:
+            if is_noticed and other != name:
+                self.network.engines[other].drop_peer(name)
+
+    # --- the end
+
+    def check(self) -> None:
+        self.to_lose.clear()
+        self.network.settle()
+        for request_id, sent in self.sent.items():
+            answer = self.network.answers.get(request_id)
+            expected = expected_tokens(sent.prompt, sent.max_tokens)
+            tokens = [] if answer is None else answer.tokens
+            assert tokens == expected[: len(tokens)], f"{request_id} went wrong"
+            if sent.engine and not sent.is_cancelled:
+                assert answer is not None and answer.reason == "length", f"{request_id} was lost: {answer}"
+                assert len(tokens) == sent.max_tokens
+        for engine in self.network.engines.values():
+            assert_clean(engine)
