@@ -50,7 +50,7 @@ _UNBOUNDED = 2**31 - 1
 
 
 class LLMEngine:
-    """Generates text for batches of prompts. Owns the model and its memory until `close`. Not thread-safe."""
+    """Generates text for batches of prompts. Owns the model and its memory. Not thread-safe."""
 
     def __init__(
         self,
@@ -223,7 +223,7 @@ class LLMEngine:
         return not self._open
 
     def close(self) -> None:
-        """Drop open requests and free model and memory; idempotent."""
+        """Drop open requests and stop the runner; idempotent. Model and KV memory go with this object."""
         self._open.clear()
         self._runner.close()
 
