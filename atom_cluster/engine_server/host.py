@@ -14,6 +14,7 @@ import random
 import socket
 import threading
 from collections.abc import Coroutine
+from contextlib import ExitStack
 from typing import Any, TypeVar, get_args
 
 from atom_cluster.engine.core import EngineCore
@@ -24,7 +25,7 @@ from atom_cluster.errors import NotReady
 from atom_cluster.link.auth import ClusterKey
 from atom_cluster.link.codec import Message
 from atom_cluster.link.endpoint import Endpoint
-from atom_cluster.messages.cluster import EngineStatus, MemberCard, SnapshotRequest
+from atom_cluster.messages.cluster import EngineStatus, MemberCard, PeerAddress, SnapshotRequest
 from atom_cluster.messages.requests import EngineRequest, RequestError, TokenBatch, TokenDelta
 from atom_cluster.messages.transfer import PrefillFailed, PrefillOrder
 from atom_cluster.observability.metrics import MetricSink
@@ -48,37 +49,22 @@ class EngineHost:
         self._subscribers: set[str] = set()
         self._failure: str | None = None
         self._is_draining = False
-        self._is_closed = False
         self._loop = asyncio.new_event_loop()
         self._loop_thread = threading.Thread(target=self._loop.run_forever, name="engine-endpoint", daemon=True)
         self._engine_thread = threading.Thread(target=self._run_engine, name="engine", daemon=True)
+        # In reverse order of what was begun, so that `close` also cleans up after a start that failed half-way.
+        self._closers = ExitStack()
+        self._closers.callback(runner.close)
+        self._closers.callback(self._loop.close)
 
     def start(self) -> MemberCard:
         """Listen and begin to serve; what to announce about this engine."""
         settings, info = self._settings, self._runner.info
         self._loop_thread.start()
-        self._endpoint = Endpoint(
-            key=ClusterKey.from_secret(settings.secret),
-            peer_id=settings.peer_id,
-            host=settings.host,
-            epoch=self._epoch,
-            on_message=self._receive,
-            on_lost=self._lose,
-            ping_period_s=settings.ping_period_s,
-            peer_timeout_s=settings.client_timeout_s,
-        )
-        address = self._on_loop(self._endpoint.start())
-        self._core = EngineCore(
-            runner=self._runner,
-            outbox=LinkOutbox(self._loop, self._deliver),
-            scheduler=settings.scheduler,
-            transfer=settings.transfer,
-            prefix_caching=settings.prefix_caching,
-            peer=address,
-            load_period_s=settings.load_period_s,
-            metrics=self._metrics,
-        )
+        self._closers.callback(self._stop_loop)
+        address = self._on_loop(self._listen())
         self._engine_thread.start()
+        self._closers.callback(self._stop_engine)
         return MemberCard(
             address=address,
             kind="engine",
@@ -91,6 +77,33 @@ class EngineHost:
             pid=os.getpid(),
             choices={**settings.choices, **info.choices},
         )
+
+    async def _listen(self) -> PeerAddress:
+        """Open the endpoint and make the engine behind it, in one turn of the loop: no message comes in between."""
+        settings = self._settings
+        self._endpoint = Endpoint(
+            key=ClusterKey.from_secret(settings.secret),
+            peer_id=settings.peer_id,
+            host=settings.host,
+            epoch=self._epoch,
+            on_message=self._receive,
+            on_lost=self._lose,
+            ping_period_s=settings.ping_period_s,
+            peer_timeout_s=settings.client_timeout_s,
+        )
+        address = await self._endpoint.start()
+        self._closers.callback(lambda: self._on_loop(self._endpoint.close()))
+        self._core = EngineCore(
+            runner=self._runner,
+            outbox=LinkOutbox(self._loop, self._deliver),
+            scheduler=settings.scheduler,
+            transfer=settings.transfer,
+            prefix_caching=settings.prefix_caching,
+            peer=address,
+            load_period_s=settings.load_period_s,
+            metrics=self._metrics,
+        )
+        return address
 
     def status(self) -> EngineStatus:
         """The engine now."""
@@ -117,16 +130,16 @@ class EngineHost:
 
     def close(self) -> None:
         """Stop the engine, close its runner and its sockets. Idempotent."""
-        if self._is_closed:
-            return
-        self._is_closed = True
+        self._closers.close()
+
+    def _stop_engine(self) -> None:
         self._core.stop()
         self._engine_thread.join(timeout=_START_TIMEOUT_S)
-        self._runner.close()
-        self._on_loop(self._endpoint.close())
+
+    def _stop_loop(self) -> None:
+        self._on_loop(self._loop.shutdown_default_executor())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._loop_thread.join(timeout=_START_TIMEOUT_S)
-        self._loop.close()
 
     # --- engine's thread
 
@@ -143,12 +156,18 @@ class EngineHost:
         if isinstance(message, SnapshotRequest):
             self._subscribers.add(source)
             self._core.request_snapshot()
-        elif self._is_draining and isinstance(message, (EngineRequest, PrefillOrder)):
-            self._endpoint.send(source, _refusal(message))
+        elif isinstance(message, (EngineRequest, PrefillOrder)) and (reason := self._reason_to_refuse()) is not None:
+            self._endpoint.send(source, _refusal(message, reason))
         elif isinstance(message, _INPUTS):
             self._core.put(source, message)
         else:
             logger.warning("dropped a %s from %s", type(message).__name__, source)
+
+    def _reason_to_refuse(self) -> str | None:
+        # A failed engine reads no message any more, and it takes a while until its gang has been replaced.
+        if self._failure is not None:
+            return f"the engine failed: {self._failure}"
+        return "the replica is draining" if self._is_draining else None
 
     def _lose(self, peer_id: str) -> None:
         self._subscribers.discard(peer_id)
@@ -166,8 +185,7 @@ class EngineHost:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(_START_TIMEOUT_S)
 
 
-def _refusal(message: EngineRequest | PrefillOrder) -> TokenBatch | PrefillFailed:
-    text = "the replica is draining"
+def _refusal(message: EngineRequest | PrefillOrder, text: str) -> TokenBatch | PrefillFailed:
     if isinstance(message, PrefillOrder):
         return PrefillFailed(ticket_id=message.ticket_id, kind=NotReady.__name__, message=text)
     error = RequestError(kind=NotReady.__name__, message=text, retry_after_s=1.0)

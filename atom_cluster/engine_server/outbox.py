@@ -27,19 +27,27 @@ class LinkOutbox:
 
     def send(self, destination: Destination, message: EngineOutput) -> None:
         """Queue a message. Called from the engine's thread."""
-        # A deque's append and the emptiness check are atomic; the loop's side empties the queue before it returns, so
-        # a message that finds it non-empty is covered by the wake-up under way.
-        is_first = not self._queue
+        # Append, then look: if something else is still there, the flush under way has yet to remove it and sees this
+        # message afterwards. The other way round it might remove the last one in between, and nobody would wake it.
         self._queue.append((destination, message))
-        if is_first and not self._loop.is_closed():
+        if len(self._queue) == 1 and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._flush)
 
     def _flush(self) -> None:
-        while self._queue:
-            # Look, deliver, then remove: `send` must not see an empty queue while this loop is about to stop.
-            destination, message = self._queue[0]
-            try:
-                self._deliver(destination, message)
-            except ProtocolError as exc:
-                logger.error("a message to %s cannot be sent: %s", destination, exc)
+        try:
+            while self._queue:
+                self._deliver_first()
+        finally:
+            if self._queue:
+                # An error nobody foresaw, which the loop reports, must not hold up what is behind it.
+                self._loop.call_soon(self._flush)
+
+    def _deliver_first(self) -> None:
+        # Look, deliver, then remove: until it is removed, `send` need not wake this loop.
+        destination, message = self._queue[0]
+        try:
+            self._deliver(destination, message)
+        except ProtocolError as exc:
+            logger.error("a message to %s cannot be sent: %s", destination, exc)
+        finally:
             self._queue.popleft()

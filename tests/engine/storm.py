@@ -171,7 +171,7 @@ class Storm:
 
     def _do_cancel(self, number: int) -> None:
         sent = self.sent.get(f"r{number}")
-        if sent is not None:
+        if sent is not None and sent.engine:
             sent.is_cancelled = True
             self.network.engines[sent.engine].put("client", CancelRequest(f"r{number}"))
 
