@@ -205,6 +205,9 @@ class EngineCore:
         """Take in, plan, collect; whether anything happened that the next turn may build upon."""
         for source, message in items:
             self._handle(source, message)
+        if items:
+            # Who asks while the step below runs must not find an engine without the requests it has just taken in.
+            self._stats = self._take_stats()
         self._tick()
         reports = self._runner.poll_kv()
         for report in reports:

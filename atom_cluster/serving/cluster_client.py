@@ -61,7 +61,9 @@ class ClusterClient:
         self._queries: dict[int, asyncio.Future[RouteDecision]] = {}
         self._num_queries = 0
         self._fallback = FallbackPlacer(Random())
-        self._readiness = ReadinessProbe(self, num_vocab_tokens=model.vocab_size)
+        self._readiness = ReadinessProbe(
+            self, num_vocab_tokens=model.vocab_size, max_model_len=model.max_model_len
+        )
 
     # --- membership and messages, called by the ingress deployment
 

@@ -75,7 +75,7 @@ def merge_pages(pages: Iterable[str]) -> str:
     for page in pages:
         family, header = "", list[str]()
         for line in page.splitlines():
-            if line.startswith("# "):
+            if line.startswith(("# HELP ", "# TYPE ")):
                 name = _bare(line.split(" ", 3)[2])
                 if name != family:
                     family, header = name, []

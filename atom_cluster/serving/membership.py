@@ -22,7 +22,7 @@ _ANSWER_TIMEOUT_S = 2.0
 
 
 class Announcer:
-    """Announces a member periodically. `start` inside a running event loop; `stop` is idempotent."""
+    """Announces a member periodically. `start` inside a running event loop; both it and `stop` are idempotent."""
 
     def __init__(
         self,
@@ -40,7 +40,9 @@ class Announcer:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Announce now and from now on."""
+        """Announce now and from now on, unless that is what it does already."""
+        if self._task is not None:
+            return
         self._task = asyncio.get_running_loop().create_task(self._announce_forever())
 
     async def announce_now(self) -> Membership | None:

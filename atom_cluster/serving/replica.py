@@ -52,6 +52,9 @@ class EngineReplica:
             # The router must not wait for Serve's verdict, which takes several failed checks.
             await self._announcer.withdraw()
             raise
+        if not self._is_draining:
+            # Serve forgives a single failed check, so a gang that was only slow to answer must be found again.
+            self._announcer.start()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Load for Serve's autoscaler: requests that this engine runs or has waiting."""
