@@ -81,8 +81,8 @@ def test_blocks_are_published_while_the_rest_of_the_prompt_is_computed() -> None
     assert split.prefill.stats().num_running == 1
     split.network.settle()
     published = [message for message in split.network.messages(KvPublication) if isinstance(message, KvPublication)]
-    assert [message.first_block for message in published] == list(range(0, 20, 2))
-    assert [message.first_token is None for message in published] == [True] * 9 + [False]
+    assert [message.first_block for message in published] == [*range(0, 20, 2), 19]
+    assert [message.first_token is None for message in published] == [True] * 10 + [False]
 
 
 def test_only_the_blocks_that_decode_lacks_are_published() -> None:
@@ -205,19 +205,20 @@ def test_every_connection_is_prepared_before_the_first_read_and_only_once() -> N
 # --- blocks that prefill has published stay what they are
 
 
-def test_prompts_computed_for_others_keep_their_blocks_when_blocks_run_out() -> None:
+@pytest.mark.parametrize(("num_blocks", "num_tokens"), [(14, 26), (18, 38)])
+def test_prompts_computed_for_others_keep_their_blocks_when_blocks_run_out(num_blocks: int, num_tokens: int) -> None:
     metrics = MemoryMetrics()
-    split = make_split(kv_bytes_per_s=SLOW, transfer=TRANSFER.model_copy(update={"verify_blocks": False}))
-    runner = make_runner(split.network.clock, num_blocks=14)
+    split = make_split(kv_bytes_per_s=5e7, transfer=TRANSFER.model_copy(update={"verify_blocks": False}))
+    runner = make_runner(split.network.clock, num_blocks=num_blocks)
     policy = SchedulerConfig(max_num_batched_tokens=8)
     make_engine(
         split.network, "prefill", runner=runner, scheduler=policy, transfer=split.transfer, metrics=metrics, epoch=9
     )
     for number in range(3):
-        split.prefill.put(CLIENT, make_message(f"local{number}", make_prompt(6, 50 + number), 20))
-        split.prompts[f"local{number}"] = (make_prompt(6, 50 + number), 20)
+        split.prefill.put(CLIENT, make_message(f"local{number}", make_prompt(5, 50 + number), 24))
+        split.prompts[f"local{number}"] = (make_prompt(5, 50 + number), 24)
     for number in range(4):
-        split.send(f"r{number}", make_prompt(26, number))
+        split.send(f"r{number}", make_prompt(num_tokens, number))
     split.network.settle()
     split.assert_right()
     split.assert_clean()

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from atom_cluster.engine.admission import make_request
+from atom_cluster.engine.protocols import RunnerInfo
+from atom_cluster.engine.request import Request
+from atom_cluster.errors import ContextLengthExceeded, InvalidRequest
+from atom_cluster.messages.requests import EngineRequest, SamplingParams
+from atom_cluster.messages.transfer import PrefillOrder
+from tests.factories import make_message
+
+INFO = RunnerInfo(num_blocks=10, block_size=4, max_num_requests=4, max_model_len=32, vocab_size=1000)
+
+
+def admit(message: EngineRequest | PrefillOrder, info: RunnerInfo = INFO) -> Request:
+    return make_request(message, client="client", info=info, order=3, now_s=1.5)
+
+
+def order(num_tokens: int, max_tokens: int) -> PrefillOrder:
+    return PrefillOrder(
+        ticket_id="t",
+        request_id="r",
+        token_ids=tuple(range(num_tokens)),
+        sampling=SamplingParams(seed=0, max_tokens=max_tokens),
+        eos_token_ids=(2,),
+        num_blocks_held=0,
+        lease_s=1.0,
+        fingerprint="",
+        fingerprint_fields={},
+    )
+
+
+def test_a_request_keeps_what_the_message_says() -> None:
+    request = admit(make_message("r", 10, 5, eos=(2,), priority=4))
+    assert (request.num_prompt, request.sampling.max_tokens, request.eos) == (10, 5, frozenset({2}))
+    assert (request.priority, request.order, request.arrived_s, request.ticket_id) == (4, 3, 1.5, None)
+
+
+@pytest.mark.parametrize(("max_tokens", "expected"), [(22, 22), (23, 22), (10**9, 22), (None, 22)])
+def test_output_is_cut_to_what_the_context_leaves(max_tokens: int | None, expected: int) -> None:
+    message = make_message("r", 10)
+    sampling = msgspec.structs.replace(message.sampling, max_tokens=max_tokens)
+    assert admit(msgspec.structs.replace(message, sampling=sampling)).sampling.max_tokens == expected
+
+
+def test_a_prompt_that_fills_the_context_is_refused_and_one_that_leaves_a_token_is_not() -> None:
+    assert admit(make_message("r", 31)).sampling.max_tokens == 1
+    with pytest.raises(ContextLengthExceeded, match="the prompt has 32 tokens, the context holds 32"):
+        admit(make_message("r", 32))
+
+
+def test_what_does_not_fit_the_cache_even_alone_is_refused() -> None:
+    info = RunnerInfo(num_blocks=3, block_size=4, max_num_requests=4, max_model_len=32, vocab_size=1000)
+    assert admit(make_message("r", 10, 2), info).sampling.max_tokens == 2
+    with pytest.raises(ContextLengthExceeded, match="exceed the KV cache of 12 tokens"):
+        admit(make_message("r", 10, 3), info)
+
+
+@pytest.mark.parametrize("prompt", [(), (1, 1000), (1, -1)])
+def test_prompts_that_no_model_understands_are_refused(prompt: tuple[int, ...]) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        admit(make_message("r", prompt))
+    assert caught.value.param == "prompt"
+
+
+@pytest.mark.parametrize("changes", [{"seed": None}, {"n": 2}, {"temperature": -1.0}])
+def test_sampling_that_an_engine_cannot_do_is_refused(changes: dict[str, float | None]) -> None:
+    message = make_message("r")
+    with pytest.raises(InvalidRequest):
+        admit(msgspec.structs.replace(message, sampling=msgspec.structs.replace(message.sampling, **changes)))
+
+
+def test_an_order_is_for_one_token_and_needs_room_for_the_prompt_only() -> None:
+    info = RunnerInfo(num_blocks=3, block_size=4, max_num_requests=4, max_model_len=32, vocab_size=1000)
+    request = admit(order(11, max_tokens=20), info)
+    assert (request.sampling.max_tokens, request.ticket_id) == (1, "t")
+    with pytest.raises(ContextLengthExceeded):
+        admit(order(12, max_tokens=20), info)
