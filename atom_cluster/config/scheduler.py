@@ -25,7 +25,7 @@ class SchedulerConfig(FrozenConfig):
     delay_factor: float = Field(0.0, ge=0)
     """Hold new prompts back until the oldest has waited this many times the last prompt step's duration."""
     policy: Literal["mixed", "prefill_first", "decode_only"] = "mixed"
-    """mixed: decodes, then chunks of prompts. prefill_first: prompts alone while any wait. decode_only: no local
-    prompts beyond what a preempted or fallen-back request needs."""
+    """mixed: decodes, then chunks of prompts. prefill_first: prompts alone while any wait. decode_only: prompts
+    only in steps in which nothing decodes."""
     async_scheduling: bool = True
     """Plan the next step while the current one runs."""

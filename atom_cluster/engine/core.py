@@ -39,7 +39,7 @@ from atom_cluster.kv_cache.block_manager import BlockManager
 from atom_cluster.kv_cache.prefix_hash import fingerprint_of, seed_of
 from atom_cluster.messages.cluster import EngineStatus, PeerAddress
 from atom_cluster.messages.requests import CancelRequest, EngineRequest, FinishReason, TokenDelta
-from atom_cluster.messages.steps import SampledTokens, StepPlan, StepResult
+from atom_cluster.messages.steps import SampledTokens, StepPlan
 from atom_cluster.messages.transfer import (
     BlocksTagged,
     KvCommand,
@@ -198,7 +198,7 @@ class EngineCore:
             raise
         self._replies.flush()
         self._stats = self._take_stats()
-        self._reporter.report(self._stats, self._scheduler.num_waiting_tokens)
+        self._reporter.report(self._stats, self._scheduler.count_waiting_tokens)
         return self._has_work()
 
     def _turn(self, items: list[Item]) -> bool:
@@ -263,9 +263,11 @@ class EngineCore:
                 self._metrics.inc(PREFIX_CACHE_HITS, request.num_cached or 0)
 
     def _collect(self) -> None:
-        result: StepResult | None = None
+        result = self._runner.collect(self._decode.renewal_period_s)
         while result is None:
-            result = self._runner.collect(None)
+            # A step may take longer than a lease.
+            self._decode.renew(self._clock())
+            result = self._runner.collect(self._decode.renewal_period_s)
         flight = self._in_flight.popleft()
         if result.step_id != flight.plan.step_id:
             raise AssertionError(f"step {flight.plan.step_id} was submitted, {result.step_id} came back")
@@ -297,10 +299,10 @@ class EngineCore:
     # --- tokens
 
     def _emit(self, request: Request, sampled: SampledTokens) -> None:
-        reason = self._finish_reason(request)
         if request.ticket_id is not None:
-            self._hand_over(request, sampled, reason)
+            self._hand_over(request, sampled)
             return
+        reason = self._finish_reason(request)
         self._replies.tokens(request, sampled.token_ids, sampled.logprobs, reason)
         if reason is not None:
             self._retire(request)
@@ -317,7 +319,7 @@ class EngineCore:
             del self._requests[request.request_id]
             request.phase = Phase.DONE
 
-    def _hand_over(self, request: Request, sampled: SampledTokens, reason: FinishReason | None) -> None:
+    def _hand_over(self, request: Request, sampled: SampledTokens) -> None:
         """The first token of a prompt that was computed for another engine."""
         delta = TokenDelta(
             request_id=request.request_id,
@@ -327,7 +329,6 @@ class EngineCore:
             num_cached_tokens=request.num_cached or 0,
         )
         self._prefill.on_first_token(request, delta)
-        self._replies.note_end(request, reason or "length")
 
     def _finish_reason(self, request: Request) -> FinishReason | None:
         return finish_reason(

@@ -287,10 +287,19 @@ class DecodeSide:
             self._outbox.send(address, TicketRelease(ticket_ids))
 
     def tick(self, now_s: float) -> None:
-        """Give up on tickets that stall; renew the others every third of their lease."""
+        """Give up on tickets that stall; renew the others."""
         for ticket in self.tickets.stalled(now_s):
             self._fall_back(ticket, "timeout", f"no progress for {ticket.timeout_s} s")
-        if now_s - self._renewed_s >= self._config.lease_s / 3:
+        self.renew(now_s)
+
+    @property
+    def renewal_period_s(self) -> float:
+        """How often tickets are renewed: several times per lease, since messages take their time."""
+        return self._config.lease_s / 3
+
+    def renew(self, now_s: float) -> None:
+        """Renew tickets if it is time."""
+        if now_s - self._renewed_s >= self.renewal_period_s:
             self._renewed_s = now_s
             for address, ticket_ids in self.tickets.wanted().items():
                 self._outbox.send(address, TicketRenew(ticket_ids))

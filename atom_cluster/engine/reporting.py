@@ -39,13 +39,14 @@ class CacheReporter:
         self._reported_s = -period_s
         self._last_load: ReplicaLoad | None = None
 
-    def report(self, stats: EngineStatus, num_waiting_tokens: int) -> None:
-        """Tell what changed since the last report, if it is time."""
+    def report(self, stats: EngineStatus, count_waiting_tokens: Callable[[], int]) -> None:
+        """Tell what changed since the last report, if it is time; only then are tokens counted."""
         now_s = self._clock()
         if now_s - self._reported_s < self._period_s:
             return
         self._reported_s = now_s
         self._send_events()
+        num_waiting_tokens = count_waiting_tokens()
         load = ReplicaLoad(
             peer_id=self._peer.peer_id,
             epoch=self._peer.epoch,

@@ -79,9 +79,8 @@ class Scheduler:
         """Requests with a row."""
         return len(self._running)
 
-    @property
-    def num_waiting_tokens(self) -> int:
-        """Prompt tokens still to be computed."""
+    def count_waiting_tokens(self) -> int:
+        """Prompt tokens still to be computed. Looks at every request."""
         return sum(request.num_uncomputed for request in (*self._waiting, *self._running) if request.is_prefilling)
 
     def num_blocks_wanted(self, before: Request) -> int:
@@ -128,9 +127,10 @@ class Scheduler:
                 self._advance(is_prefilling=False)
         else:
             self._advance(is_prefilling=False)
-            if policy == "mixed" or not self._step.rows:
+            has_room_for_prompts = policy == "mixed" or not self._step.rows
+            if has_room_for_prompts:
                 self._advance(is_prefilling=True)
-                self._admit()
+            self._admit(takes_prompts=has_room_for_prompts)
         step = self._step
         step.freed_rows = tuple(self._freed_rows)
         self._freed_rows.clear()
@@ -211,11 +211,13 @@ class Scheduler:
 
     # --- admission
 
-    def _admit(self) -> None:
+    def _admit(self, *, takes_prompts: bool = True) -> None:
         is_blocked = False
         for request in list(self._waiting):
             if not self._free_rows or not self._budget:
                 return
+            if request.is_prefilling and not takes_prompts:
+                continue
             if request.num_sampling or request.num_in_flight:
                 continue  # preempted a moment ago; what is in flight still belongs to its last stay
             # In order, but for requests that came from prefill: their blocks come free when they have run.
