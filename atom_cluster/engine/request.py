@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from atom_cluster.kv_cache.block_manager import BlockTable
-from atom_cluster.messages.requests import FinishReason, SamplingParams, TokenLogprobs
+from atom_cluster.messages.requests import SamplingParams
 
 
 class Phase(Enum):
@@ -60,11 +60,6 @@ class Request:
     scheduled_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float | None = None
-
-    new_tokens: list[int] = field(default_factory=list)
-    """Output tokens not sent to the client yet."""
-    new_logprobs: list[TokenLogprobs] = field(default_factory=list)
-    finish: FinishReason | None = None
 
     @property
     def num_output(self) -> int:

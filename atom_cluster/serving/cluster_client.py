@@ -61,9 +61,7 @@ class ClusterClient:
         self._queries: dict[int, asyncio.Future[RouteDecision]] = {}
         self._num_queries = 0
         self._fallback = FallbackPlacer(Random())
-        self._readiness = ReadinessProbe(
-            self, num_vocab_tokens=model.vocab_size, max_model_len=model.max_model_len
-        )
+        self._readiness = ReadinessProbe(self, num_vocab_tokens=model.vocab_size, max_model_len=model.max_model_len)
 
     # --- membership and messages, called by the ingress deployment
 

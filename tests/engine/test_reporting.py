@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from atom_cluster.engine.core import EngineCore
+from atom_cluster.engine.reporting import CacheReporter
+from atom_cluster.kv_cache.block_pool import BlockPool, Prefix
+from atom_cluster.messages.cluster import CacheEvents, CacheSnapshot, EngineStatus, PeerAddress, ReplicaLoad
+from atom_cluster.observability.memory import MemoryMetrics
+from atom_cluster.observability.metrics import KV_BLOCKS, REQUESTS_RUNNING, TICKETS_OPEN
+from atom_cluster.routing.prefix_index import PrefixIndex
+from tests.factories import make_engine, make_message, make_prompt, make_runner, pool_of
+from tests.fakes import ListOutbox, Network, VirtualClock
+
+PEER = PeerAddress(peer_id="engine", endpoint="tcp://127.0.0.1:1", epoch=1)
+IDLE = EngineStatus(num_running=0, num_waiting=0, num_tickets=0, blocks_by_state={"free": 4})
+
+
+@dataclass
+class Reports:
+    """A reporter with a pool of its own."""
+
+    pool: BlockPool = field(default_factory=lambda: BlockPool(4))
+    outbox: ListOutbox = field(default_factory=ListOutbox)
+    metrics: MemoryMetrics = field(default_factory=MemoryMetrics)
+    clock: VirtualClock = field(default_factory=VirtualClock)
+
+    def __post_init__(self) -> None:
+        self.reporter = CacheReporter(
+            pool=self.pool, outbox=self.outbox, metrics=self.metrics, peer=PEER, period_s=0.1, clock=self.clock
+        )
+
+    def sent(self) -> list[str]:
+        names = [type(message).__name__ for _, message in self.outbox.sent]
+        self.outbox.sent.clear()
+        return names
+
+    def report(self, status: EngineStatus = IDLE) -> list[str]:
+        self.reporter.report(status, lambda: 0)
+        return self.sent()
+
+
+def test_load_is_reported_when_it_changed_and_not_more_often_than_the_period() -> None:
+    reports = Reports()
+    busy = EngineStatus(num_running=2, num_waiting=0, num_tickets=0, blocks_by_state={"free": 4})
+    assert reports.report() == ["ReplicaLoad"]
+    assert reports.report(busy) == []
+    reports.clock.sleep(0.2)
+    assert reports.report(busy) == ["ReplicaLoad"]
+    reports.clock.sleep(0.2)
+    assert reports.report(busy) == []
+
+
+def test_events_come_before_the_load_and_only_if_there_are_any() -> None:
+    reports = Reports()
+    block_ids = reports.pool.acquire(1, "running")
+    assert block_ids is not None
+    reports.pool.cache(block_ids[0], Prefix(5, b"", None))
+    assert reports.report() == ["CacheEvents", "ReplicaLoad"]
+    reports.clock.sleep(0.2)
+    assert reports.report() == []
+
+
+def test_a_snapshot_is_followed_by_the_load_at_once() -> None:
+    reports = Reports()
+    reports.report()
+    reports.reporter.send_snapshot()
+    assert reports.sent() == ["CacheSnapshot"]
+    assert reports.report() == ["ReplicaLoad"]
+
+
+def test_gauges_follow_even_what_is_no_load() -> None:
+    reports = Reports()
+    reports.report()
+    reports.clock.sleep(0.2)
+    leased = EngineStatus(num_running=0, num_waiting=0, num_tickets=3, blocks_by_state={"free": 1, "leased": 3})
+    reports.report(leased)
+    assert reports.metrics.value(TICKETS_OPEN) == 3
+    assert reports.metrics.value(KV_BLOCKS, state="leased") == 3
+    assert reports.metrics.value(REQUESTS_RUNNING) == 0
+
+
+# --- through an engine, into the router's index
+
+
+def follow(index: PrefixIndex, network: Network) -> list[str]:
+    """Give the router what was sent; how each message was taken."""
+    outcomes: list[str] = []
+    for message in network.to_router:
+        if isinstance(message, CacheEvents):
+            outcomes.append(index.apply_events(message))
+        elif isinstance(message, CacheSnapshot):
+            outcomes.append(index.apply_snapshot(message))
+    network.to_router.clear()
+    return outcomes
+
+
+def assert_knows(index: PrefixIndex, engine: EngineCore) -> None:
+    hashes = pool_of(engine).cached_hashes
+    assert index.num_blocks("engine") == len(hashes)
+    assert all(index.matched_blocks([block_hash]) for block_hash in hashes)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    requests=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 25), st.booleans()), min_size=1, max_size=15),
+    starts_late=st.booleans(),
+)
+def test_the_router_knows_exactly_what_is_cached_from_events_or_a_snapshot_and_events(
+    requests: list[tuple[int, int, bool]], starts_late: bool
+) -> None:
+    network = Network(VirtualClock())
+    engine = make_engine(network, runner=make_runner(network.clock, num_blocks=14))
+    index = PrefixIndex(1000)
+    index.track("engine", 1)
+    for number, (family, num_tokens, wants_snapshot) in enumerate(requests):
+        engine.put("client", make_message(f"r{number}", make_prompt(num_tokens, family), 6))
+        network.settle()
+        network.clock.sleep(1.0)
+        if starts_late and number == 0:
+            network.to_router.clear()
+        if wants_snapshot or (starts_late and number == 0):
+            engine.request_snapshot()
+            engine.step()
+            assert "applied" in follow(index, network)
+        else:
+            engine.step()
+            assert set(follow(index, network)) <= {"applied"}
+        assert_knows(index, engine)
+
+
+def test_an_idle_engine_says_nothing() -> None:
+    network = Network(VirtualClock())
+    engine = make_engine(network)
+    engine.put("client", make_message())
+    network.settle()
+    network.clock.sleep(1.0)
+    engine.step()
+    last = [message for message in network.to_router if isinstance(message, ReplicaLoad)][-1]
+    assert (last.num_running, last.num_waiting, last.num_free_blocks) == (0, 0, 64)
+    network.to_router.clear()
+    for _ in range(5):
+        network.clock.sleep(1.0)
+        engine.step()
+    assert network.to_router == []
