@@ -9,7 +9,7 @@ from atom_cluster.config.scheduler import SchedulerConfig
 from atom_cluster.config.simulation import SimulationConfig
 from atom_cluster.config.transfer import KvTransferConfig
 from atom_cluster.engine.core import EngineCore
-from atom_cluster.engine.protocols import StepRunner
+from atom_cluster.engine.protocols import Outbox, StepRunner
 from atom_cluster.engine.request import Request
 from atom_cluster.engine.scheduler import Scheduler
 from atom_cluster.engine.sim_runner import SimulatedRunner
@@ -132,6 +132,7 @@ def make_engine(
     peer_id: str = "engine",
     *,
     runner: StepRunner | None = None,
+    outbox: Outbox | None = None,
     scheduler: SchedulerConfig | None = None,
     transfer: KvTransferConfig = TRANSFER,
     metrics: MetricSink | None = None,
@@ -142,7 +143,7 @@ def make_engine(
     address = PeerAddress(peer_id=peer_id, endpoint=f"tcp://127.0.0.1:{epoch}", epoch=epoch)
     engine = EngineCore(
         runner=runner or make_runner(network.clock),
-        outbox=network.outbox(peer_id),
+        outbox=outbox or network.outbox(peer_id),
         scheduler=scheduler or SchedulerConfig(),
         transfer=transfer,
         metrics=metrics or NullMetrics(),

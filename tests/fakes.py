@@ -181,7 +181,8 @@ class _Outbox:
 
 def _as_input(message: EngineOutput) -> EngineInput:
     """Through the wire format and back, as between processes."""
-    return msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=EngineInput)
+    decoded: EngineInput = msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=EngineInput)
+    return decoded
 
 
 class RecordingRunner:

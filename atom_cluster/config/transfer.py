@@ -23,4 +23,5 @@ class KvTransferConfig(FrozenConfig):
     prefill_timeout_s: float = Field(60.0, gt=0)
     """Decode gives up on a prefill that publishes nothing for this long, and computes the prompt itself."""
     verify_blocks: bool = True
-    """Check every block's checksum before its first use and recompute bad ones."""
+    """Check every block's checksum before its first use and recompute bad ones. Without it, a read of a block whose
+    lease ended on the way goes unnoticed."""

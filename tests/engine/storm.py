@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import msgspec
 from hypothesis import strategies as st
@@ -46,6 +47,7 @@ class Sizes:
     is_async: bool
     kv_bytes_per_s: float
     chunk: int
+    policy: Literal["mixed", "prefill_first", "decode_only"] = "mixed"
 
 
 SIZES = st.builds(
@@ -56,6 +58,7 @@ SIZES = st.builds(
     is_async=st.booleans(),
     kv_bytes_per_s=st.sampled_from((1e7, 1e8, 1e11)),
     chunk=st.sampled_from((0, 0, 5)),
+    policy=st.sampled_from(("mixed", "mixed", "prefill_first", "decode_only")),
 )
 
 _who = st.sampled_from(NAMES)
@@ -127,7 +130,10 @@ class Storm:
             kv_bytes_per_s=sizes.kv_bytes_per_s,
         )
         scheduler = SchedulerConfig(
-            max_num_batched_tokens=sizes.budget, async_scheduling=sizes.is_async, long_prefill_tokens=sizes.chunk
+            max_num_batched_tokens=sizes.budget,
+            async_scheduling=sizes.is_async,
+            long_prefill_tokens=sizes.chunk,
+            policy=sizes.policy,
         )
         self.runners[name] = runner
         make_engine(self.network, name, runner=runner, scheduler=scheduler, transfer=TRANSFER, epoch=self.num_epochs)

@@ -247,15 +247,17 @@ def test_requests_that_arrived_make_way_for_one_before_them_that_lacks_blocks() 
 
 
 def test_short_prompts_on_their_way_to_prefill_do_not_starve_a_request_that_waits_for_blocks() -> None:
-    split = make_split(num_decode_blocks=12, kv_bytes_per_s=1e8)
-    split.send("old", make_prompt(4, 99), 16)
-    split.turns_until(lambda: bool(split.answer("old").tokens))
-    split.decode.put(CLIENT, make_message("waits", make_prompt(32, 8), 2))
-    for number in range(40):
-        split.send(f"r{number}", make_prompt(4, number), 4)
+    split = make_split(num_decode_blocks=30, kv_bytes_per_s=1e9)
+    split.decode.put(CLIENT, make_message("runs on", make_prompt(4, 97), 60))
+    split.decode.put(CLIENT, make_message("in the way", make_prompt(40, 98), 6))
+    split.decode.put(CLIENT, make_message("waits", make_prompt(80, 99), 2))
+    for number in range(60):
+        split.send(f"r{number}", make_prompt(5, number), 3)
     split.turns_until(lambda: bool(split.answer("waits").tokens))
-    assert sum(split.answer(f"r{number}").reason is not None for number in range(40)) < 10
+    assert split.answer("in the way").reason == "length"
+    assert sum(split.answer(f"r{number}").reason is not None for number in range(60)) < 15
     split.network.settle()
+    split.assert_right()
     split.assert_clean()
 
 

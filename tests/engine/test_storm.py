@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tests.engine.storm import ACTION, SIZES, Action, Sizes, Storm
 
-NUM_EXAMPLES = int(os.environ.get("ATOM_STORM_EXAMPLES", "60"))
+NUM_EXAMPLES = int(os.environ.get("ATOM_STORM_EXAMPLES", "150"))
 """More by hand: ATOM_STORM_EXAMPLES=5000."""
 
 
