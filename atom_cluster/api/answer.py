@@ -17,7 +17,7 @@ from atom_cluster.api import sse
 from atom_cluster.api.error_responses import json_response
 from atom_cluster.api.formats import AnswerFormat
 from atom_cluster.api.generator import Generator
-from atom_cluster.api.outputs import Output, RunningOutputs
+from atom_cluster.api.outputs import ClientLeftError, Output, RunningOutputs
 from atom_cluster.api.wire import PromptTokensDetails, Usage
 from atom_cluster.observability.metrics import HTTP_TTFT_S, MetricSink
 
@@ -34,10 +34,6 @@ class AnswerPlan:
     usage_in_stream: bool
     arrived_at_s: float
     """When the request arrived, on the monotonic clock."""
-
-
-class _ClientLeftError(Exception):
-    """The client closed its connection: nobody reads an answer."""
 
 
 class Answer(Response):
@@ -70,7 +66,7 @@ class Answer(Response):
                     await self._send_stream(running, send)
                 else:
                     await self._send_whole(running, scope, receive, send)
-            except _ClientLeftError:
+            except ClientLeftError:
                 return
             finally:
                 watch.cancel()
@@ -102,7 +98,7 @@ class Answer(Response):
 
 
 class _WriteLimit:
-    """Turns a write that takes too long into `_ClientLeftError`.
+    """Turns a write that takes too long into `ClientLeftError`.
 
     One timer handle per write: `asyncio.wait_for` would make a task for each token.
     """
@@ -130,7 +126,7 @@ class _WriteLimit:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self.stop()
         if self._has_expired and kind is asyncio.CancelledError:
-            raise _ClientLeftError from error
+            raise ClientLeftError from error
 
     def _expire(self) -> None:
         if self._task is not None:
@@ -181,7 +177,7 @@ def _mean_tpot_s(outputs: Sequence[Output]) -> float:
 async def _report_disconnect(receive: Receive, running: RunningOutputs) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-    running.fail(_ClientLeftError())
+    running.fail(ClientLeftError())
 
 
 def _raw(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:

@@ -21,6 +21,10 @@ from atom_cluster.errors import RequestFailed
 from atom_cluster.messages.requests import TokenDelta, TokenLogprobs
 
 
+class ClientLeftError(Exception):
+    """The client closed its connection or takes nothing from it: nobody reads an answer."""
+
+
 @dataclass(frozen=True, slots=True)
 class TokenScore:
     """One output token with its log probabilities."""

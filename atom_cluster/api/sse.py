@@ -13,7 +13,7 @@ import msgspec
 
 from atom_cluster.api.error_responses import error_body
 from atom_cluster.api.formats import AnswerFormat
-from atom_cluster.api.outputs import RunningOutputs
+from atom_cluster.api.outputs import ClientLeftError, RunningOutputs
 from atom_cluster.api.wire import Usage
 from atom_cluster.errors import AtomClusterError
 
@@ -62,6 +62,8 @@ async def event_stream(
         if not opened:
             raise
         yield event(error_body(exc))
+    except ClientLeftError:
+        raise  # no failure, and nobody to tell
     except Exception as exc:
         if opened:
             logger.exception("a stream failed")

@@ -189,9 +189,9 @@ class ClusterClient:
         try:
             if not endpoint.send(self._router, query):
                 return None
-            return await asyncio.wait_for(answer, self._config.router.query_timeout_s)
-        except asyncio.TimeoutError:
-            return None
+            # Not `wait_for`, which may forget a cancellation; see `DeltaStream`.
+            await asyncio.wait((answer,), timeout=self._config.router.query_timeout_s)
+            return answer.result() if answer.done() else None
         finally:
             del self._queries[query.query_id]
             self._metrics.observe(ROUTER_QUERY_S, time.monotonic() - began_s)

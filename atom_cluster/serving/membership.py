@@ -77,7 +77,8 @@ class Announcer:
             await asyncio.gather(task, return_exceptions=True)
 
     async def _announce_forever(self) -> None:
-        while True:
+        # `wait_for` may forget that it was cancelled (before Python 3.12), so the cancellation alone would not do.
+        while self._task is asyncio.current_task():
             membership = await self.announce_now()
             if membership is not None and self._on_membership is not None:
                 self._on_membership(membership)

@@ -54,14 +54,8 @@ class DeltaStream:
 
     async def read(self, deadline: Deadline) -> TokenDelta:
         """Everything that has arrived, merged; waits if that is nothing. Raises what the request failed with."""
-        while not self._pending:
-            if self._error is not None:
-                raise self._error
-            self._wake.clear()
-            try:
-                await asyncio.wait_for(self._wake.wait(), deadline.remaining_s)
-            except asyncio.TimeoutError:
-                raise RequestTimeout("the request did not finish in time") from None
+        if not self._pending:
+            await self._wait(deadline)
         pending, self._pending = self._pending, []
         delta = pending[0] if len(pending) == 1 else _merge(pending)
         if delta.error is not None:
@@ -71,6 +65,22 @@ class DeltaStream:
             self._error = error_of(delta.error)
             return msgspec.structs.replace(delta, finish_reason=None, error=None)
         return delta
+
+    async def _wait(self, deadline: Deadline) -> None:
+        # Not `asyncio.wait_for`: before Python 3.12 it forgets a cancellation that comes together with a delta, and the
+        # request of a client that has left would run to its end.
+        loop = asyncio.get_running_loop()
+        while not self._pending:
+            if self._error is not None:
+                raise self._error
+            if deadline.has_passed:
+                raise RequestTimeout("the request did not finish in time")
+            self._wake.clear()
+            timer = loop.call_later(deadline.remaining_s, self._wake.set)
+            try:
+                await self._wake.wait()
+            finally:
+                timer.cancel()
 
 
 def _merge(deltas: list[TokenDelta]) -> TokenDelta:

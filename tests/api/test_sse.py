@@ -9,7 +9,7 @@ import pytest
 
 from atom_cluster.api.formats import AnswerHeader, ChatFormat
 from atom_cluster.api.generator import GenerateInput
-from atom_cluster.api.outputs import Output, RunningOutputs
+from atom_cluster.api.outputs import ClientLeftError, Output, RunningOutputs
 from atom_cluster.api.sse import DONE, event_stream
 from atom_cluster.api.tokenizer import Tokenizer
 from atom_cluster.errors import Overloaded
@@ -73,6 +73,24 @@ async def test_line_ends_in_text_do_not_end_an_event(tokenizer: Tokenizer) -> No
 async def test_an_error_before_anything_was_written_is_raised(tokenizer: Tokenizer) -> None:
     with pytest.raises(Overloaded):
         await pieces_of(tokenizer, lambda request: [Overloaded("full")])
+
+
+async def test_a_client_that_leaves_is_neither_told_nor_logged(
+    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    output = Output(
+        0, GenerateInput(request_id="r", token_ids=(1,), sampling=SamplingParams()), tokenizer, stop=(), eos=frozenset()
+    )
+    header = AnswerHeader(id="i", created=0, model="m", usage_in_stream=False, has_logprobs=False)
+    generator = FakeGenerator(lambda request: [tuple(tokenizer.encode("a")), asyncio.Event()])
+    pieces: list[bytes] = []
+    async with RunningOutputs(generator, [output]) as running:
+        with pytest.raises(ClientLeftError):
+            async for piece in event_stream(running, ChatFormat(header, tokenizer), usage=None):
+                pieces.append(piece)
+                running.fail(ClientLeftError())
+    assert len(pieces) == 1 and b"error" not in pieces[0]
+    assert caplog.text == ""
 
 
 async def test_a_bug_in_the_middle_is_told_to_the_client_and_raised(

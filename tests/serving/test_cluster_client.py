@@ -233,3 +233,15 @@ async def test_leaving_early_cancels_the_request_and_nothing_stays_behind(cluste
         await deltas.__anext__()
     await eventually(lambda: CancelRequest("r") in engine.received)
     assert not cluster.client.has_open_requests
+
+
+async def test_a_request_that_is_cancelled_just_as_the_router_answers_reaches_no_engine(cluster: Cluster) -> None:
+    engine = await cluster.add("first", ignore)
+    running = asyncio.create_task(cluster.generate())
+    await eventually(lambda: len(cluster.queries) == 1)
+    decision = RouteDecision(query_id=cluster.queries[0].query_id, decode=engine.endpoint.address, reason="load")
+    cluster.client.receive("router", decision)
+    running.cancel()
+    await asyncio.wait((running,), timeout=1.0)
+    assert running.cancelled()
+    assert not cluster.client.has_open_requests and engine.received == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from atom_cluster.errors import InvalidRequest, Overloaded, RequestFailed, RequestTimeout
@@ -79,3 +81,21 @@ def test_errors_come_back_as_what_they_were() -> None:
     assert isinstance(full, Overloaded) and full.retry_after_s == 3.0
     for kind in ("NoSuchError", "annotations", "Exception"):
         assert type(error_of(RequestError(kind=kind, message="?"))) is RequestFailed
+
+
+@pytest.mark.parametrize("num_turns", range(6))
+async def test_a_cancellation_that_comes_together_with_a_delta_is_not_forgotten(num_turns: int) -> None:
+    stream = DeltaStream("r", "engine")
+
+    async def read_forever() -> None:
+        while True:
+            await stream.read(soon())
+
+    reader = asyncio.create_task(read_forever())
+    await asyncio.sleep(0.01)
+    stream.push(delta(0, 7))
+    for _ in range(num_turns):
+        await asyncio.sleep(0)
+    reader.cancel()
+    await asyncio.wait((reader,), timeout=1.0)
+    assert reader.cancelled()
