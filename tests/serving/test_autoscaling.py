@@ -58,4 +58,5 @@ def test_serve_gets_our_bounds_delays_and_policy() -> None:
     serves = serve_autoscaling(ours)
     assert (serves.min_replicas, serves.max_replicas, serves.initial_replicas) == (2, 5, 2)
     assert (serves.get_target_ongoing_requests(), serves.upscale_delay_s, serves.downscale_delay_s) == (7.5, 3.0, 40.0)
-    assert serves.policy.get_policy() is requests_policy
+    # Serve looks the policy up by its name, in the controller's process.
+    assert serves.policy.get_policy()(context_of({REQUESTS: {"a": 25.0}})) == (3, {})
