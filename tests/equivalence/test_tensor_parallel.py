@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -29,10 +31,16 @@ SAMPLINGS = (
 )
 
 
-def make_options(model: str, *, rank: int, world_size: int, init_method: str) -> RunnerOptions:
+@dataclass(frozen=True)
+class Model:
+    directory: Path
+    dtype: Literal["float64", "float32"]
+
+
+def make_options(model: Model, *, rank: int, world_size: int, init_method: str) -> RunnerOptions:
     return RunnerOptions(
-        model_dir=str(tiny_model_dir(model)),
-        dtype="float64",
+        model_dir=str(model.directory),
+        dtype=model.dtype,
         device="cpu",
         rank=rank,
         world_size=world_size,
@@ -45,7 +53,7 @@ def make_options(model: str, *, rank: int, world_size: int, init_method: str) ->
     )
 
 
-def open_gang(model: str, world_size: int, meeting_point: Path) -> StepRunner:
+def open_gang(model: Model, world_size: int, meeting_point: Path) -> StepRunner:
     init_method = f"file://{meeting_point}"
     sender = ShmPlanSender(tuple(range(1, world_size)), send_timeout_s=30.0)
     context = multiprocessing.get_context("spawn")
@@ -110,12 +118,11 @@ def run(runner: StepRunner) -> dict[int, list[int]]:
     return tokens
 
 
-@pytest.mark.parametrize("model", ["llama", "llama_tied_bias", "qwen2", "qwen3"])
-def test_two_ranks_give_the_tokens_of_one(model: str, tmp_path: Path) -> None:
+def assert_split_equals_whole(model: Model, world_size: int, meeting_point: Path) -> None:
     whole = LocalRunner(build_model_runner(make_options(model, rank=0, world_size=1, init_method="")))
-    split = open_gang(model, 2, tmp_path / "meeting_point")
+    split = open_gang(model, world_size, meeting_point)
     try:
-        assert split.info.world_size == 2
+        assert split.info.world_size == world_size
         assert split.info.vocab_size == whole.info.vocab_size
         expected = run(whole)
         assert [len(expected[row]) for row in range(3)] == [NUM_STEPS, NUM_STEPS, NUM_STEPS - 1]
@@ -123,3 +130,14 @@ def test_two_ranks_give_the_tokens_of_one(model: str, tmp_path: Path) -> None:
     finally:
         whole.close()
         split.close()
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied_bias", "qwen2", "qwen3"])
+def test_two_ranks_give_the_tokens_of_one(name: str, tmp_path: Path) -> None:
+    assert_split_equals_whole(Model(tiny_model_dir(name), "float64"), 2, tmp_path / "meeting_point")
+
+
+@pytest.mark.demo_model
+def test_three_ranks_of_the_demo_model_give_the_tokens_of_one(demo_model: Path, tmp_path: Path) -> None:
+    # Three, since its 9 query heads and 3 KV heads do not divide by two.
+    assert_split_equals_whole(Model(demo_model, "float32"), 3, tmp_path / "meeting_point")
