@@ -16,6 +16,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from atom_cluster.config.cluster import ClusterConfig
+from atom_cluster.errors import GangError
 from atom_cluster.gang.gang import Gang
 from atom_cluster.messages.cluster import EngineStatus, MemberCard, Role
 from atom_cluster.serving.autoscaling import REQUESTS
@@ -68,7 +69,11 @@ class EngineReplica:
         self._is_draining = True
         await self._announcer.stop()
         await self._announcer.announce_now()
-        await self._drain()
+        try:
+            await self._drain()
+        except GangError as exc:
+            # There is nothing left to wait for; what remains of the gang must go all the same.
+            logger.warning("the gang failed while it finished its requests: %s", exc)
         await self._announcer.withdraw()
         await self._gang.stop()
 

@@ -68,9 +68,7 @@ async def test_an_answer_of_another_kind_is_an_error(
         await make().announce_now()
 
 
-async def test_starting_twice_is_starting_once(
-    make: Callable[..., Announcer], router_handle: FakeRouterHandle
-) -> None:
+async def test_starting_twice_is_starting_once(make: Callable[..., Announcer], router_handle: FakeRouterHandle) -> None:
     announcer = make(period_s=3600.0)
     announcer.start()
     announcer.start()
