@@ -19,7 +19,7 @@ class ParallelConfig(FrozenConfig):
 class AutoscalingConfig(FrozenConfig):
     """Replica count follows the number of requests that the engines report as running or waiting."""
 
-    min_replicas: int = Field(1, ge=0)
+    min_replicas: int = Field(1, ge=1)
     """Fewest replicas, also when nothing is asked."""
     max_replicas: int = Field(1, ge=1)
     """Most replicas."""
