@@ -23,7 +23,7 @@ from atom_cluster.link.codec import Message
 from atom_cluster.link.endpoint import Endpoint
 from atom_cluster.messages.cluster import MemberCard, Membership, PeerAddress, RequestDone, RouteDecision, RouteQuery
 from atom_cluster.messages.requests import CancelRequest, EngineRequest, TokenBatch, TokenDelta
-from atom_cluster.observability.metrics import ROUTER_DECISIONS, ROUTER_QUERY_S, MetricSink
+from atom_cluster.observability.metrics import REQUESTS_REPLAYED, ROUTER_DECISIONS, ROUTER_QUERY_S, MetricSink
 from atom_cluster.routing.fallback import FallbackPlacer
 from atom_cluster.serving.cluster_page import cluster_page, scrape_metrics
 from atom_cluster.serving.readiness import ReadinessProbe
@@ -134,6 +134,7 @@ class ClusterClient:
                 if stream.num_tokens:
                     raise
                 excluded.append(stream.peer_id)
+                self._metrics.inc(REQUESTS_REPLAYED)
                 logger.info("request %s is placed again: %s is lost or draining", request.request_id, stream.peer_id)
             finally:
                 self._close(stream, decision, is_finished=is_over)

@@ -115,5 +115,6 @@ def make_simulated_runner(config: ClusterConfig) -> StepRunner:
 def make_host(*, runner: StepRunner, settings: EngineHostSettings) -> EngineHost:
     """Rank 0's engine host, listening on this node's address."""
     settings = dataclasses.replace(settings, host=get_node_ip_address(), secret=cluster_secret())
-    metrics = RayMetrics(labels={"role": settings.role, "replica": settings.peer_id})
+    labels = {"role": settings.role, "replica": settings.peer_id}
+    metrics = RayMetrics(labels=labels, period_s=settings.metrics_period_s)
     return EngineHost(runner=runner, settings=settings, metrics=metrics)

@@ -161,7 +161,7 @@ def test_a_simulated_runner_without_a_simulation_is_refused() -> None:
 def test_a_host_learns_address_and_secret_where_it_runs(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gang_settings, "get_node_ip_address", lambda: "127.0.0.1")
     monkeypatch.setattr(gang_settings, "cluster_secret", lambda: b"a secret of the cluster")
-    monkeypatch.setattr(gang_settings, "RayMetrics", lambda labels: NullMetrics())
+    monkeypatch.setattr(gang_settings, "RayMetrics", lambda labels, period_s: NullMetrics())
     config = load_args({"model": str(model_dir), "unified": CPU_GROUP, "simulation": {}})
     host = make_host(runner=make_simulated_runner(config), settings=settings_of(config))
     card = host.start()
