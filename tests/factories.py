@@ -179,7 +179,7 @@ def expected_tokens(prompt: tuple[int, ...], num_tokens: int) -> list[int]:
         request_id="expected",
         token_ids=prompt,
         num_prompt_tokens=len(prompt),
-        block_ids=tuple(range(NUM_BLOCKS)),
+        pages=(tuple(range(NUM_BLOCKS)),),
         sampling=SamplingParams(seed=0),
     )
     tokens: list[int] = []

@@ -57,6 +57,7 @@ class RunnerInfo:
     """What a runner turned out to be once its model was loaded and its KV memory allocated."""
 
     num_blocks: int
+    """Pages of the first cache group."""
     block_size: int
     """Tokens per block."""
     max_num_requests: int

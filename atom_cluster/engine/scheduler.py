@@ -202,7 +202,8 @@ class Scheduler:
         start = request.num_computed
         end = start + num_tokens
         samples = end == len(request.tokens) + request.num_sampling
-        self._step.steps.append(RowStep(request.row, start, num_tokens, samples, new_block_ids))
+        new_pages = (new_block_ids,) if new_block_ids else ()
+        self._step.steps.append(RowStep(request.row, start, num_tokens, samples, new_pages))
         self._step.rows.append(ScheduledRow(request, request.residence, num_tokens, end, samples))
         request.num_computed = end
         request.num_sampling += samples
@@ -278,7 +279,7 @@ class Scheduler:
                 request_id=request.request_id,
                 token_ids=tuple(request.tokens),
                 num_prompt_tokens=request.num_prompt,
-                block_ids=tuple(request.table.block_ids),
+                pages=(tuple(request.table.block_ids),),
                 sampling=request.sampling,
                 eos_token_ids=tuple(sorted(request.eos)),
             )

@@ -198,7 +198,7 @@ class SimulatedRunner:
         if not 0 <= new.row < self._info.max_num_requests or new.row in self._rows:
             raise ProtocolError(f"request {new.request_id} got row {new.row}, which is not free")
         view = KvView(list(new.token_ids))
-        self._memory.attach(view, new.block_ids)
+        self._memory.attach(view, new.pages[0])
         self._rows[new.row] = _Row(view, new.num_prompt_tokens, new.sampling, frozenset(new.eos_token_ids))
 
     def _run(self, step: RowStep) -> SampledTokens | None:
@@ -206,8 +206,8 @@ class SimulatedRunner:
         if row is None:
             raise ProtocolError(f"the plan uses row {step.row}, which is empty")
         view, end = row.view, step.start + step.num_tokens
-        if step.new_block_ids:
-            self._memory.attach(view, step.new_block_ids)
+        if step.new_pages:
+            self._memory.attach(view, step.new_pages[0])
         if end > len(view.token_ids) or end > len(view.block_ids) * self._info.block_size:
             raise ProtocolError(
                 f"row {step.row} has {len(view.token_ids)} tokens and {len(view.block_ids)} blocks, "

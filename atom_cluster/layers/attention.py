@@ -6,14 +6,19 @@ Shape suffixes: T tokens, M hidden dims, H query heads and K key/value heads of 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
+from atom_cluster.kv_cache.layout import KvLayerLayout
 from atom_cluster.layers.context import LayerContext
-from atom_cluster.layers.linear import ColumnLinear, Outputs, RowLinear
+from atom_cluster.layers.forward_batch import LayerInputs
+from atom_cluster.layers.linear import ColumnLinear, Output, RowLinear
+from atom_cluster.layers.module import CachingModule
 from atom_cluster.layers.norm import RmsNorm
-from atom_cluster.ops.attention import AttentionPlan, KvLayerCache
-from atom_cluster.parallel.sharding import WeightPart, even_span, kv_head_span
+from atom_cluster.layers.rotary import RotaryTable
+from atom_cluster.parallel.collectives import all_reduce_sum
+from atom_cluster.parallel.sharding import Span, WeightPart, even_span, kv_head_span
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,78 +29,150 @@ class AttentionSpec:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    value_dim: int | None = None
+    """Of a value head; None: `head_dim`."""
+    window: int | None = None
+    """Positions that a token sees, its own included; None: all."""
+    scale: float | None = None
+    """Factor of query-key products; None: head_dim ** -0.5."""
+    value_scale: float = 1.0
+    """Factor of values."""
     has_qkv_bias: bool = False
     has_output_bias: bool = False
-    qk_norm_eps: float | None = None
-    """None: query and key heads are not normalised."""
+    qk_norm: Literal["head", "projection"] | None = None
+    """RMS norm of queries and keys before rotation: over each head, or over all heads of a token together."""
+    norm_eps: float = 1e-6
+    is_norm_offset: bool = False
+    """The norms' stored weights are what is added to one."""
+    has_output_gate: bool = False
+    """The query projection is twice as wide, per head a query and then a gate; sigmoid(gate) multiplies the output."""
+    sink_name: str | None = None
+    """Name of a tensor [num_heads] of attention sinks; None: there are none."""
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionInputs:
-    """What the attention layers of one step share."""
-
-    plan: AttentionPlan
-    cos: torch.Tensor
-    """[T, 1, P], as `ops.rotary` takes it."""
-    sin: torch.Tensor
-    """[T, 1, P], as `ops.rotary` takes it."""
-
-
-class Attention:
+class Attention(CachingModule):
     """Self-attention with rotary positions."""
 
-    def __init__(self, context: LayerContext, spec: AttentionSpec) -> None:
+    def __init__(self, context: LayerContext, spec: AttentionSpec, rotary: RotaryTable | None) -> None:
+        """rotary: None for a layer without positions."""
         group = context.groups.tensor
-        query_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        query_span = even_span(query_size, group, what="attention heads", unit=spec.head_dim)
-        kv_span = kv_head_span(spec.num_kv_heads, spec.head_dim, group)
-        kv_outputs = Outputs(kv_size, kv_span)
-        self.qkv = ColumnLinear(
-            context,
-            num_in=spec.hidden_size,
-            outputs=(Outputs(query_size, query_span), kv_outputs, kv_outputs),
-            has_bias=spec.has_qkv_bias,
+        value_dim = spec.head_dim if spec.value_dim is None else spec.value_dim
+        head_span = even_span(spec.num_heads, group, what="attention heads")
+        query_dim = spec.head_dim * (2 if spec.has_output_gate else 1)
+        key_span = kv_head_span(spec.num_kv_heads, spec.head_dim, group)
+        value_span = kv_head_span(spec.num_kv_heads, value_dim, group)
+        outputs = (
+            Output("q_proj", spec.num_heads * query_dim, _times(head_span, query_dim)),
+            Output("k_proj", spec.num_kv_heads * spec.head_dim, key_span),
+            Output("v_proj", spec.num_kv_heads * value_dim, value_span),
         )
+        self.qkv = ColumnLinear(context, num_in=spec.hidden_size, outputs=outputs, has_bias=spec.has_qkv_bias)
         self.output = RowLinear(
-            context,
-            full_in=query_size,
-            in_span=query_span,
+            context.at("o_proj"),
+            full_in=spec.num_heads * value_dim,
+            in_span=_times(head_span, value_dim),
             num_out=spec.hidden_size,
             has_bias=spec.has_output_bias,
         )
-        self._norms: tuple[RmsNorm, RmsNorm] | None = None
-        if spec.qk_norm_eps is not None:
-            size, eps = spec.head_dim, spec.qk_norm_eps
-            self._norms = (RmsNorm(context, size=size, eps=eps), RmsNorm(context, size=size, eps=eps))
-        self.num_kv_heads = kv_span.length // spec.head_dim
-        """Heads on this rank."""
+        self.norms: tuple[_HeadNorm, ...] = ()
+        if spec.qk_norm is not None:
+            query_span = _times(head_span, spec.head_dim)
+            self.norms = (
+                _HeadNorm(context.at("q_norm"), spec, spec.num_heads * spec.head_dim, query_span),
+                _HeadNorm(context.at("k_norm"), spec, spec.num_kv_heads * spec.head_dim, key_span),
+            )
+        self._sink_H: torch.Tensor | None = None
+        self._sink_part: dict[str, WeightPart] = {}
+        if spec.sink_name is not None:
+            self._sink_H = torch.empty(head_span.length, dtype=torch.float32, device=context.device)
+            self._sink_part[context.full_name(spec.sink_name)] = WeightPart(
+                target=self._sink_H, full_shape=(spec.num_heads,), cut=(head_span.as_slice,)
+            )
+        self.cache_layout = KvLayerLayout(
+            num_kv_heads=key_span.length // spec.head_dim,
+            key_dim=spec.head_dim,
+            value_dim=value_dim,
+            window=spec.window,
+            dtype=context.cache_dtype,
+        )
+        self._spec = spec
         self._ops = context.ops
-        self._head_dim = spec.head_dim
-        self._split = [query_span.length, kv_span.length, kv_span.length]
-        self._scale = spec.head_dim**-0.5
+        self._rotary = rotary
+        self._value_dim = value_dim
+        self._split = [output.local.length for output in outputs]
+        self._scale = spec.head_dim**-0.5 if spec.scale is None else spec.scale
 
-    def weight_parts(self, name: str) -> dict[str, WeightPart]:
-        """Where the checkpoint's tensors go, by their names."""
-        parts = self.qkv.weight_parts((f"{name}.q_proj", f"{name}.k_proj", f"{name}.v_proj"))
-        parts.update(self.output.weight_parts(f"{name}.o_proj"))
-        if self._norms is not None:
-            parts.update(self._norms[0].weight_parts(f"{name}.q_norm"))
-            parts.update(self._norms[1].weight_parts(f"{name}.k_norm"))
-        return parts
+    def weight_parts(self) -> dict[str, WeightPart]:
+        """Where the checkpoint's tensors go, by their full names."""
+        return {**super().weight_parts(), **self._sink_part}
 
     def finish_loading(self) -> None:
         """All weights are in place: prepare them for the op backend."""
-        self.qkv.finish_loading()
-        self.output.finish_loading()
+        super().finish_loading()
+        self._sink_part = {}
 
-    def __call__(self, x_TM: torch.Tensor, inputs: AttentionInputs, kv: KvLayerCache) -> torch.Tensor:
-        """[T, M] -> [T, M]; writes the step's KV into `kv`."""
-        heads = (x_TM.shape[0], -1, self._head_dim)
+    def __call__(self, x_TM: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
+        """[T, M] -> [T, M]; writes the step's KV into its cache."""
+        num_tokens = x_TM.shape[0]
         query, key, value = torch.split(self.qkv(x_TM), self._split, dim=-1)
-        query_THD, key_TKD, value_TKD = query.view(heads), key.view(heads), value.view(heads)
-        if self._norms is not None:
-            query_THD, key_TKD = self._norms[0](query_THD), self._norms[1](key_TKD)
-        query_THD, key_TKD = self._ops.rotary(query_THD, key_TKD, inputs.cos, inputs.sin)
-        inputs.plan.store(key_TKD, value_TKD, kv)
-        output_THD = inputs.plan.attend(query_THD, kv, scale=self._scale)
-        return self.output(output_THD.flatten(1))
+        gate: torch.Tensor | None = None
+        if self._spec.has_output_gate:
+            query, gate = query.reshape(num_tokens, -1, 2 * self._spec.head_dim).chunk(2, dim=-1)
+            query = query.flatten(1)
+        if self.norms:
+            query, key = self.norms[0](query), self.norms[1](key)
+        query_THD = query.view(num_tokens, -1, self._spec.head_dim)
+        key_TKD = key.view(num_tokens, -1, self._spec.head_dim)
+        value_TKD = value.view(num_tokens, -1, self._value_dim)
+        if self._spec.value_scale != 1.0:
+            value_TKD = value_TKD * self._spec.value_scale
+        if self._rotary is not None:
+            cos, sin = inputs.once(self._rotary, lambda: _at(self._rotary, inputs))
+            query_THD, key_TKD = self._ops.rotary(query_THD, key_TKD, cos, sin)
+        plan, kv = inputs.plan(self._spec.window), inputs.kv(self.cache_index)
+        plan.store(key_TKD, value_TKD, kv)
+        output_TI = plan.attend(query_THD, kv, scale=self._scale, sink_H=self._sink_H).flatten(1)
+        if gate is not None:
+            output_TI = output_TI * torch.sigmoid(gate.flatten(1))
+        return self.output(output_TI)
+
+
+class _HeadNorm(RmsNorm):
+    """The norm of one of queries and keys, of all of this rank's heads at once."""
+
+    def __init__(self, context: LayerContext, spec: AttentionSpec, full_size: int, span: Span) -> None:
+        self._is_per_head = spec.qk_norm == "head"
+        size, group = (spec.head_dim if self._is_per_head else span.length), context.groups.tensor
+        super().__init__(
+            context,
+            size=size,
+            eps=spec.norm_eps,
+            is_offset=spec.is_norm_offset,
+            full_size=size if self._is_per_head else full_size,
+            span=None if self._is_per_head else span,
+        )
+        self._group = group
+        self._full_norm_size = full_size
+
+    def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
+        """[T, heads * D] -> the same"""
+        if self._is_per_head:
+            return super().__call__(x_TI.reshape(len(x_TI), -1, self.weight_D.shape[0])).flatten(1)
+        if self._group.size == 1:
+            return super().__call__(x_TI)
+        wide = x_TI.to(torch.promote_types(x_TI.dtype, torch.float32))
+        # Ranks that share a key/value head count its squares as often as they hold it, and so does the size.
+        squares_T1 = all_reduce_sum(wide.square().sum(-1, keepdim=True), self._group)
+        size = self._full_norm_size * max(1, self._group.size * x_TI.shape[-1] // self._full_norm_size)
+        return (wide * torch.rsqrt(squares_T1 / size + self._eps)).to(x_TI.dtype) * self.weight_D
+
+
+def _at(table: RotaryTable | None, inputs: LayerInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    if table is None:
+        raise AssertionError("a layer without positions asked for angles")
+    return table.at(inputs.batch.positions)
+
+
+def _times(span: Span, unit: int) -> Span:
+    """A span of heads as a span of dims."""
+    return Span(span.start * unit, span.length * unit)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
+from atom_cluster.errors import ConfigError
 from atom_cluster.ops.table import OpTable
 from atom_cluster.parallel.groups import ProcessGroups
-from atom_cluster.quantization.scheme import LinearScheme
-from atom_cluster.quantization.unquantized import UNQUANTIZED
+from atom_cluster.quantization.scheme import LinearScheme, QuantizationPlan
+from atom_cluster.quantization.unquantized import NOTHING_QUANTIZED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,15 +21,42 @@ class LayerContext:
     ops: OpTable
     groups: ProcessGroups
     dtype: torch.dtype
-    """Dtype of activations and KV."""
+    """Dtype of activations."""
     device: torch.device
-    scheme: LinearScheme = UNQUANTIZED
-    """How linear layers store their weights."""
+    name: str = ""
+    """Name of the layer's tensors in the checkpoint, up to the last dot: `model.layers.0.self_attn`."""
+    quantization: QuantizationPlan = NOTHING_QUANTIZED
+    """How linear layers store their weights, by name."""
     weight_dtype: torch.dtype | None = None
     """Dtype that unquantized weights are loaded in; None: `dtype`. Narrower than `dtype` for a bfloat16 checkpoint
     computed in float32: embeddings stay that small, linear weights go through `ops.prepare_linear`."""
+    kv_dtype: str | None = None
+    """Dtype of keys and values in the cache, as `kv_cache.layout` spells it; None: `dtype`."""
+    stored_names: frozenset[str] = frozenset()
+    """All tensors of the checkpoint, for layers that come in several forms (packed experts, say). Empty without one."""
+
+    def at(self, name: str) -> LayerContext:
+        """The same for a part with this name."""
+        return replace(self, name=self.full_name(name))
+
+    def full_name(self, name: str) -> str:
+        """Name in the checkpoint of a part with this name; the layer's own for an empty one."""
+        return f"{self.name}.{name}" if self.name and name else self.name or name
+
+    def scheme(self, names: Sequence[str]) -> LinearScheme:
+        """How these projections, which are to be fused, are stored. Raises ConfigError when they differ."""
+        schemes = {name: self.quantization.linear(self.full_name(name)) for name in names}
+        if len({scheme.name for scheme in schemes.values()}) > 1:
+            described = ", ".join(f"{self.full_name(name)} is {scheme.name}" for name, scheme in schemes.items())
+            raise ConfigError(f"projections that are computed together are quantized differently: {described}")
+        return next(iter(schemes.values()))
 
     @property
     def storage_dtype(self) -> torch.dtype:
         """Dtype that weights are allocated in."""
         return self.dtype if self.weight_dtype is None else self.weight_dtype
+
+    @property
+    def cache_dtype(self) -> str:
+        """Dtype of keys and values, as `kv_cache.layout` spells it."""
+        return self.kv_dtype or str(self.dtype).removeprefix("torch.")

@@ -6,41 +6,51 @@ import torch
 import torch.nn.functional as F
 
 from atom_cluster.layers.context import LayerContext
+from atom_cluster.layers.module import Module
 from atom_cluster.parallel.collectives import all_reduce_sum
 from atom_cluster.parallel.groups import Group
 from atom_cluster.parallel.sharding import Span, WeightPart
 from atom_cluster.units import ceil_div
 
 
-class VocabularyShard:
-    """Rows of a [vocabulary, hidden] matrix on this rank. All ranks hold equally many; the last ones are padded."""
+class VocabularyShard(Module):
+    """Rows of a [vocabulary, hidden] matrix on this rank. All ranks hold equally many; the last ones are padded.
+
+    Its tensor is `<name>.weight`.
+    """
 
     def __init__(self, context: LayerContext, *, vocab_size: int, hidden_size: int) -> None:
         group = context.groups.tensor
         num_rows = ceil_div(vocab_size, group.size)
         start = min(group.rank * num_rows, vocab_size)
+        self._name = f"{context.name}.weight"
         self.vocab_size = vocab_size
         self.span = Span(start, min(num_rows, vocab_size - start))
         self.rows_VD = torch.zeros(num_rows, hidden_size, dtype=context.storage_dtype, device=context.device)
 
-    def weight_parts(self, name: str) -> dict[str, WeightPart]:
-        """Where the checkpoint's tensor goes, by its name."""
+    def weight_parts(self) -> dict[str, WeightPart]:
+        """Where the checkpoint's tensor goes, by its full name."""
         full_shape = (self.vocab_size, self.rows_VD.shape[1])
-        return {
-            f"{name}.weight": WeightPart(target=self.rows_VD[: self.span.length], full_shape=full_shape, span=self.span)
-        }
+        target = self.rows_VD[: self.span.length]
+        return {self._name: WeightPart(target=target, full_shape=full_shape, cut=(self.span.as_slice,))}
 
 
-class Embedding:
+class Embedding(Module):
     """Looks token ids up. Rows are kept in the checkpoint's dtype and widened after the lookup."""
 
-    def __init__(self, context: LayerContext, *, vocab_size: int, hidden_size: int) -> None:
+    def __init__(self, context: LayerContext, *, vocab_size: int, hidden_size: int, factor: float = 1.0) -> None:
+        """factor: multiplies the rows, in the dtype of activations."""
         self.shard = VocabularyShard(context, vocab_size=vocab_size, hidden_size=hidden_size)
         self._group: Group = context.groups.tensor
         self._dtype = context.dtype
+        self._factor = factor
 
     def __call__(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         """[T] int64 -> [T, D]"""
+        rows_TD = self._look_up(token_ids_T)
+        return rows_TD if self._factor == 1.0 else rows_TD * self._factor
+
+    def _look_up(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         if self._group.size == 1:
             return F.embedding(token_ids_T, self.shard.rows_VD).to(self._dtype)
         span = self.shard.span

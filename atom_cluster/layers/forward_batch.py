@@ -1,19 +1,54 @@
 """ForwardBatch: the tensors of one forward pass, built by the runner, read by layers, which keep no state.
 
-Shape suffixes: T tokens of the step, R rows of the step, B blocks per row (padded), S sampled rows, N KV blocks.
-All tensors are on the model's device; the `_cpu` tuples of `AttentionMetadata` are the same numbers for code that must
-not wait for a device. The attention types are defined in `ops/attention.py`, below layers, and offered here too.
+Shape suffixes: T tokens of the step, R rows of the step, B blocks per row (padded), S sampled rows, N pages.
+All tensors are on the model's device; the `_cpu` tuples are the same numbers for code that must not wait for a device.
+The attention types are defined in `ops/attention.py`, below layers, and offered here too.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar, cast
 
 import torch
 
-from atom_cluster.ops.attention import AttentionMetadata, KvLayerCache
+from atom_cluster.ops.attention import AttentionMetadata, AttentionPlan, KvLayerCache
+from atom_cluster.ops.table import OpTable
 
-__all__ = ["AttentionMetadata", "ForwardBatch", "KvLayerCache"]
+__all__ = ["AttentionMetadata", "ForwardBatch", "KvLayerCache", "LayerInputs", "StateLayerCache", "StateMetadata"]
+
+V = TypeVar("V")
+
+
+@dataclass(frozen=True, slots=True)
+class StateLayerCache:
+    """States of one recurrent layer: views into the runner's memory, strided over pages."""
+
+    tensors: Mapping[str, torch.Tensor]
+    """By the name in the layer's layout, each [N, *shape]."""
+
+
+LayerCache = KvLayerCache | StateLayerCache
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateMetadata:
+    """Which states a step begins with and which pages it leaves new ones in. Rows are those of the attention metadata.
+
+    A page may be read by several rows. A page that is written belongs to its row alone; it may be the one that the row
+    reads, so a layer reads before it writes.
+    """
+
+    read_page: torch.Tensor
+    """[R] int64: page with the state before the row's first token; -1 where the row begins with its first token."""
+    write_page: torch.Tensor
+    """[R, W] int64. W == 1: the state after the row's last token goes to write_page[r, 0]. W > 1, in speculative steps:
+    of a row whose `keeps_all` is set, the state after its j-th token (j < W) goes to write_page[r, j]; any other row's
+    last state goes to write_page[r, 0]."""
+    keeps_all_cpu: tuple[bool, ...]
+    """Per row; all False when W == 1. Rows with it set have at most W tokens, and there are few enough of them to be
+    stepped through one by one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,8 +59,44 @@ class ForwardBatch:
     """[T] int64"""
     positions: torch.Tensor
     """[T] int64"""
-    attention: AttentionMetadata
-    kv: tuple[KvLayerCache, ...]
-    """One per layer."""
+    attention: Mapping[int | None, AttentionMetadata]
+    """By the window of the layers it is for; None: layers that see all positions. The latter is always there."""
+    caches: tuple[LayerCache, ...]
+    """What each layer of the model's `kv_layout` keeps, in that order."""
     sample_index: torch.Tensor
     """[S] int64: indices into T of the tokens whose logits are needed, in row order."""
+    state: StateMetadata | None = None
+    """None for a model without recurrent layers."""
+
+
+@dataclass(slots=True)
+class LayerInputs:
+    """One forward pass as its layers see it: the batch, and what is worked out once for many layers."""
+
+    batch: ForwardBatch
+    ops: OpTable
+    _shared: dict[Hashable, object] = field(default_factory=dict)
+
+    def once(self, key: Hashable, make: Callable[[], V]) -> V:
+        """What `make` returned when it was first called with this key in this pass."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        return cast("V", self._shared[key])
+
+    def plan(self, window: int | None = None) -> AttentionPlan:
+        """Attention for layers with this window."""
+        return self.once(("plan", window), lambda: self.ops.plan_attention(self.batch.attention[window]))
+
+    def kv(self, index: int) -> KvLayerCache:
+        """Keys and values of the layer with this cache index."""
+        cache = self.batch.caches[index]
+        if not isinstance(cache, KvLayerCache):
+            raise AssertionError(f"cache {index} holds states, not keys and values")
+        return cache
+
+    def state(self, index: int) -> StateLayerCache:
+        """States of the layer with this cache index."""
+        cache = self.batch.caches[index]
+        if not isinstance(cache, StateLayerCache):
+            raise AssertionError(f"cache {index} holds keys and values, not states")
+        return cache

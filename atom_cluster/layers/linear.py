@@ -1,8 +1,7 @@
 """Linear layers split over the ranks of a tensor-parallel group: by outputs, or by inputs with a sum afterwards.
 
-Life of a layer: built with uninitialised tensors; `weight_parts` says where checkpoint tensors go; `finish_loading`
-hands the tensors to the op backend and forgets them. Knows no checkpoint formats and no models.
-Shape suffixes: T tokens, I inputs and O outputs of this rank.
+Their weights may be stored in any `LinearScheme`. `finish_loading` hands the tensors to the op backend and forgets
+them. Knows no checkpoint formats and no models. Shape suffixes: T tokens, I inputs and O outputs of this rank.
 """
 
 from __future__ import annotations
@@ -13,111 +12,144 @@ from dataclasses import dataclass
 import torch
 
 from atom_cluster.layers.context import LayerContext
+from atom_cluster.layers.module import Module
 from atom_cluster.ops.linear import LinearOp
 from atom_cluster.parallel.collectives import all_reduce_sum
 from atom_cluster.parallel.sharding import Span, WeightPart
+from atom_cluster.quantization.scheme import LinearShape, StoredTensor
+from atom_cluster.units import ceil_div
 
 
 @dataclass(frozen=True, slots=True)
-class Outputs:
+class Output:
     """One of the projections that are fused into a layer's outputs."""
 
+    name: str
+    """Of its tensors, behind the layer's name; empty when it is the layer's."""
     full_size: int
     """Outputs over all ranks."""
-    span: Span
-    """Those of this rank."""
+    span: Span | None = None
+    """Those of this rank; None: all, on every rank."""
+
+    @property
+    def local(self) -> Span:
+        """Those of this rank."""
+        return Span(0, self.full_size) if self.span is None else self.span
 
 
-class _Weights:
-    """The tensors of a layer while it is loaded, then the op made of them."""
-
-    def __init__(self, context: LayerContext, *, num_out: int, num_in: int, has_bias: bool) -> None:
-        self._context = context
-        self.tensors = context.scheme.create_tensors(
-            num_out, num_in, dtype=context.storage_dtype, device=context.device
-        )
-        self.bias = torch.empty(num_out, dtype=context.dtype, device=context.device) if has_bias else None
-
-    def finish(self, *, uses_bias: bool) -> LinearOp:
-        bias = self.bias if uses_bias else None
-        context = self._context
-        return context.scheme.prepare(self.tensors, bias, ops=context.ops, dtype=context.dtype)
-
-
-class ColumnLinear:
-    """Several projections of the same input, fused; each rank computes a span of each one's outputs."""
+class _Linear(Module):
+    """Projections of the same inputs, stored in one scheme: tensors while they are loaded, then the op made of them."""
 
     op: LinearOp
     """Set by `finish_loading`."""
 
-    def __init__(self, context: LayerContext, *, num_in: int, outputs: Sequence[Outputs], has_bias: bool) -> None:
-        self._num_in = num_in
+    def __init__(
+        self, context: LayerContext, *, full_in: int, in_span: Span, outputs: Sequence[Output], has_bias: bool
+    ) -> None:
+        self._context = context
+        self._full_in, self._in_span = full_in, in_span
         self._outputs = tuple(outputs)
-        num_out = sum(part.span.length for part in outputs)
-        self._weights: _Weights | None = _Weights(context, num_out=num_out, num_in=num_in, has_bias=has_bias)
+        self._scheme = context.scheme([output.name for output in outputs])
+        self._shape = LinearShape(part_sizes=tuple(output.local.length for output in outputs), num_in=in_span.length)
+        self._tensors = self._scheme.create_tensors(self._shape, dtype=context.storage_dtype, device=context.device)
+        self._bias_O = (
+            torch.empty(self._shape.num_out, dtype=context.dtype, device=context.device) if has_bias else None
+        )
+        self._is_prepared = False
 
-    def weight_parts(self, names: Sequence[str]) -> dict[str, WeightPart]:
-        """Where the checkpoint's tensors go, by their names; `names` are the fused projections' prefixes, in order."""
-        weights = _unfinished(self._weights)
+    def weight_parts(self) -> dict[str, WeightPart]:
+        """Where the checkpoint's tensors go, by their full names."""
+        if self._is_prepared:
+            raise RuntimeError("the layer's weights were handed to the op backend already")
         parts: dict[str, WeightPart] = {}
-        offset = 0
-        for name, outputs in zip(names, self._outputs, strict=True):
-            rows = slice(offset, offset + outputs.span.length)
-            offset = rows.stop
-            for suffix, tensor in weights.tensors.items():
-                parts[f"{name}.{suffix}"] = WeightPart(
-                    target=tensor[rows], full_shape=(outputs.full_size, self._num_in), span=outputs.span
-                )
-            if weights.bias is not None:
+        for index, output in enumerate(self._outputs):
+            name = self._context.full_name(output.name)
+            for suffix, stored in self._tensors.items():
+                parts[f"{name}.{suffix}"] = self._part(stored, index, what=f"{name}.{suffix}")
+            if self._bias_O is not None:
+                start = sum(self._shape.part_sizes[:index])
+                target = self._bias_O[start : start + output.local.length]
                 parts[f"{name}.bias"] = WeightPart(
-                    target=weights.bias[rows], full_shape=(outputs.full_size,), span=outputs.span
+                    target=target, full_shape=(output.full_size,), cut=(output.local.as_slice,)
                 )
         return parts
 
+    def _part(self, stored: StoredTensor, index: int, *, what: str) -> WeightPart:
+        """Where the tensor of the `index`-th projection goes."""
+        output = self._outputs[index]
+        if stored.out_axis is None:
+            target = stored.tensor[index]
+        else:
+            sizes = [ceil_div(size, stored.out_unit) for size in self._shape.part_sizes]
+            target = stored.tensor.narrow(stored.out_axis, sum(sizes[:index]), sizes[index])
+        full_shape = list(target.shape)
+        cut = [slice(None)] * len(full_shape)
+        for axis, span, size, unit in (
+            (stored.out_axis, output.local, output.full_size, stored.out_unit),
+            (stored.in_axis, self._in_span, self._full_in, stored.in_unit),
+        ):
+            if axis is not None:
+                full_shape[axis] = ceil_div(size, unit)
+                cut[axis] = span.in_units(unit, size, what=what).as_slice
+        return WeightPart(target=target, full_shape=tuple(full_shape), cut=tuple(cut))
+
+    def _prepare(self, *, uses_bias: bool) -> None:
+        if self._is_prepared:
+            raise RuntimeError("the layer's weights were handed to the op backend already")
+        tensors = {suffix: stored.tensor for suffix, stored in self._tensors.items()}
+        bias = self._bias_O if uses_bias else None
+        context = self._context
+        self.op = self._scheme.prepare(tensors, bias, shape=self._shape, ops=context.ops, dtype=context.dtype)
+        self._tensors, self._bias_O, self._is_prepared = {}, None, True
+
+    def linear_ops(self) -> list[LinearOp]:
+        """The one product."""
+        return [self.op]
+
+
+class ColumnLinear(_Linear):
+    """Several projections of the same input, fused; each rank computes a span of each one's outputs."""
+
+    def __init__(
+        self, context: LayerContext, *, num_in: int, outputs: Sequence[Output], has_bias: bool = False
+    ) -> None:
+        super().__init__(context, full_in=num_in, in_span=Span(0, num_in), outputs=outputs, has_bias=has_bias)
+
     def finish_loading(self) -> None:
         """All weights are in place: prepare them for the op backend."""
-        self.op = _unfinished(self._weights).finish(uses_bias=True)
-        self._weights = None
+        self._prepare(uses_bias=True)
 
     def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
         """[T, I] -> [T, O]: the projections' outputs of this rank, side by side."""
         return self.op(x_TI)
 
 
-class RowLinear:
-    """One projection whose inputs are split over the ranks; the result is summed, so every rank has all outputs."""
+class RowLinear(_Linear):
+    """One projection whose inputs are split over the ranks; the result is summed, so every rank has all outputs.
 
-    op: LinearOp
-    """Set by `finish_loading`."""
+    Its tensors have the layer's own name.
+    """
 
-    def __init__(self, context: LayerContext, *, full_in: int, in_span: Span, num_out: int, has_bias: bool) -> None:
+    def __init__(
+        self,
+        context: LayerContext,
+        *,
+        full_in: int,
+        in_span: Span,
+        num_out: int,
+        has_bias: bool = False,
+        sums: bool = True,
+    ) -> None:
+        """`sums` False leaves each rank with its own addend, for a caller that sums several layers' at once."""
+        super().__init__(context, full_in=full_in, in_span=in_span, outputs=[Output("", num_out)], has_bias=has_bias)
         self._group = context.groups.tensor
-        self._full_shape = (num_out, full_in)
-        self._in_span = in_span
-        self._weights: _Weights | None = _Weights(context, num_out=num_out, num_in=in_span.length, has_bias=has_bias)
-
-    def weight_parts(self, name: str) -> dict[str, WeightPart]:
-        """Where the checkpoint's tensors go, by their names; `name` is the projection's prefix."""
-        weights = _unfinished(self._weights)
-        parts = {
-            f"{name}.{suffix}": WeightPart(target=tensor, full_shape=self._full_shape, axis=1, span=self._in_span)
-            for suffix, tensor in weights.tensors.items()
-        }
-        if weights.bias is not None:
-            parts[f"{name}.bias"] = WeightPart(target=weights.bias, full_shape=self._full_shape[:1])
-        return parts
+        self._sums = sums
 
     def finish_loading(self) -> None:
         """All weights are in place: prepare them for the op backend. The bias must be added once, so rank 0 has it."""
-        self.op = _unfinished(self._weights).finish(uses_bias=self._group.rank == 0)
-        self._weights = None
+        self._prepare(uses_bias=self._group.rank == 0)
 
     def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
         """[T, I] -> [T, all outputs]"""
-        return all_reduce_sum(self.op(x_TI), self._group)
-
-
-def _unfinished(weights: _Weights | None) -> _Weights:
-    if weights is None:
-        raise RuntimeError("the layer's weights were handed to the op backend already")
-    return weights
+        y_TO = self.op(x_TI)
+        return all_reduce_sum(y_TO, self._group) if self._sums else y_TO

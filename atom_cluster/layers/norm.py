@@ -5,25 +5,49 @@ from __future__ import annotations
 import torch
 
 from atom_cluster.layers.context import LayerContext
-from atom_cluster.parallel.sharding import WeightPart
+from atom_cluster.layers.module import Module
+from atom_cluster.parallel.sharding import Span, WeightPart
 
 
-class RmsNorm:
-    """Normalises the last dimension."""
+class RmsNorm(Module):
+    """Normalises the last dimension. Its tensor is `<name>.weight`."""
 
-    def __init__(self, context: LayerContext, *, size: int, eps: float) -> None:
+    def __init__(
+        self,
+        context: LayerContext,
+        *,
+        size: int,
+        eps: float,
+        is_offset: bool = False,
+        full_size: int | None = None,
+        span: Span | None = None,
+    ) -> None:
+        """is_offset: the stored weight is what is added to one (Gemma, Qwen3-Next).
+
+        span, full_size: the rank has these `size` weights out of `full_size`; None: all.
+        """
+        self._name = f"{context.name}.weight"
         self._ops = context.ops
         self._eps = eps
-        self._weight_D = torch.empty(size, dtype=context.dtype, device=context.device)
+        self._is_offset = is_offset
+        self._full_size = size if full_size is None else full_size
+        self._span = Span(0, size) if span is None else span
+        self.weight_D = torch.empty(size, dtype=context.dtype, device=context.device)
 
-    def weight_parts(self, name: str) -> dict[str, WeightPart]:
-        """Where the checkpoint's tensor goes, by its name."""
-        return {f"{name}.weight": WeightPart(target=self._weight_D, full_shape=tuple(self._weight_D.shape))}
+    def weight_parts(self) -> dict[str, WeightPart]:
+        """Where the checkpoint's tensor goes, by its full name."""
+        cut = (self._span.as_slice,)
+        return {self._name: WeightPart(target=self.weight_D, full_shape=(self._full_size,), cut=cut)}
+
+    def finish_loading(self) -> None:
+        """The weight is in place."""
+        if self._is_offset:
+            self.weight_D += 1
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., D]"""
-        return self._ops.rms_norm(x, self._weight_D, self._eps)
+        return self._ops.rms_norm(x, self.weight_D, self._eps)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(norm of x + residual, x + residual); `residual` may be overwritten."""
-        return self._ops.add_rms_norm(x, residual, self._weight_D, self._eps)
+        return self._ops.add_rms_norm(x, residual, self.weight_D, self._eps)

@@ -10,7 +10,7 @@ RopeKind = Literal["default", "linear", "llama3", "yarn"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeSpec:
-    """Rotary embedding of all layers of a model."""
+    """One rotary embedding of a model; its layers may have different ones."""
 
     kind: RopeKind
     theta: float

@@ -4,6 +4,18 @@ Rows. A runner keeps per-request state (tokens, block table, sampling state) in 
 max_num_requests`. A request enters a row once (`NewRow`, carrying everything) and is then advanced by `RowStep`s that
 carry only what changed. Sampled tokens are appended to the row by the runner itself, so step t+1 can be planned and
 submitted before the tokens of step t are known to the scheduler (asynchronous scheduling).
+
+Pages. A request holds pages of every cache group of the model (`kv_cache.layout`), and the runner keeps a row's page
+table per group. Ids count within a group. In groups of kind full and window, column i of a table holds the page of
+positions [i * block_size, (i + 1) * block_size); new ids are appended. Columns behind a window may name pages that
+belong to others by now: they are not read. In the state group a table holds the pages that the row's states are written
+to, one or, with speculation, 1 + k of them; new ids replace the old ones, after the step's first state has been read
+from where the row's newest state is.
+
+Speculation. After each step in which it samples, the runner drafts up to k tokens for the row and keeps them. A later
+`RowStep` with `num_drafts` computes the newest token and so many drafts behind it, samples after each, and keeps the
+tokens up to and including the first that differs from its draft. What it wrote for drafts that were not kept is
+overwritten by the row's next step, which starts behind the last kept token.
 """
 
 from __future__ import annotations
@@ -22,23 +34,31 @@ class NewRow(Struct, frozen=True, kw_only=True, array_like=True):
     token_ids: tuple[int, ...]
     """All tokens known so far: prompt, then any output tokens already produced (preemption, remote prefill)."""
     num_prompt_tokens: int
-    block_ids: tuple[int, ...]
-    """Blocks holding or about to hold KV of positions 0, 1, 2, ..."""
+    pages: tuple[tuple[int, ...], ...]
+    """Per cache group. State group: empty, or the page that holds the state before the row's first step, which the step
+    only reads; it brings its own pages to write to."""
     sampling: SamplingParams
     """With an integer seed."""
     eos_token_ids: tuple[int, ...] = ()
     """Needed by the runner only for `sampling.min_tokens`."""
+    drafts: tuple[int, ...] = ()
+    """Tokens that another engine drafted behind `token_ids`."""
 
 
 class RowStep(Struct, frozen=True, array_like=True):
-    """Compute KV of positions [start, start + num_tokens) of a row, and sample after the last one if `samples`."""
+    """Compute positions [start, start + num_tokens) of a row, and sample after the last one if `samples`.
+
+    The last `num_drafts` of them are the row's first drafts, of which it has at least that many; then `samples` is set,
+    and it samples after each of the last `num_drafts + 1` positions.
+    """
 
     row: int
     start: int
     num_tokens: int
     samples: bool
-    new_block_ids: tuple[int, ...] = ()
-    """Appended to the row's block table before the step runs."""
+    new_pages: tuple[tuple[int, ...], ...] = ()
+    """Per cache group, brought into the row's tables before the step runs; empty when no group has any."""
+    num_drafts: int = 0
 
 
 class StepPlan(Struct, frozen=True, kw_only=True):
@@ -65,6 +85,8 @@ class SampledTokens(Struct, frozen=True, array_like=True):
     row: int
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] | None = None
+    drafts: tuple[int, ...] = ()
+    """What the runner drafted behind them, and keeps for the row's next step."""
 
 
 class StepResult(Struct, frozen=True, kw_only=True):

@@ -72,13 +72,19 @@ class KvPublication(Struct, frozen=True, kw_only=True, tag="kv_publication"):
     ticket_id: str
     epoch: int
     first_block: int
-    """Index, within the prompt's blocks, of `block_ids[0]`. Publications of a ticket are contiguous and in order."""
+    """Index, within the prompt's blocks, of `block_ids[0]`. Publications of the first cache group are contiguous and in
+    order. Of other groups only what the tokens behind the prompt need is published: the end of a window, the state
+    (whose index is 0)."""
     block_ids: tuple[int, ...]
-    """Block ids in the exporting engine's memory."""
+    """Page ids in the exporting engine's memory of the group."""
     tags: tuple[tuple[int, ...], ...]
     """tags[rank][i]: 64-bit content checksum of the rank's part of block i, keyed with the epoch."""
+    group: int = 0
+    """Cache group of the pages (`kv_cache.layout`)."""
     first_token: TokenDelta | None = None
     """In the last publication only: the token sampled from the prompt, its logprobs, the count of cached tokens."""
+    drafts: tuple[int, ...] = ()
+    """In the last publication only: tokens drafted behind the first one."""
 
 
 class PrefillFailed(Struct, frozen=True, kw_only=True, tag="prefill_failed"):
@@ -121,6 +127,7 @@ class TagBlocks(Struct, frozen=True, kw_only=True, tag="tag"):
     epoch: int
     first_block: int
     block_ids: tuple[int, ...]
+    group: int = 0
 
 
 class ReadBlocks(Struct, frozen=True, kw_only=True, tag="read"):
@@ -134,6 +141,7 @@ class ReadBlocks(Struct, frozen=True, kw_only=True, tag="read"):
     tags: tuple[tuple[int, ...], ...]
     """As in `KvPublication`; rank r checks `tags[r]`. Empty when checking is turned off."""
     timeout_s: float
+    group: int = 0
 
 
 class DropPeer(Struct, frozen=True, kw_only=True, tag="drop"):
@@ -154,6 +162,7 @@ class BlocksTagged(Struct, frozen=True, kw_only=True, tag="tagged"):
     ticket_id: str
     first_block: int
     tags: tuple[tuple[int, ...], ...]
+    group: int = 0
 
 
 class ReadFinished(Struct, frozen=True, kw_only=True, tag="read_finished"):

@@ -1,4 +1,4 @@
-"""What the runner needs from a model: sizes to allocate KV memory by, and the two halves of a forward pass."""
+"""What the runner needs from a model: sizes to allocate memory by, and the two halves of a forward pass."""
 
 from __future__ import annotations
 
@@ -13,20 +13,37 @@ from atom_cluster.layers.forward_batch import ForwardBatch
 class CausalLM(Protocol):
     """A decoder-only language model on one rank, weights loaded. Calls are made under `torch.inference_mode`."""
 
-    @property
-    def kv_layout(self) -> KvLayout:
-        """KV sizes of this rank's layers."""
-        ...
+    kv_layout: KvLayout
+    """What this rank's layers keep between steps, layers for drafting included."""
 
     @property
     def vocab_size(self) -> int:
         """Size of the full vocabulary, over all ranks."""
         ...
 
+    @property
+    def num_draft_layers(self) -> int:
+        """Layers that can draft tokens; 0: none."""
+        ...
+
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """Hidden states after the final norm, [T, D]; writes the step's KV into `batch.kv`."""
+        """Hidden states after the final norm, [T, D]; writes what the step leaves behind into `batch.caches`."""
         ...
 
     def compute_logits(self, hidden_SD: torch.Tensor) -> torch.Tensor | None:
         """Logits over the full vocabulary, [S, V] float32; None on ranks other than 0 (they took part in gathering)."""
+        ...
+
+    def forward_draft(
+        self, index: int, next_token_ids_T: torch.Tensor, hidden_TD: torch.Tensor, batch: ForwardBatch
+    ) -> torch.Tensor:
+        """The drafting layer `index` over a step's tokens: hidden states for `compute_draft_logits`, [T, D].
+
+        next_token_ids_T: the token behind each of the batch's tokens (for layer i, the one i + 1 behind);
+        hidden_TD: what `forward`, or the drafting layer before, returned for them. Writes the layer's own cache.
+        """
+        ...
+
+    def compute_draft_logits(self, index: int, hidden_SD: torch.Tensor) -> torch.Tensor | None:
+        """Logits of drafted tokens, [S, V] float32; None on ranks other than 0."""
         ...

@@ -1,7 +1,8 @@
 """Reads a model's rotary embedding from its HF configuration, in the old spelling and the new. Knows no tensors.
 
 Old: top-level `rope_theta`, and `rope_scaling` {`type` or `rope_type`, factor, ...} or null.
-New: `rope_parameters` {`rope_type`, `rope_theta`, factor, ...}.
+New: `rope_parameters` {`rope_type`, `rope_theta`, factor, ...}; for models whose kinds of layers differ, one such
+object per kind, as {`full_attention`: {...}, `sliding_attention`: {...}}.
 """
 
 from __future__ import annotations
@@ -12,24 +13,35 @@ from typing import get_args
 
 from atom_cluster.errors import ConfigError
 from atom_cluster.layers.rope_spec import RopeKind, RopeSpec
+from atom_cluster.models.hf_config import HfConfig
 
 _DEFAULT_THETA = 10000.0
 _DEFAULT_BETA_FAST = 32.0
 _DEFAULT_BETA_SLOW = 1.0
 
 
-def read_rope(hf_config: Mapping[str, object], head_dim: int) -> RopeSpec:
-    """The rotary embedding that `hf_config` describes. Raises ConfigError for a kind that is not implemented."""
-    values = _merged_values(hf_config)
+def read_rope(
+    config: HfConfig,
+    head_dim: int,
+    *,
+    label: str | None = None,
+    default_theta: float = _DEFAULT_THETA,
+    default_partial: float = 1.0,
+) -> RopeSpec:
+    """The rotary embedding that a configuration describes. Raises ConfigError for a kind that is not implemented.
+
+    label: of the layers it is for, in configurations that tell several apart; without effect in others.
+    """
+    values = _merged_values(config.values, label)
     kind = _kind(values)
-    rotary_dim = int(head_dim * _number(values, "partial_rotary_factor", 1.0))
-    theta = _number(values, "rope_theta", _DEFAULT_THETA)
+    rotary_dim = int(head_dim * _number(values, "partial_rotary_factor", default_partial))
+    theta = _number(values, "rope_theta", default_theta)
     if kind == "default":
         return RopeSpec(kind=kind, theta=theta, rotary_dim=rotary_dim)
     factor = _number(values, "factor", None)
     if kind == "linear":
         return RopeSpec(kind=kind, theta=theta, rotary_dim=rotary_dim, factor=factor)
-    original = _number(values, "original_max_position_embeddings", _fallback_length(hf_config))
+    original = _number(values, "original_max_position_embeddings", _fallback_length(config.values))
     if kind == "llama3":
         return RopeSpec(
             kind=kind,
@@ -53,7 +65,7 @@ def read_rope(hf_config: Mapping[str, object], head_dim: int) -> RopeSpec:
     )
 
 
-def _merged_values(hf_config: Mapping[str, object]) -> dict[str, object]:
+def _merged_values(hf_config: Mapping[str, object], label: str | None) -> dict[str, object]:
     """All rope values in one dictionary, the more specific spelling winning."""
     top_level = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
     values = {key: hf_config[key] for key in top_level if hf_config.get(key) is not None}
@@ -63,6 +75,8 @@ def _merged_values(hf_config: Mapping[str, object]) -> dict[str, object]:
             continue
         if not isinstance(nested, Mapping):
             raise ConfigError(f"config.json: {key} is not an object: {nested!r}")
+        if label is not None and isinstance(nested.get(label), Mapping):
+            nested = nested[label]
         values.update({name: value for name, value in nested.items() if value is not None})
     return values
 

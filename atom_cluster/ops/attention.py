@@ -21,14 +21,20 @@ class KvLayerCache:
     key: torch.Tensor
     """[N, block_size, num_kv_heads of this rank, head_dim]"""
     value: torch.Tensor
-    """[N, block_size, num_kv_heads of this rank, v_head_dim]"""
+    """[N, block_size, num_kv_heads of this rank, v_head_dim]; v_head_dim may be 0, or differ from head_dim."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionMetadata:
-    """Which tokens belong to which row and where each row's KV lives. Rows with one query token come first."""
+    """Which tokens belong to which row and where each row's KV lives. Rows with one query token come first.
+
+    Layers that keep different spans of the past (all of it, or a window) have different blocks, and so each their own
+    metadata; only `window`, `block_table` and `slot` differ between them.
+    """
 
     block_size: int
+    window: int | None = None
+    """Positions that a token sees, its own included: p - window + 1 .. p. None: all, 0 .. p."""
     num_decode_rows: int
     """The first rows, each with exactly one query token (so the first `num_decode_rows` tokens are theirs)."""
     query_start: torch.Tensor
@@ -36,7 +42,8 @@ class AttentionMetadata:
     context_len: torch.Tensor
     """[R] int32: tokens of the row including this step's."""
     block_table: torch.Tensor
-    """[R, B] int32: block ids; entries beyond a row's blocks are 0 and not read."""
+    """[R, B] int32: block ids; entries beyond a row's blocks, and those wholly behind the window of the row's first
+    query, are arbitrary valid ids and not read."""
     slot: torch.Tensor
     """[T] int64: where each token's KV goes, block_id * block_size + offset."""
     query_start_cpu: tuple[int, ...]
@@ -50,11 +57,14 @@ class AttentionPlan(Protocol):
         """Write the step's keys and values to their slots of one layer."""
         ...
 
-    def attend(self, query_THD: torch.Tensor, kv: KvLayerCache, *, scale: float) -> torch.Tensor:
+    def attend(
+        self, query_THD: torch.Tensor, kv: KvLayerCache, *, scale: float, sink_H: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Causal attention of the step's queries over their rows' KV, which `store` has already completed.
 
-        Returns [T, H, D], contiguous, in the query's dtype. The token at position p of a row sees positions 0..p of
-        that row and nothing else. Scores and softmax are computed in float32 or wider.
+        Returns [T, H, value dim], contiguous, in the query's dtype. The token at position p of a row sees positions
+        0..p of that row, or the last `window` of them, and nothing else. Scores and softmax are computed in float32 or
+        wider. sink_H: a logit per head that takes part in the softmax and has no value (attention sink).
         """
         ...
 

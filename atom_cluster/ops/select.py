@@ -30,10 +30,12 @@ def torch_table(reason: str) -> OpTable:
 
     return OpTable(
         prepare_linear=ref.prepare_linear,
+        prepare_experts=ref.prepare_experts,
         rms_norm=ref.rms_norm,
         add_rms_norm=ref.add_rms_norm,
         rotary=ref.rotary,
         silu_and_mul=ref.silu_and_mul,
+        gelu_tanh_and_mul=ref.gelu_tanh_and_mul,
         plan_attention=ref.plan_attention,
         choices={"ops": f"torch ({reason})"},
     )
@@ -41,6 +43,7 @@ def torch_table(reason: str) -> OpTable:
 
 def _cpu_table(platform: Platform, dtype: torch.dtype, reason: str) -> OpTable:
     from atom_cluster.ops import cpu
+    from atom_cluster.ops import torch_ref as ref
 
     name = str(dtype).removeprefix("torch.")
     if dtype != torch.float32:
@@ -51,10 +54,12 @@ def _cpu_table(platform: Platform, dtype: torch.dtype, reason: str) -> OpTable:
         linear = "packed float16 weights where half precision holds them, else float32"
     return OpTable(
         prepare_linear=cpu.prepare_linear,
+        prepare_experts=ref.prepare_experts,
         rms_norm=cpu.rms_norm,
         add_rms_norm=cpu.add_rms_norm,
         rotary=cpu.rotary,
         silu_and_mul=cpu.silu_and_mul,
+        gelu_tanh_and_mul=ref.gelu_tanh_and_mul,
         plan_attention=cpu.attention_planner(dtype),
         choices={"ops": f"cpu ({reason}; {platform.arch})", "ops.linear": linear},
     )

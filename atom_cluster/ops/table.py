@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from atom_cluster.ops.activation import SiluAndMul
+from atom_cluster.ops.activation import GateAndMul
 from atom_cluster.ops.attention import PlanAttention
 from atom_cluster.ops.linear import PrepareLinear
+from atom_cluster.ops.moe import PrepareExperts
 from atom_cluster.ops.norm import AddRmsNorm, RmsNorm
 from atom_cluster.ops.rotary import Rotary
 
@@ -19,10 +20,12 @@ class OpTable:
     """The implementation chosen for each op."""
 
     prepare_linear: PrepareLinear
+    prepare_experts: PrepareExperts
     rms_norm: RmsNorm
     add_rms_norm: AddRmsNorm
     rotary: Rotary
-    silu_and_mul: SiluAndMul
+    silu_and_mul: GateAndMul
+    gelu_tanh_and_mul: GateAndMul
     plan_attention: PlanAttention
     choices: dict[str, str] = field(default_factory=dict)
     """Which backend each op family uses and why, such as {"ops.linear": "cpu: ..."}; shown at start-up."""

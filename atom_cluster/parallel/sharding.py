@@ -17,18 +17,46 @@ class Span:
     start: int
     length: int
 
+    @property
+    def stop(self) -> int:
+        """The index behind the last one."""
+        return self.start + self.length
+
+    @property
+    def as_slice(self) -> slice:
+        """The same as a slice."""
+        return slice(self.start, self.stop)
+
+    def in_units(self, unit: int, size: int, *, what: str) -> Span:
+        """The same counted in units of so many indices, the last of which may be cut short by `size`.
+
+        Raises ConfigError, naming `what`, when the span does not begin and end between units.
+        """
+        is_whole = self.start % unit == 0 and (self.stop % unit == 0 or self.stop == size)
+        if not is_whole:
+            raise ConfigError(f"{what}: indices {self.start} to {self.stop} cut a quantization group of {unit} in two")
+        return Span(self.start // unit, -(-self.stop // unit) - self.start // unit)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightPart:
-    """Where one tensor of a checkpoint goes: `full[..., span along axis, ...]` is copied into `target`."""
+    """Where one tensor of a checkpoint goes: `full[cut]`, its last two axes swapped if so said, is copied to `target`.
+
+    Floats are converted to the target's dtype. Integers and floats of one byte are copied as they are.
+    """
 
     target: torch.Tensor
-    """A view into a layer's weight; its shape is that of the part that is read."""
+    """A view into a layer's weight, of the shape of what is copied."""
     full_shape: tuple[int, ...]
     """Shape the checkpoint's tensor must have."""
-    axis: int = 0
-    span: Span | None = None
-    """None: the whole tensor."""
+    cut: tuple[slice, ...] = ()
+    """For the leading axes, with positive steps; the other axes whole."""
+    is_transposed: bool = False
+
+
+def whole(target: torch.Tensor) -> WeightPart:
+    """A tensor that every rank holds all of."""
+    return WeightPart(target=target, full_shape=tuple(target.shape))
 
 
 def even_span(size: int, group: Group, *, what: str, unit: int = 1) -> Span:

@@ -22,7 +22,6 @@ def fingerprint_fields(
         "config": _config_digest(model_dir),
         "weights": weights,
         "kv_layout": layout.describe(),
-        "dtype": layout.dtype,
         "block_size": str(block_size),
         "tensor_parallel": str(world_size),
         "code": atom_cluster.__version__,

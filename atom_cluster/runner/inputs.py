@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from atom_cluster.layers.forward_batch import AttentionMetadata, ForwardBatch, KvLayerCache
+from atom_cluster.layers.forward_batch import AttentionMetadata, ForwardBatch, LayerCache
 from atom_cluster.messages.steps import RowStep, StepPlan
 from atom_cluster.runner.host_tensors import send
 from atom_cluster.runner.row_state import RowTable
@@ -37,7 +37,7 @@ class StepInputs:
 class InputBuilder:
     """Builds the inputs of one rank's steps."""
 
-    def __init__(self, *, table: RowTable, kv: tuple[KvLayerCache, ...], device: torch.device) -> None:
+    def __init__(self, *, table: RowTable, kv: tuple[LayerCache, ...], device: torch.device) -> None:
         self._table = table
         self._kv = kv
         self._device = device
@@ -86,8 +86,8 @@ class InputBuilder:
         batch = ForwardBatch(
             token_ids=self._table.tokens[row_of_token, positions].to(torch.int64),
             positions=positions,
-            attention=attention,
-            kv=self._kv,
+            attention={None: attention},
+            caches=self._kv,
             sample_index=sample_index,
         )
         return StepInputs(

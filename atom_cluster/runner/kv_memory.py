@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from atom_cluster.errors import ConfigError, TransferError
-from atom_cluster.kv_cache.layout import KvLayout
+from atom_cluster.kv_cache.layout import DTYPE_BYTES, KvLayerLayout, KvLayout
 from atom_cluster.kv_transfer.protocol import KvRegion
 from atom_cluster.kv_transfer.shared_memory import allocate_shared
 from atom_cluster.layers.forward_batch import KvLayerCache
@@ -40,8 +40,8 @@ class KvMemory:
 
 def allocate_kv_memory(layout: KvLayout, *, num_blocks: int, block_size: int, device: torch.device) -> KvMemory:
     """Memory for `num_blocks` blocks. On CPUs peers of the same host can map it, if the system lets us."""
-    dtype: torch.dtype = getattr(torch, layout.dtype)
-    num_bytes = num_blocks * layout.bytes_per_block(block_size)
+    dtype = torch.uint8
+    num_bytes = num_blocks * layout.page_bytes(layout.groups[0], block_size)
     if device.type != "cpu":
         flat = torch.zeros(num_bytes // dtype.itemsize, dtype=dtype, device=device)
         choice = f"device memory on {device}"
@@ -58,11 +58,11 @@ def allocate_kv_memory(layout: KvLayout, *, num_blocks: int, block_size: int, de
 
 def blocks_that_fit(layout: KvLayout, *, block_size: int, budget_bytes: int) -> int:
     """Blocks that `budget_bytes` holds. Raises ConfigError when that is too few to run anything."""
-    num_blocks = budget_bytes // layout.bytes_per_block(block_size)
+    num_blocks = budget_bytes // layout.page_bytes(layout.groups[0], block_size)
     if num_blocks < MIN_BLOCKS:
         raise ConfigError(
             f"{budget_bytes / GiB:.3f} GiB are left for the KV cache, less than {MIN_BLOCKS} blocks of "
-            f"{layout.bytes_per_block(block_size)} bytes: raise cache.cpu_cache_gib or memory_fraction, "
+            f"{layout.page_bytes(layout.groups[0], block_size)} bytes: raise cache.cpu_cache_gib or memory_fraction, "
             "or lower cache.block_size or scheduler.max_num_batched_tokens"
         )
     return num_blocks
@@ -72,12 +72,13 @@ def _layer_views(blocks: torch.Tensor, layout: KvLayout, block_size: int) -> tup
     views = []
     offset = 0
     for layer in layout.layers:
-        key_shape = (block_size, layer.num_kv_heads, layer.key_dim)
-        value_shape = (block_size, layer.num_kv_heads, layer.value_dim)
-        key_end = offset + math.prod(key_shape)
-        value_end = key_end + math.prod(value_shape)
-        key = blocks[:, offset:key_end].view(-1, *key_shape)
-        value = blocks[:, key_end:value_end].view(-1, *value_shape)
-        views.append(KvLayerCache(key=key, value=value))
-        offset = value_end
+        assert isinstance(layer, KvLayerLayout)
+        item = DTYPE_BYTES[layer.dtype]
+        tensors = []
+        for dim in (layer.key_dim, layer.value_dim):
+            shape = (block_size, layer.num_kv_heads, dim)
+            end = offset + math.prod(shape) * item
+            tensors.append(blocks[:, offset:end].view(getattr(torch, layer.dtype)).view(-1, *shape))
+            offset = end
+        views.append(KvLayerCache(*tensors))
     return tuple(views)

@@ -79,7 +79,7 @@ def _plan(lengths: list[int], block_size: int) -> tuple[StepPlan, int]:
                 request_id=f"profile-{row}",
                 token_ids=(0,) * length,
                 num_prompt_tokens=length,
-                block_ids=tuple(range(num_blocks, last_block)),
+                pages=(tuple(range(num_blocks, last_block)),),
                 sampling=SamplingParams(seed=0),
             )
         )
@@ -89,4 +89,4 @@ def _plan(lengths: list[int], block_size: int) -> tuple[StepPlan, int]:
 
 
 def _kv_bytes(layout: KvLayout, num_blocks: int, block_size: int) -> int:
-    return num_blocks * layout.bytes_per_block(block_size)
+    return num_blocks * layout.page_bytes(layout.groups[0], block_size)

@@ -1,6 +1,6 @@
 """What a runner remembers between steps: tokens, block table and sampling state of each row.
 
-A row is filled once (`NewRow`) and then only grows: by `RowStep.new_block_ids` before a step, by the sampled token
+A row is filled once (`NewRow`) and then only grows: by `RowStep.new_pages` before a step, by the sampled token
 after it. Tokens stay on the model's device, so a decode step never waits for the host to learn them. Knows no model, no
 scheduling and no stop conditions.
 """
@@ -59,8 +59,8 @@ class RowTable:
         grown: list[tuple[int, int, int]] = []
         for step in plan.rows:
             self.get(step.row)
-            if step.new_block_ids:
-                grown += self._append_blocks(step.row, step.new_block_ids)
+            if step.new_pages:
+                grown += self._append_blocks(step.row, step.new_pages[0])
         if grown and self._device.type != "cpu":
             index = on_device(grown, torch.int32, self._device).unbind(1)
             self.block_table.index_put_((index[0], index[1]), index[2])
@@ -91,7 +91,7 @@ class RowTable:
         )
         self.block_table_cpu[new.row] = 0
         self.tokens[new.row, : len(new.token_ids)] = on_device(new.token_ids, torch.int32, self._device)
-        self._append_blocks(new.row, new.block_ids)
+        self._append_blocks(new.row, new.pages[0])
         if self._device.type != "cpu":
             self.block_table[new.row] = send(self._host_block_table[new.row].clone(), self._device)
 

@@ -21,7 +21,8 @@ def load_weights(model: LoadableModel, checkpoint: Checkpoint) -> None:
         raise WeightsError("the checkpoint does not fit the model:\n" + "\n".join(problems))
     for name, part in checkpoint_map.parts.items():
         if part.target.numel():
-            part.target.copy_(checkpoint.read(name, axis=part.axis, span=part.span))
+            source = checkpoint.read(name, part.cut)
+            part.target.copy_(source.transpose(-2, -1) if part.is_transposed else source)
 
 
 def storage_dtype(checkpoint: Checkpoint, compute_dtype: torch.dtype) -> torch.dtype:

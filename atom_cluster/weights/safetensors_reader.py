@@ -14,7 +14,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from atom_cluster.errors import WeightsError
-from atom_cluster.parallel.sharding import Span
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -49,15 +48,11 @@ class Checkpoint:
         """Dtype of a tensor, without reading it; None when it is no plain float."""
         return _FLOAT_DTYPES.get(self._slice(name).get_dtype())
 
-    def read(self, name: str, *, axis: int = 0, span: Span | None = None) -> torch.Tensor:
-        """A tensor, or `span` of its `axis` (0 or 1)."""
-        source = self._slice(name)
-        if span is None:
-            tensor: torch.Tensor = source[:]
-            return tensor
-        cut = slice(span.start, span.start + span.length)
-        part: torch.Tensor = source[cut] if axis == 0 else source[:, cut]
-        return part
+    def read(self, name: str, cut: tuple[slice, ...] = ()) -> torch.Tensor:
+        """A tensor, or what `cut` takes of its leading axes."""
+        steps = tuple(slice(None, None, part.step) for part in cut)
+        tensor: torch.Tensor = self._slice(name)[tuple(slice(part.start, part.stop) for part in cut) or slice(None)]
+        return tensor[steps] if cut else tensor
 
     def _slice(self, name: str):  # type: ignore[no-untyped-def]  # an untyped extension class of safetensors
         return self._handles[self._file_by_name[name]].get_slice(name)

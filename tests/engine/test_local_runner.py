@@ -21,7 +21,7 @@ PROMPT = (3, 1, 4, 1, 5)
 
 def first_plan(tokens: tuple[int, ...] = PROMPT) -> StepPlan:
     new = NewRow(
-        row=0, request_id="r", token_ids=tokens, num_prompt_tokens=len(tokens), block_ids=(3, 1, 2), sampling=GREEDY
+        row=0, request_id="r", token_ids=tokens, num_prompt_tokens=len(tokens), pages=((3, 1, 2),), sampling=GREEDY
     )
     return StepPlan(step_id=0, new_rows=(new,), rows=(RowStep(0, 0, len(tokens), samples=True),))
 

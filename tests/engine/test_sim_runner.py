@@ -46,7 +46,7 @@ def new_row(
         request_id=f"r{row}",
         token_ids=tuple(tokens),
         num_prompt_tokens=len(tokens) if num_prompt is None else num_prompt,
-        block_ids=tuple(blocks),
+        pages=(tuple(blocks),),
         sampling=sampling,
         eos_token_ids=eos,
     )

@@ -265,7 +265,7 @@ def compute_in_another_process() -> dict[str, object]:
         request_id="r",
         token_ids=PROMPT,
         num_prompt_tokens=len(PROMPT),
-        block_ids=SOURCE_BLOCKS,
+        pages=(SOURCE_BLOCKS,),
         sampling=GREEDY,
     )
     plan = StepPlan(step_id=0, new_rows=(new,), rows=(RowStep(0, 0, len(PROMPT), samples=True),), kv=(tag,))

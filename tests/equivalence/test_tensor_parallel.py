@@ -79,7 +79,7 @@ def make_plans() -> Sequence[StepPlan]:
             request_id=str(row),
             token_ids=prompt,
             num_prompt_tokens=len(prompt),
-            block_ids=tuple(range(16 * row, 16 * row + 15)),
+            pages=(tuple(range(16 * row, 16 * row + 15)),),
             sampling=sampling,
         )
         for row, (prompt, sampling) in enumerate(zip(PROMPTS, SAMPLINGS))

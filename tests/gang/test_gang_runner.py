@@ -82,7 +82,7 @@ PLAN = StepPlan(
             request_id="r",
             token_ids=(1, 2, 3),
             num_prompt_tokens=3,
-            block_ids=(5,),
+            pages=((5,),),
             sampling=SamplingParams(seed=1, stop_token_ids=(9,)),
         ),
     ),

@@ -18,12 +18,13 @@ def make_embedding(rank: int, num_ranks: int) -> tuple[LayerContext, Embedding]:
         dtype=torch.float32,
         device=torch.device("cpu"),
         weight_dtype=torch.bfloat16,
+        name="embed",
     )
     embedding = Embedding(context, vocab_size=VOCAB_SIZE, hidden_size=HIDDEN_SIZE)
     full = torch.arange(VOCAB_SIZE * HIDDEN_SIZE, dtype=torch.float32).view(VOCAB_SIZE, HIDDEN_SIZE)
-    part = embedding.shard.weight_parts("embed")["embed.weight"]
-    assert part.span is not None and part.full_shape == (VOCAB_SIZE, HIDDEN_SIZE)
-    part.target.copy_(full[part.span.start : part.span.start + part.span.length])
+    part = embedding.weight_parts()["embed.weight"]
+    assert part.full_shape == (VOCAB_SIZE, HIDDEN_SIZE)
+    part.target.copy_(full[part.cut])
     return context, embedding
 
 
@@ -38,7 +39,7 @@ def test_each_token_is_looked_up_on_exactly_one_rank() -> None:
 
 def test_a_tied_head_scores_the_embedding_rows_in_float32() -> None:
     context, embedding = make_embedding(0, 1)
-    head = LogitsHead(context, embedding.shard)
+    head = LogitsHead(context, embedding.shard, is_tied=True)
     head.finish_loading()
     logits = head(torch.eye(HIDDEN_SIZE)[:2])
     assert logits is not None and logits.dtype == torch.float32

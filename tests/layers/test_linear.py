@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from atom_cluster.layers.context import LayerContext
-from atom_cluster.layers.linear import ColumnLinear, Outputs, RowLinear
+from atom_cluster.layers.linear import ColumnLinear, Output, RowLinear
 from atom_cluster.ops.select import torch_table
 from atom_cluster.parallel.groups import Group, ProcessGroups
 from atom_cluster.parallel.sharding import WeightPart, even_span
@@ -30,8 +30,7 @@ def load(parts: dict[str, WeightPart], tensors: dict[str, torch.Tensor]) -> None
     assert parts.keys() == tensors.keys()
     for name, part in parts.items():
         assert part.full_shape == tuple(tensors[name].shape)
-        full = tensors[name]
-        part.target.copy_(full if part.span is None else full.narrow(part.axis, part.span.start, part.span.length))
+        part.target.copy_(tensors[name][part.cut])
 
 
 def test_fused_columns_of_all_ranks_are_the_projections() -> None:
@@ -40,9 +39,10 @@ def test_fused_columns_of_all_ranks_are_the_projections() -> None:
     shards = []
     for rank in range(NUM_RANKS):
         context = context_of(rank)
-        outputs = Outputs(6, even_span(6, context.groups.tensor, what="dims"))
-        layer = ColumnLinear(context, num_in=5, outputs=(outputs, outputs), has_bias=True)
-        load(layer.weight_parts(["gate", "up"]), tensors)
+        span = even_span(6, context.groups.tensor, what="dims")
+        outputs = [Output(name, 6, span) for name in ("gate", "up")]
+        layer = ColumnLinear(context, num_in=5, outputs=outputs, has_bias=True)
+        load(layer.weight_parts(), tensors)
         layer.finish_loading()
         shards.append(layer(x).chunk(2, dim=-1))
     for index, name in enumerate(("gate", "up")):
@@ -57,8 +57,8 @@ def test_rows_of_all_ranks_sum_to_the_projection_with_the_bias_once() -> None:
     for rank in range(NUM_RANKS):
         context = context_of(rank)
         span = even_span(6, context.groups.tensor, what="dims")
-        layer = RowLinear(context, full_in=6, in_span=span, num_out=4, has_bias=True)
-        load(layer.weight_parts("down"), tensors)
+        layer = RowLinear(context.at("down"), full_in=6, in_span=span, num_out=4, has_bias=True)
+        load(layer.weight_parts(), tensors)
         layer.finish_loading()
         total += layer(x[:, span.start : span.start + span.length])
     torch.testing.assert_close(total, x @ tensors["down.weight"].T + tensors["down.bias"])
@@ -70,4 +70,4 @@ def test_weights_are_given_away_once() -> None:
     )
     layer.finish_loading()
     with pytest.raises(RuntimeError, match="already"):
-        layer.weight_parts("down")
+        layer.weight_parts()

@@ -6,6 +6,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from atom_cluster.layers.rotary import RotaryTable, inverse_frequencies
+from atom_cluster.models.hf_config import HfConfig
 from atom_cluster.models.rope_config import read_rope
 
 SCALINGS = {
@@ -43,13 +44,13 @@ def test_frequencies_and_temperature_match(name: str) -> None:
         hidden_size=512, num_attention_heads=4, max_position_embeddings=131072, rope_parameters=parameters
     )
     expected, attention_factor = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, torch.device("cpu"))
-    spec = read_rope({"rope_parameters": parameters, "max_position_embeddings": 131072}, head_dim=128)
+    spec = read_rope(HfConfig({"rope_parameters": parameters, "max_position_embeddings": 131072}), head_dim=128)
     torch.testing.assert_close(inverse_frequencies(spec), expected, rtol=1e-6, atol=0)
     assert spec.attention_factor == pytest.approx(attention_factor)
 
 
 def test_a_table_row_is_the_cosine_and_signed_sine_of_its_position() -> None:
-    spec = read_rope({"rope_theta": 100.0}, head_dim=4)
+    spec = read_rope(HfConfig({"rope_theta": 100.0}), head_dim=4)
     table = RotaryTable(spec, num_positions=8, dtype=torch.bfloat16, device=torch.device("cpu"))
     cos, sin = table.at(torch.tensor([3, 0]))
     angle = torch.tensor([3.0, 0.3])

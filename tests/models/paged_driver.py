@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
+from atom_cluster.kv_cache.layout import DTYPE_BYTES, KvLayout, StateLayerLayout
 from atom_cluster.layers.context import LayerContext
-from atom_cluster.layers.forward_batch import AttentionMetadata, ForwardBatch, KvLayerCache
+from atom_cluster.layers.forward_batch import (
+    AttentionMetadata,
+    ForwardBatch,
+    KvLayerCache,
+    LayerCache,
+    StateLayerCache,
+    StateMetadata,
+)
 from atom_cluster.models.protocol import CausalLM
 from atom_cluster.ops.table import OpTable
 from atom_cluster.parallel.groups import ProcessGroups
@@ -21,50 +30,91 @@ def make_context(
 
 
 class PagedDriver:
-    """Keeps rows and their KV; `step` advances some of them by the given tokens."""
+    """Keeps rows and what their layers leave behind; `step` advances some of them by the given tokens.
+
+    Pages of windows that no later token sees are handed to other rows at once, and every step of a row writes its
+    state to another page, so that a read of the wrong page shows. Memory starts full of large numbers.
+    """
 
     def __init__(self, model: CausalLM, *, num_blocks: int = 96, block_size: int = 4) -> None:
-        layout = model.kv_layout
-        dtype = getattr(torch, layout.dtype)
-        # Block-major as in a runner, and full of large numbers where nothing was written, to notice a read of them.
-        memory = torch.full((num_blocks, layout.bytes_per_block(block_size) // dtype.itemsize), 1e3, dtype=dtype)
         self._model = model
         self._block_size = block_size
-        self._kv = _layer_views(memory, [layer.num_kv_heads for layer in layout.layers], layout.layers[0].key_dim)
-        self._free = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(3)).tolist()
-        self._blocks: dict[int, list[int]] = {}
+        self._groups = model.kv_layout.groups
+        self._caches = make_caches(model.kv_layout, num_pages=num_blocks, block_size=block_size)
+        generator = torch.Generator().manual_seed(3)
+        self._free = [torch.randperm(num_blocks, generator=generator).tolist() for _ in self._groups]
+        self._pages: dict[int, list[list[int]]] = {}
         self._length: dict[int, int] = {}
 
     @torch.inference_mode()
     def step(self, rows: Sequence[tuple[int, Sequence[int]]]) -> list[torch.Tensor] | None:
         """[(row, new tokens)], rows of one token first -> logits of every new token per row; None on other ranks."""
-        for row, tokens in rows:
-            self._length[row] = self._length.get(row, 0) + len(tokens)
-            blocks = self._blocks.setdefault(row, [])
-            while len(blocks) * self._block_size < self._length[row]:
-                blocks.append(self._free.pop())
-        batch = self._batch(rows)
+        batch = self.batch(rows)
         hidden = self._model.forward(batch)
         logits = self._model.compute_logits(hidden[batch.sample_index])
         return None if logits is None else list(logits.split([len(tokens) for _, tokens in rows]))
 
-    def _batch(self, rows: Sequence[tuple[int, Sequence[int]]]) -> ForwardBatch:
+    def batch(self, rows: Sequence[tuple[int, Sequence[int]]]) -> ForwardBatch:
+        """The inputs of a step, for which pages are taken."""
+        states = []
+        for row, tokens in rows:
+            states.append(self._advance(row, len(tokens)))
         lengths = tuple(self._length[row] for row, _ in rows)
         positions = [position for (_, tokens), end in zip(rows, lengths) for position in range(end - len(tokens), end)]
-        row_of_token = [row for row, tokens in rows for _ in tokens]
-        slots = [
-            self._blocks[row][position // self._block_size] * self._block_size + position % self._block_size
-            for row, position in zip(row_of_token, positions)
-        ]
         starts = [0]
         for _, tokens in rows:
             starts.append(starts[-1] + len(tokens))
-        table = torch.zeros(len(rows), ceil_div(max(lengths), self._block_size), dtype=torch.int32)
+        return ForwardBatch(
+            token_ids=torch.tensor([token for _, tokens in rows for token in tokens]),
+            positions=torch.tensor(positions),
+            attention={
+                group.window: self._metadata(index, rows, lengths, positions, starts)
+                for index, group in enumerate(self._groups)
+                if group.kind != "state"
+            },
+            caches=self._caches,
+            sample_index=torch.arange(len(positions)),
+            state=self._state_metadata(states) if self._groups[-1].kind == "state" else None,
+        )
+
+    def _advance(self, row: int, num_tokens: int) -> tuple[int, int]:
+        """Take pages for a row's next tokens; (page of its state before them or -1, page for the one after them)."""
+        start = self._length.get(row, 0)
+        end = self._length[row] = start + num_tokens
+        pages = self._pages.setdefault(row, [[] for _ in self._groups])
+        state = (-1, -1)
+        for group, held, free in zip(self._groups, pages, self._free):
+            if group.kind == "state":
+                state = (held[0] if held else -1, free.pop())
+                free[:0] = held
+                held[:] = [state[1]]
+                continue
+            while len(held) * self._block_size < end:
+                held.append(free.pop())
+            if group.window is not None:
+                for column in range(max(0, start - group.window + 1) // self._block_size):
+                    if held[column] not in free:
+                        free.append(held[column])
+        return state
+
+    def _metadata(
+        self,
+        group: int,
+        rows: Sequence[tuple[int, Sequence[int]]],
+        lengths: tuple[int, ...],
+        positions: list[int],
+        starts: list[int],
+    ) -> AttentionMetadata:
+        size = self._block_size
+        row_of_token = [row for row, tokens in rows for _ in tokens]
+        slots = [self._pages[row][group][p // size] * size + p % size for row, p in zip(row_of_token, positions)]
+        table = torch.zeros(len(rows), ceil_div(max(lengths), size), dtype=torch.int32)
         for index, (row, _) in enumerate(rows):
-            table[index, : len(self._blocks[row])] = torch.tensor(self._blocks[row])
+            table[index, : len(self._pages[row][group])] = torch.tensor(self._pages[row][group])
         is_decode = [len(tokens) == 1 for _, tokens in rows] + [False]
-        attention = AttentionMetadata(
-            block_size=self._block_size,
+        return AttentionMetadata(
+            block_size=size,
+            window=self._groups[group].window,
             num_decode_rows=is_decode.index(False),
             query_start=torch.tensor(starts, dtype=torch.int32),
             context_len=torch.tensor(lengths, dtype=torch.int32),
@@ -73,19 +123,35 @@ class PagedDriver:
             query_start_cpu=tuple(starts),
             context_len_cpu=lengths,
         )
-        return ForwardBatch(
-            token_ids=torch.tensor([token for _, tokens in rows for token in tokens]),
-            positions=torch.tensor(positions),
-            attention=attention,
-            kv=self._kv,
-            sample_index=torch.arange(len(positions)),
+
+    def _state_metadata(self, states: list[tuple[int, int]]) -> StateMetadata:
+        read, write = zip(*states)
+        return StateMetadata(
+            read_page=torch.tensor(read), write_page=torch.tensor(write)[:, None], keeps_all_cpu=(False,) * len(states)
         )
 
 
-def _layer_views(memory: torch.Tensor, num_heads: list[int], head_dim: int) -> tuple[KvLayerCache, ...]:
-    num_blocks = memory.shape[0]
-    pairs = memory.view(num_blocks, len(num_heads), 2, -1)
-    return tuple(
-        KvLayerCache(*(pairs[:, layer, which].unflatten(-1, (-1, heads, head_dim)) for which in (0, 1)))
-        for layer, heads in enumerate(num_heads)
-    )
+def make_caches(layout: KvLayout, *, num_pages: int, block_size: int) -> tuple[LayerCache, ...]:
+    """Memory of every layer, page-major and strided as in a runner."""
+    caches: list[LayerCache | None] = [None] * len(layout.layers)
+    for group in layout.groups:
+        memory = torch.zeros(num_pages, layout.page_bytes(group, block_size), dtype=torch.uint8)
+        offset = 0
+
+        def take(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+            nonlocal offset
+            end = offset + math.prod(shape) * DTYPE_BYTES[dtype]
+            view = memory[:, offset:end].view(getattr(torch, dtype)).view(num_pages, *shape)  # noqa: B023
+            offset = end
+            return view.fill_(300.0)
+
+        for index in group.layers:
+            layer = layout.layers[index]
+            if isinstance(layer, StateLayerLayout):
+                caches[index] = StateLayerCache({t.name: take(t.shape, t.dtype) for t in layer.tensors})
+            else:
+                dims = (layer.key_dim, layer.value_dim)
+                views = [take((block_size, layer.num_kv_heads, dim), layer.dtype) for dim in dims]
+                caches[index] = KvLayerCache(*views)
+    assert None not in caches
+    return tuple(cache for cache in caches if cache is not None)

@@ -61,4 +61,4 @@ def test_kv_sizes_are_those_of_the_ranks_heads() -> None:
     layout = load_model(
         tiny_model_dir("qwen3"), context=make_context(torch_table("test")), max_model_len=64, load_format="dummy"
     ).kv_layout
-    assert layout.bytes_per_token == 2 * 2 * (32 + 32) * 4
+    assert layout.page_bytes(layout.groups[0], 3) == 3 * 2 * 2 * (32 + 32) * 4

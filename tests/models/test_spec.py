@@ -3,7 +3,8 @@
 import pytest
 
 from atom_cluster.errors import ConfigError
-from atom_cluster.models.spec import ModelSpec
+from atom_cluster.models.hf_config import HfConfig
+from atom_cluster.models.llama.spec import LlamaSpec, read_llama_spec
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -16,6 +17,10 @@ LLAMA = {
     "max_position_embeddings": 256,
     "rms_norm_eps": 1e-5,
 }
+
+
+def read(values: dict[str, object]) -> LlamaSpec:
+    return read_llama_spec(HfConfig(values))
 
 
 def test_old_and_new_spellings_mean_the_same() -> None:
@@ -31,33 +36,33 @@ def test_old_and_new_spellings_mean_the_same() -> None:
         "dtype": "bfloat16",
         "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **scaling},
     }
-    assert ModelSpec.from_config(old) == ModelSpec.from_config(new)
-    assert ModelSpec.from_config(new).checkpoint_dtype == "bfloat16"
+    assert read(old) == read(new)
+    assert read(new).checkpoint_dtype == "bfloat16"
 
 
 def test_a_null_rope_scaling_is_the_default_rotation() -> None:
-    spec = ModelSpec.from_config({**LLAMA, "rope_theta": 2e4, "rope_scaling": None})
+    spec = read({**LLAMA, "rope_theta": 2e4, "rope_scaling": None})
     assert (spec.rope.kind, spec.rope.theta, spec.rope.rotary_dim) == ("default", 2e4, 16)
 
 
 def test_families_differ_in_biases_norms_and_head_size() -> None:
-    llama = ModelSpec.from_config({**LLAMA, "attention_bias": True})
+    llama = read({**LLAMA, "attention_bias": True})
     assert (llama.has_qkv_bias, llama.has_attention_output_bias, llama.has_qk_norm) == (True, True, False)
-    qwen2 = ModelSpec.from_config({**LLAMA, "architectures": ["Qwen2ForCausalLM"]})
+    qwen2 = read({**LLAMA, "architectures": ["Qwen2ForCausalLM"]})
     assert (qwen2.has_qkv_bias, qwen2.has_attention_output_bias, qwen2.head_dim) == (True, False, 16)
-    qwen3 = ModelSpec.from_config({**LLAMA, "architectures": ["Qwen3ForCausalLM"]})
+    qwen3 = read({**LLAMA, "architectures": ["Qwen3ForCausalLM"]})
     assert (qwen3.has_qkv_bias, qwen3.has_qk_norm, qwen3.head_dim) == (False, True, 128)
 
 
 def test_end_tokens_may_be_one_several_or_none() -> None:
-    assert ModelSpec.from_config(LLAMA).eos_token_ids == ()
-    assert ModelSpec.from_config({**LLAMA, "eos_token_id": 2}).eos_token_ids == (2,)
-    assert ModelSpec.from_config({**LLAMA, "eos_token_id": [2, 5]}).eos_token_ids == (2, 5)
+    assert read(LLAMA).eos_token_ids == ()
+    assert read({**LLAMA, "eos_token_id": 2}).eos_token_ids == (2,)
+    assert read({**LLAMA, "eos_token_id": [2, 5]}).eos_token_ids == (2, 5)
 
 
 def test_yarn_extends_the_stated_context() -> None:
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
-    assert ModelSpec.from_config({**LLAMA, "rope_scaling": yarn}).max_positions == 1024
+    assert read({**LLAMA, "rope_scaling": yarn}).max_positions == 1024
 
 
 @pytest.mark.parametrize(
@@ -67,8 +72,8 @@ def test_yarn_extends_the_stated_context() -> None:
         ({"num_hidden_layers": "two"}, "num_hidden_layers"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
-        ({"use_sliding_window": True}, "sliding window"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding window"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "use_sliding_window"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"rope_scaling": {"type": "longrope"}}, "longrope"),
         ({"rope_scaling": {"type": "linear"}}, "factor"),
@@ -82,4 +87,4 @@ def test_yarn_extends_the_stated_context() -> None:
 )
 def test_what_cannot_run_is_refused_by_name(change: dict[str, object], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
-        ModelSpec.from_config({**LLAMA, **change})
+        read({**LLAMA, **change})

@@ -39,21 +39,22 @@ def continuation(prompt: Sequence[int], num_tokens: int) -> list[int]:
 class ContextModel:
     """See the module's docstring. `fail_on` makes the step raise that has this token among its input."""
 
-    kv_layout = KvLayout(layers=(KvLayerLayout(num_kv_heads=1, key_dim=1, value_dim=1),) * 2, dtype="float32")
+    kv_layout = KvLayout(layers=(KvLayerLayout(num_kv_heads=1, key_dim=1, value_dim=1, dtype="float32"),) * 2)
+    num_draft_layers = 0
     vocab_size = VOCAB
 
     def __init__(self, *, fail_on: int | None = None) -> None:
         self._fail_on = fail_on
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        metadata = batch.attention
+        metadata = batch.attention[None]
         if self._fail_on in batch.token_ids.tolist():
             raise RuntimeError("the device caught fire")
         query_start = metadata.query_start.tolist()
         assert tuple(query_start) == metadata.query_start_cpu
         assert tuple(metadata.context_len.tolist()) == metadata.context_len_cpu
         assert all(n == 1 for n in torch.tensor(query_start).diff()[: metadata.num_decode_rows])
-        for layer in batch.kv:
+        for layer in batch.caches:
             layer.key[metadata.slot // BLOCK, metadata.slot % BLOCK, 0, 0] = batch.token_ids.float()
             layer.value[metadata.slot // BLOCK, metadata.slot % BLOCK, 0, 0] = batch.positions.float() + 1
         return torch.stack([self._score(batch, t, query_start) for t in range(len(batch.token_ids))])
@@ -65,8 +66,8 @@ class ContextModel:
     def _score(self, batch: ForwardBatch, t: int, query_start: list[int]) -> torch.Tensor:
         row = next(r for r in range(len(query_start) - 1) if query_start[r + 1] > t)
         num_visible = int(batch.positions[t]) + 1
-        blocks = batch.attention.block_table[row, : -(-num_visible // BLOCK)].long()
-        last = batch.kv[-1]
+        blocks = batch.attention[None].block_table[row, : -(-num_visible // BLOCK)].long()
+        last = batch.caches[-1]
         keys = last.key[blocks].reshape(-1)[:num_visible]
         values = last.value[blocks].reshape(-1)[:num_visible]
         return (keys * values).sum().reshape(1)

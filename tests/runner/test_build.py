@@ -40,7 +40,7 @@ def plans() -> list[StepPlan]:
             request_id=f"r{row}",
             token_ids=tuple(random_tokens(PROMPT_LEN, seed=row)),
             num_prompt_tokens=PROMPT_LEN,
-            block_ids=tuple(range(row * 8, row * 8 + 8)),
+            pages=(tuple(range(row * 8, row * 8 + 8)),),
             sampling=sampling,
         )
         for row, sampling in enumerate(SAMPLINGS)
@@ -79,9 +79,7 @@ def test_info_tells_sizes_choices_and_identity() -> None:
     assert info.num_blocks == int(0.001 * 2**30) // 4096
     assert info.choices["dtype"].startswith("float32 (auto")
     assert "cpu_cache_gib" in info.choices["kv_blocks"]
-    assert {"config", "weights", "kv_layout", "dtype", "block_size", "tensor_parallel", "code"} <= set(
-        info.fingerprint_fields
-    )
+    assert {"config", "weights", "kv_layout", "block_size", "tensor_parallel", "code"} <= set(info.fingerprint_fields)
 
 
 def test_the_context_is_the_checkpoints_unless_configured() -> None:

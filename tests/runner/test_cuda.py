@@ -34,7 +34,7 @@ def plans() -> list[StepPlan]:
             request_id=f"r{row}",
             token_ids=tuple(random_tokens(length, seed=row)),
             num_prompt_tokens=length,
-            block_ids=tuple(range(row * 12, row * 12 + -(-length // 8))),
+            pages=(tuple(range(row * 12, row * 12 + -(-length // 8))),),
             sampling=sampling,
             eos_token_ids=(1,),
         )
@@ -51,7 +51,7 @@ def plans() -> list[StepPlan]:
         for row, length in enumerate(LENGTHS):
             position = length + step
             new_blocks = (row * 12 + position // 8,) if position % 8 == 0 else ()
-            rows.append(RowStep(row, position, 1, samples=True, new_block_ids=new_blocks))
+            rows.append(RowStep(row, position, 1, samples=True, new_pages=(new_blocks,)))
         decodes.append(StepPlan(step_id=1 + step, rows=tuple(rows)))
     return [prefill, *decodes]
 

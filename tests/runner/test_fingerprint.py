@@ -6,7 +6,7 @@ import pytest
 from atom_cluster.kv_cache.layout import KvLayerLayout, KvLayout
 from atom_cluster.runner.fingerprint import fingerprint_fields, weights_identity
 
-LAYOUT = KvLayout(layers=(KvLayerLayout(num_kv_heads=1, key_dim=2, value_dim=2),), dtype="float32")
+LAYOUT = KvLayout(layers=(KvLayerLayout(num_kv_heads=1, key_dim=2, value_dim=2, dtype="float32"),))
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ def inputs() -> StepInputs:
                 request_id=str(row),
                 token_ids=tuple(tokens),
                 num_prompt_tokens=len(tokens),
-                block_ids=blocks,
+                pages=(blocks,),
                 sampling=SamplingParams(seed=0),
             )
             for row, tokens, blocks in rows
@@ -43,11 +43,11 @@ def test_tokens_and_positions_are_those_of_the_rows(inputs: StepInputs) -> None:
 
 
 def test_slots_follow_the_block_tables(inputs: StepInputs) -> None:
-    assert inputs.batch.attention.slot.tolist() == [1 * 4 + 2, 7 * 4 + 3, 3 * 4, 3 * 4 + 1, 3 * 4 + 2, 6 * 4]
+    assert inputs.batch.attention[None].slot.tolist() == [1 * 4 + 2, 7 * 4 + 3, 3 * 4, 3 * 4 + 1, 3 * 4 + 2, 6 * 4]
 
 
 def test_attention_metadata_describes_each_row(inputs: StepInputs) -> None:
-    attention = inputs.batch.attention
+    attention = inputs.batch.attention[None]
     assert attention.num_decode_rows == 1
     assert attention.query_start_cpu == (0, 1, 5, 6)
     assert attention.context_len_cpu == (7, 7, 5)

@@ -16,7 +16,7 @@ def new_row(row: int, tokens: tuple[int, ...], blocks: tuple[int, ...], sampling
         request_id=f"r{row}",
         token_ids=tokens,
         num_prompt_tokens=len(tokens),
-        block_ids=blocks,
+        pages=(blocks,),
         sampling=sampling,
     )
 
@@ -102,7 +102,7 @@ def test_blocks_are_appended_as_the_row_grows() -> None:
     runner.run(StepPlan(step_id=0, new_rows=(new_row(0, (1, 2, 3), (9,)),), rows=(RowStep(0, 0, 3, samples=True),)))
     found = []
     for i, blocks in enumerate([(), (4,), (), (), (), (8,), ()]):
-        plan = StepPlan(step_id=1 + i, rows=(RowStep(0, 3 + i, 1, samples=True, new_block_ids=blocks),))
+        plan = StepPlan(step_id=1 + i, rows=(RowStep(0, 3 + i, 1, samples=True, new_pages=(blocks,)),))
         found.append(token(runner.run(plan), 0))
     assert found == continuation((1, 2, 3), 8)[1:]
 
@@ -133,7 +133,7 @@ def test_a_request_that_comes_back_with_its_output_goes_on_as_if_undisturbed() -
     known = (*PROMPT, *expected[:5])
     resumed = make_runner()
     row = NewRow(
-        row=1, request_id="r", token_ids=known, num_prompt_tokens=9, block_ids=blocks_for(10), sampling=sampling
+        row=1, request_id="r", token_ids=known, num_prompt_tokens=9, pages=(blocks_for(10),), sampling=sampling
     )
     result = resumed.run(StepPlan(step_id=0, new_rows=(row,), rows=(RowStep(1, 0, len(known), samples=True),)))
     assert [token(result, 1), *decode(resumed, 1, len(known), 3)] == expected[5:]
@@ -186,7 +186,7 @@ def test_a_request_may_fill_its_context_and_run_once_more() -> None:
 
 
 def test_a_plan_for_an_empty_row_is_refused() -> None:
-    plan = StepPlan(step_id=0, rows=(RowStep(0, 0, 1, samples=True, new_block_ids=(1,)),))
+    plan = StepPlan(step_id=0, rows=(RowStep(0, 0, 1, samples=True, new_pages=((1,),)),))
     with pytest.raises(ProtocolError, match="row 0, which is empty"):
         make_runner().run(plan)
 

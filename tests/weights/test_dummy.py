@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from atom_cluster.parallel.sharding import Span, WeightPart
+from atom_cluster.parallel.sharding import WeightPart
 from atom_cluster.weights.dummy import fill_weights
 from atom_cluster.weights.rules import CheckpointMap
 
@@ -21,25 +21,38 @@ class Model:
         raise AssertionError("filling does not finish the model")
 
 
-def fill(*, seed: int = 0, name: str = "w", shape: tuple[int, ...] = SHAPE, axis: int = 0, span: Span | None = None):
-    size = list(shape)
-    if span is not None:
-        size[axis] = span.length
-    target = torch.zeros(size)
-    fill_weights(Model({name: WeightPart(target=target, full_shape=shape, axis=axis, span=span)}), seed)
+def fill(
+    *, seed: int = 0, name: str = "w", shape: tuple[int, ...] = SHAPE, cut: tuple[slice, ...] = (), swaps: bool = False
+) -> torch.Tensor:
+    target = torch.zeros(shape)[cut]
+    target = target.transpose(-2, -1) if swaps else target
+    fill_weights(Model({name: WeightPart(target=target, full_shape=shape, cut=cut, is_transposed=swaps)}), seed)
     return target
 
 
 @pytest.mark.parametrize(
-    ("axis", "span"), [(0, Span(0, 1250)), (0, Span(1250, 1250)), (0, Span(1023, 2)), (0, Span(2, 0)), (1, Span(2, 3))]
+    "cut",
+    [
+        (slice(0, 1250),),
+        (slice(1250, 2500),),
+        (slice(1023, 1025),),
+        (slice(2, 2),),
+        (slice(None), slice(2, 5)),
+        (slice(1, None, 2),),
+    ],
 )
-def test_a_part_is_cut_from_the_same_whole(axis: int, span: Span) -> None:
-    assert torch.equal(fill(axis=axis, span=span), fill().narrow(axis, span.start, span.length))
+@pytest.mark.parametrize("shape", [SHAPE, (2500, 6, 100)])
+@pytest.mark.parametrize("swaps", [False, True])
+def test_a_part_is_cut_from_the_same_whole(cut: tuple[slice, ...], shape: tuple[int, ...], swaps: bool) -> None:
+    whole = fill(shape=shape, swaps=swaps)
+    whole = whole.transpose(-2, -1) if swaps else whole
+    part = fill(shape=shape, cut=cut, swaps=swaps)
+    assert torch.equal(part.transpose(-2, -1) if swaps else part, whole[cut])
 
 
 def test_vectors_are_cut_too_and_near_one() -> None:
     vector = fill(shape=(1000,))
-    assert torch.equal(fill(shape=(1000,), span=Span(10, 5)), vector[10:15])
+    assert torch.equal(fill(shape=(1000,), cut=(slice(10, 15),)), vector[10:15])
     assert abs(vector.mean() - 1) < 0.05
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from atom_cluster.errors import WeightsError
-from atom_cluster.parallel.sharding import Span, WeightPart
+from atom_cluster.parallel.sharding import WeightPart
 from atom_cluster.weights.loader import load_weights, storage_dtype
 from atom_cluster.weights.rules import CheckpointMap
 from atom_cluster.weights.safetensors_reader import open_checkpoint
@@ -25,8 +25,8 @@ class Model:
 
     def checkpoint_map(self) -> CheckpointMap:
         parts = {
-            "a": WeightPart(target=self.rows, full_shape=(4, 3), span=Span(1, 2)),
-            "b": WeightPart(target=self.column, full_shape=(2, 3), axis=1, span=Span(2, 1)),
+            "a": WeightPart(target=self.rows, full_shape=(4, 3), cut=(slice(1, 3),)),
+            "b": WeightPart(target=self.column, full_shape=(2, 3), cut=(slice(None), slice(2, 3))),
         }
         return CheckpointMap(parts=parts, ignored=(r"layers\.\d+\.inv_freq",))
 

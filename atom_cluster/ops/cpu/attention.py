@@ -95,7 +95,9 @@ class CpuAttention:
         kv.key.index_put_(index, key_TKD)
         kv.value.index_put_(index, value_TKD)
 
-    def attend(self, query_THD: torch.Tensor, kv: KvLayerCache, *, scale: float) -> torch.Tensor:
+    def attend(
+        self, query_THD: torch.Tensor, kv: KvLayerCache, *, scale: float, sink_H: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Causal attention of the step's queries over their rows' KV."""
         if not self._prefills and self._groups[0].rows is None:
             return self._groups[0].attend(query_THD, kv, scale)

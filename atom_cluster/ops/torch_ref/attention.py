@@ -21,21 +21,31 @@ class RowByRowAttention:
         kv.key[self._block_T, self._offset_T] = key_TKD
         kv.value[self._block_T, self._offset_T] = value_TKD
 
-    def attend(self, query_THD: torch.Tensor, kv: KvLayerCache, *, scale: float) -> torch.Tensor:
+    def attend(
+        self, query_THD: torch.Tensor, kv: KvLayerCache, *, scale: float, sink_H: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Causal attention of the step's queries over their rows' KV."""
         starts = self._metadata.query_start_cpu
         outputs = []
         for row, context_len in enumerate(self._metadata.context_len_cpu):
             query = query_THD[starts[row] : starts[row + 1]]
-            key, value = self._gather(row, context_len, kv.key), self._gather(row, context_len, kv.value)
-            outputs.append(_attend_row(query, key, value, scale))
+            first = self._first_position(len(query), context_len)
+            key, value = (self._gather(row, first, context_len, paged) for paged in (kv.key, kv.value))
+            outputs.append(_attend_row(query, key, value, scale, self._metadata.window, sink_H))
         return torch.cat(outputs)
 
-    def _gather(self, row: int, context_len: int, paged: torch.Tensor) -> torch.Tensor:
-        """The row's first `context_len` entries, [context_len, K, D]."""
-        num_blocks = ceil_div(context_len, self._metadata.block_size)
-        blocks = paged[self._metadata.block_table[row, :num_blocks].long()]
-        return blocks.flatten(0, 1)[:context_len]
+    def _first_position(self, num_queries: int, context_len: int) -> int:
+        """The first position that any of a row's queries sees, rounded down to a block."""
+        window = self._metadata.window
+        first = 0 if window is None else max(0, context_len - num_queries - window + 1)
+        return first // self._metadata.block_size * self._metadata.block_size
+
+    def _gather(self, row: int, first: int, context_len: int, paged: torch.Tensor) -> torch.Tensor:
+        """The row's entries from position `first`, the start of a block, to its end, [positions, K, D]."""
+        block_size = self._metadata.block_size
+        columns = slice(first // block_size, ceil_div(context_len, block_size))
+        blocks = paged[self._metadata.block_table[row, columns].long()]
+        return blocks.flatten(0, 1)[: context_len - first]
 
 
 def plan_attention(metadata: AttentionMetadata) -> AttentionPlan:
@@ -43,8 +53,15 @@ def plan_attention(metadata: AttentionMetadata) -> AttentionPlan:
     return RowByRowAttention(metadata)
 
 
-def _attend_row(query_QHD: torch.Tensor, key_CKD: torch.Tensor, value_CKD: torch.Tensor, scale: float) -> torch.Tensor:
-    """The last Q of C positions attend causally to all C."""
+def _attend_row(
+    query_QHD: torch.Tensor,
+    key_CKD: torch.Tensor,
+    value_CKD: torch.Tensor,
+    scale: float,
+    window: int | None,
+    sink_H: torch.Tensor | None,
+) -> torch.Tensor:
+    """The last Q of C positions attend causally to all C, or to the last `window` that each sees."""
     wide = torch.promote_types(query_QHD.dtype, torch.float32)
     group = query_QHD.shape[1] // key_CKD.shape[1]
     key = key_CKD.to(wide).repeat_interleave(group, dim=1)
@@ -52,5 +69,11 @@ def _attend_row(query_QHD: torch.Tensor, key_CKD: torch.Tensor, value_CKD: torch
     scores = torch.einsum("qhd,chd->hqc", query_QHD.to(wide), key) * scale
     num_queries, num_keys = scores.shape[1:]
     is_visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=scores.device)
-    scores = scores.masked_fill(~is_visible.tril(diagonal=num_keys - num_queries), float("-inf"))
-    return torch.einsum("hqc,chd->qhd", scores.softmax(dim=-1), value).to(query_QHD.dtype)
+    is_visible = is_visible.tril(diagonal=num_keys - num_queries)
+    if window is not None:
+        is_visible = is_visible.triu(diagonal=num_keys - num_queries - window + 1)
+    scores = scores.masked_fill(~is_visible, float("-inf"))
+    if sink_H is not None:
+        scores = torch.cat((scores, sink_H.to(wide)[:, None, None].expand(-1, num_queries, 1)), dim=-1)
+    weights = scores.softmax(dim=-1)[..., :num_keys]
+    return torch.einsum("hqc,chd->qhd", weights, value).to(query_QHD.dtype)

@@ -1,0 +1,55 @@
+"""Reads the configuration of Llama 2 and 3, Qwen2 and Qwen3. Knows no tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from atom_cluster.layers.rope_spec import RopeSpec
+from atom_cluster.models.hf_config import HfConfig
+from atom_cluster.models.rope_config import read_rope
+from atom_cluster.models.spec import ModelSpec, common_fields, read_max_positions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LlamaSpec(ModelSpec):
+    """A dense model of the Llama family."""
+
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope: RopeSpec
+    has_qkv_bias: bool
+    has_attention_output_bias: bool
+    has_mlp_bias: bool
+    has_qk_norm: bool
+    """RMS norm over each query and key head before rotation."""
+
+
+def read_llama_spec(config: HfConfig) -> LlamaSpec:
+    """Raises ConfigError naming the key that is missing, wrong or unsupported."""
+    _refuse_unsupported(config)
+    num_heads = config.integer("num_attention_heads")
+    is_qwen2, is_qwen3 = (config.architecture.startswith(name) for name in ("Qwen2", "Qwen3"))
+    head_dim = config.integer("head_dim", 128 if is_qwen3 else config.integer("hidden_size") // num_heads)
+    rope = read_rope(config, head_dim)
+    has_attention_bias = not is_qwen2 and config.flag("attention_bias")
+    return LlamaSpec(
+        **common_fields(config, max_positions=read_max_positions(config, rope)),
+        intermediate_size=config.integer("intermediate_size"),
+        num_heads=num_heads,
+        num_kv_heads=config.integer("num_key_value_heads", num_heads),
+        head_dim=head_dim,
+        rope=rope,
+        has_qkv_bias=is_qwen2 or has_attention_bias,
+        has_attention_output_bias=has_attention_bias,
+        has_mlp_bias=config.flag("mlp_bias"),
+        has_qk_norm=is_qwen3,
+    )
+
+
+def _refuse_unsupported(config: HfConfig) -> None:
+    config.require("hidden_act", "silu", default="silu")
+    layer_types = config.strings("layer_types") or ()
+    if config.flag("use_sliding_window") or any(kind != "full_attention" for kind in layer_types):
+        raise config.error("use_sliding_window", "and sliding layer_types are not supported for this family")
