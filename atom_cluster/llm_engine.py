@@ -23,7 +23,9 @@ from typing_extensions import Never, Self
 from atom_cluster.api.model_files import ServedModel
 from atom_cluster.api.tokenizer import IncrementalDetokenizer, Tokenizer
 from atom_cluster.config.model_path import resolve_model_path
+from atom_cluster.config.quantization import QuantizationConfig
 from atom_cluster.config.scheduler import SchedulerConfig
+from atom_cluster.config.speculative import SpeculativeConfig
 from atom_cluster.config.transfer import KvTransferConfig
 from atom_cluster.engine.core import EngineCore
 from atom_cluster.engine.local_runner import LocalRunner
@@ -71,7 +73,10 @@ class LLMEngine:
         num_threads: int | None = None,
         ops_backend: Literal["auto", "torch", "cpu"] = "auto",
         load_format: Literal["safetensors", "dummy"] = "safetensors",
+        kv_dtype: Literal["auto", "fp8"] = "auto",
+        quantization: QuantizationConfig | None = None,
         seed: int = 0,
+        speculative: SpeculativeConfig | None = None,
         tensor_parallel_size: Literal[1] = 1,
         metrics: MetricSink | None = None,
         **unknown: Never,
@@ -100,7 +105,10 @@ class LLMEngine:
             num_threads=num_threads,
             ops_backend=ops_backend,
             load_format=load_format,
+            kv_dtype=kv_dtype,
+            quantization=QuantizationConfig() if quantization is None else quantization,
             seed=seed,
+            num_drafts=0 if speculative is None else speculative.num_tokens,
         )
         scheduler = SchedulerConfig(
             max_num_requests=max_num_requests,
@@ -222,6 +230,10 @@ class LLMEngine:
         """Whether every request that was added has finished."""
         return not self._open
 
+    def print_mtp_statistics(self) -> None:
+        """Print how many drafts came true since the engine started: overall, by position, and tokens per step."""
+        print(self._core.drafts.describe())  # noqa: T201 - what it is for
+
     def close(self) -> None:
         """Drop open requests and stop the runner; idempotent. Model and KV memory go with this object."""
         self._open.clear()
@@ -242,7 +254,7 @@ class LLMEngine:
         validate_sampling(sampling)
         token_ids = self.encode(prompt)
         # A request that could never fit the KV cache is refused now, like one that exceeds the context.
-        context = min(self.info.max_model_len, self.info.num_blocks * self.info.block_size)
+        context = min(self.info.max_model_len, self.info.max_request_tokens)
         room = context - len(token_ids)
         max_tokens = room if sampling.max_tokens is None else sampling.max_tokens
         if room < 1 or max_tokens > room:

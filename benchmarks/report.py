@@ -136,9 +136,9 @@ def save(report: Report, *, arguments: Sequence[str], details: dict[str, object]
     record = {
         "benchmark": "serving",
         "command": f"python -m benchmarks.serving {shlex.join(arguments)}",
-        "commit": _commit(),
+        "commit": current_commit(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "client_hardware": {"cpu": _cpu_name(), "num_cpus": os.cpu_count(), "load_average": os.getloadavg()[0]},
+        "client_hardware": {"cpu": cpu_name(), "num_cpus": os.cpu_count(), "load_average": os.getloadavg()[0]},
         "client_platform": platform.platform(),
         "report": asdict(report),
         **details,
@@ -149,12 +149,14 @@ def save(report: Report, *, arguments: Sequence[str], details: dict[str, object]
     return path
 
 
-def _commit() -> str:
+def current_commit() -> str:
+    """The commit of the working directory, marked when that has changes."""
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     return git.stdout.strip()
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Model name of the CPU."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")

@@ -15,6 +15,7 @@ from atom_cluster.engine.scheduler import Scheduler
 from atom_cluster.engine.sim_runner import SimulatedRunner
 from atom_cluster.kv_cache.block_manager import BlockManager
 from atom_cluster.kv_cache.block_pool import BlockPool
+from atom_cluster.kv_cache.layout import PageGroup
 from atom_cluster.messages.cluster import PeerAddress
 from atom_cluster.messages.requests import EngineRequest, SamplingParams
 from atom_cluster.messages.steps import NewRow, RowStep, StepPlan
@@ -93,17 +94,27 @@ def make_scheduler(
     *,
     num_blocks: int = NUM_BLOCKS,
     num_rows: int = NUM_ROWS,
+    other_groups: tuple[PageGroup, ...] = (),
+    max_drafts: int = 0,
     metrics: MetricSink | None = None,
     clock: VirtualClock | None = None,
 ) -> tuple[Scheduler, BlockManager]:
     """A scheduler and its blocks."""
-    blocks = BlockManager(num_blocks=num_blocks, block_size=BLOCK_SIZE, seed=1, prefix_caching=True)
+    blocks = BlockManager(
+        num_blocks=num_blocks,
+        block_size=BLOCK_SIZE,
+        seed=1,
+        prefix_caching=True,
+        other_groups=other_groups,
+        max_drafts=max_drafts,
+    )
     scheduler = Scheduler(
         config=config or SchedulerConfig(),
         blocks=blocks,
         num_rows=num_rows,
         metrics=metrics or NullMetrics(),
         clock=clock or VirtualClock(),
+        max_drafts=max_drafts,
     )
     return scheduler, blocks
 
@@ -116,10 +127,20 @@ def make_runner(
     block_size: int = BLOCK_SIZE,
     max_model_len: int = MAX_MODEL_LEN,
     kv_bytes_per_s: float = 1e10,
+    other_groups: tuple[PageGroup, ...] = (),
+    max_drafts: int = 0,
+    draft_acceptance: float = 0.7,
 ) -> SimulatedRunner:
     """A simulated device."""
     return SimulatedRunner(
-        simulation=SimulationConfig(num_blocks=num_blocks, vocab_size=VOCAB_SIZE, kv_bytes_per_s=kv_bytes_per_s),
+        simulation=SimulationConfig(
+            num_blocks=num_blocks,
+            vocab_size=VOCAB_SIZE,
+            kv_bytes_per_s=kv_bytes_per_s,
+            draft_acceptance=draft_acceptance,
+        ),
+        other_groups=other_groups,
+        max_drafts=max_drafts,
         block_size=block_size,
         max_num_requests=num_rows,
         max_model_len=max_model_len,
@@ -161,12 +182,27 @@ def pool_of(engine: EngineCore) -> BlockPool:
     return engine._blocks.pool
 
 
+def window(size: int, num_pages: int = NUM_BLOCKS) -> PageGroup:
+    """Pages of layers with a window."""
+    return PageGroup(kind="window", window=size, num_pages=num_pages)
+
+
+def states(num_pages: int = NUM_BLOCKS) -> PageGroup:
+    """Pages of recurrent layers."""
+    return PageGroup(kind="state", window=None, num_pages=num_pages)
+
+
+def check_integrity(engine: EngineCore) -> None:
+    """Every page of every group is in exactly one state."""
+    engine._blocks.check_integrity()
+
+
 def assert_clean(engine: EngineCore) -> None:
-    """Nothing is left of any request: all blocks are free or cached, no ticket is open."""
-    pool_of(engine).check_integrity()
-    counts = pool_of(engine).counts()
-    assert counts["free"] + counts["cached"] == pool_of(engine).num_blocks, counts
+    """Nothing is left of any request: all pages are free or cached, no ticket is open."""
+    check_integrity(engine)
     status = engine.stats()
+    for counts in (status.blocks_by_state, *status.other_pages_by_state.values()):
+        assert counts["free"] + counts["cached"] == sum(counts.values()), counts
     assert (status.num_running, status.num_waiting, status.num_tickets) == (0, 0, 0), status
 
 

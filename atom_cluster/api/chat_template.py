@@ -53,14 +53,17 @@ class ChatTemplate:
     def from_directory(cls, directory: str | Path, *, special_tokens: Mapping[str, str]) -> ChatTemplate | None:
         """The template of a model directory; None when it has none.
 
-        `chat_template.jinja` wins over `chat_template` in `tokenizer_config.json`, which is a template or a list of
-        named ones, of which `default` is taken. Raises `ConfigError`.
+        `chat_template.jinja` wins over `chat_template` in `tokenizer_config.json`, and that over the one in
+        `chat_template.json`; either is a template or named ones, of which `default` is taken. Raises `ConfigError`.
         """
         file = Path(directory) / "chat_template.jinja"
         if file.is_file():
             return cls(file.read_text(encoding="utf-8"), special_tokens=special_tokens)
-        source = _configured_source(read_json(Path(directory) / "tokenizer_config.json", default={}))
-        return None if source is None else cls(source, special_tokens=special_tokens)
+        for name in ("tokenizer_config.json", "chat_template.json"):
+            source = _configured_source(read_json(Path(directory) / name, default={}), name)
+            if source is not None:
+                return cls(source, special_tokens=special_tokens)
+        return None
 
     def render(self, messages: Sequence[Mapping[str, object]], *, variables: Mapping[str, object] | None = None) -> str:
         """Prompt text that ends where the assistant's answer begins.
@@ -74,7 +77,7 @@ class ChatTemplate:
         context = {**self._special_tokens, **variables}
         try:
             return self._template.render(
-                messages=[dict(message) for message in messages],
+                messages=[_as_templates_know_it(message) for message in messages],
                 tools=None,
                 documents=None,
                 add_generation_prompt=True,
@@ -84,14 +87,22 @@ class ChatTemplate:
             raise InvalidRequest(f"the model's chat template refused the messages: {exc}", param="messages") from exc
 
 
-def _configured_source(config: dict[str, object]) -> str | None:
+def _configured_source(config: dict[str, object], file_name: str) -> str | None:
     value = config.get("chat_template")
     if isinstance(value, list):
-        named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
-        value = named.get("default")
+        value = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
+    if isinstance(value, dict):
+        value = value.get("default")
     if value is not None and not isinstance(value, str):
-        raise ConfigError("tokenizer_config.json: `chat_template` is neither a template nor a list of named ones")
+        raise ConfigError(f"{file_name}: `chat_template` is neither a template nor a list of named ones")
     return value
+
+
+def _as_templates_know_it(message: Mapping[str, object]) -> dict[str, object]:
+    """Some families' templates call the reasoning of an earlier turn `thinking`."""
+    if "reasoning_content" in message:
+        return {"thinking": message["reasoning_content"], **message}
+    return dict(message)
 
 
 def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:

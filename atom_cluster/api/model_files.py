@@ -12,10 +12,12 @@ from atom_cluster.errors import ConfigError
 
 JsonObject = dict[str, object]
 
+SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationDefaults:
-    """Sampling values the model's authors recommend, used where a request names none. None: the usual default."""
+    """Sampling values the model's authors recommend, used where a request names none. None: the usual one."""
 
     temperature: float | None = None
     top_p: float | None = None
@@ -42,22 +44,30 @@ class ServedModel:
 
     @classmethod
     def from_directory(
-        cls, directory: str | Path, *, served_name: str | None = None, max_model_len: int | None = None
+        cls,
+        directory: str | Path,
+        *,
+        served_name: str | None = None,
+        max_model_len: int | None = None,
+        uses_recommendations: bool = True,
     ) -> ServedModel:
-        """Read `config.json` and, if present, `generation_config.json`.
+        """Read `config.json` and, if present, `generation_config.json` and the tokenizer's end token.
 
-        `served_name` None: the directory's name. `max_model_len` None: the checkpoint's limit.
+        `served_name` None: the directory's name. `max_model_len` None: the checkpoint's limit. `uses_recommendations`
+        False: no sampling values are taken from `generation_config.json`; its end tokens are.
         Raises `ConfigError` naming the file and key.
         """
         path = Path(directory)
-        config = _text_config(read_json(path / "config.json"))
+        outer_config = read_json(path / "config.json")
+        config = _text_config(outer_config)
         generation = read_json(path / "generation_config.json", default={})
+        end_tokens = (generation, config, outer_config, {"eos_token_id": _tokenizer_eos_id(path)})
         return cls(
             name=served_name or path.name,
             max_model_len=max_model_len or _required_int(config, "max_position_embeddings", path),
             vocab_size=_required_int(config, "vocab_size", path),
-            eos_token_ids=_eos_token_ids(generation, config),
-            defaults=_defaults(generation, path),
+            eos_token_ids=_eos_token_ids(*end_tokens),
+            defaults=_defaults(generation, path) if uses_recommendations else GenerationDefaults(),
             created=int(time.time()),
         )
 
@@ -74,6 +84,44 @@ def read_json(path: Path, *, default: JsonObject | None = None) -> JsonObject:
         return msgspec.json.decode(content, type=dict[str, object])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise ConfigError(f"{path}: {exc}") from exc
+
+
+def special_tokens(directory: str | Path) -> dict[str, str]:
+    """Texts of the tokens that have a name (`eos_token`), from `tokenizer_config.json`, or older repositories' file.
+
+    With those that a model's processor names itself. Raises `ConfigError` naming the file.
+    """
+    config = read_json(Path(directory) / "tokenizer_config.json", default={})
+    older = read_json(Path(directory) / "special_tokens_map.json", default={})
+    extra = config.get("extra_special_tokens")
+    values = {name: config.get(name, older.get(name)) for name in SPECIAL_TOKEN_NAMES}
+    values |= extra if isinstance(extra, dict) else {}
+    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def _tokenizer_eos_id(directory: Path) -> int | None:
+    """Chat models made from base models often have their end token nowhere but in the tokenizer."""
+    text = special_tokens(directory).get("eos_token")
+    path = directory / "tokenizer.json"
+    if text is None or not path.is_file():
+        return None
+    try:
+        added = msgspec.json.decode(path.read_bytes(), type=_TokenizerFile).added_tokens
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise ConfigError(f"{path}: not a tokenizer: {exc}") from exc
+    return next((token.id for token in added if token.content == text), None)
+
+
+class _AddedToken(msgspec.Struct):
+    id: int
+    content: str
+
+
+class _TokenizerFile(msgspec.Struct):
+    """The part of `tokenizer.json` that lists special tokens."""
+
+    added_tokens: list[_AddedToken] = []
 
 
 def _text_config(config: JsonObject) -> JsonObject:
@@ -101,11 +149,11 @@ def _eos_token_ids(*configs: JsonObject) -> tuple[int, ...]:
 
 
 def _defaults(generation: JsonObject, path: Path) -> GenerationDefaults:
-    # `do_sample: false` makes the recommended temperature meaningless, and is the default of the file format. Files
-    # that recommend values set it to true.
-    if generation.get("do_sample") is not True:
-        return GenerationDefaults()
     known = {name: generation[name] for name in GenerationDefaults.__slots__ if generation.get(name) is not None}
+    if generation.get("do_sample") is False:
+        # Greedy decoding is recommended, and what else is there is left over. Clients who want it say temperature 0:
+        # that much of an answer is theirs to choose. A penalty acts on greedy decoding too.
+        known = {name: value for name, value in known.items() if name == "repetition_penalty"}
     try:
         return msgspec.convert(known, GenerationDefaults)
     except msgspec.ValidationError as exc:

@@ -16,16 +16,18 @@ from typing import TypeVar
 
 import msgspec
 import tokenizers
+import tokenizers.processors
 
 from atom_cluster.api.chat_template import ChatTemplate
-from atom_cluster.api.model_files import read_json
+from atom_cluster.api.model_files import read_json, special_tokens
 from atom_cluster.api.stop_strings import StopMatcher
 from atom_cluster.api.text_stream import ByteText, TextStream, WindowText
 from atom_cluster.errors import ConfigError, Overloaded
 
 T = TypeVar("T")
 
-SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_SLOW_FILES = ("tokenizer.model", "tiktoken.model", "tekken.json", "vocab.json", "spiece.model")
+_TOKEN_OPTIONS = ("special", "lstrip", "rstrip", "normalized", "single_word")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _TYPICAL_MAX_CHARS_PER_TOKEN = 8
 _PROBE_CHARS = 65536
@@ -35,7 +37,7 @@ class Tokenizer:
     """Text to token ids and back, for one model. Thread-safe; encoding releases the interpreter lock."""
 
     def __init__(self, backend: tokenizers.Tokenizer, *, special_tokens: dict[str, str] | None = None) -> None:
-        """`special_tokens`: text of each of `SPECIAL_TOKEN_NAMES` that the model has."""
+        """`special_tokens`: texts of those that have a name, for chat templates."""
         # A file may carry the limits of the training run; prompts must be neither cut nor padded.
         backend.no_truncation()
         backend.no_padding()
@@ -56,13 +58,16 @@ class Tokenizer:
         """Read `tokenizer.json` and, if present, `tokenizer_config.json`. Raises `ConfigError` naming the file."""
         path = Path(directory) / "tokenizer.json"
         if not path.is_file():
-            raise ConfigError(f"{path}: not found; the model directory needs a fast tokenizer")
+            raise ConfigError(f"{path}: not found; {_what_to_do_about(Path(directory))}")
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as exc:  # the library raises bare Exception
             raise ConfigError(f"{path}: not a tokenizer: {exc}") from exc
         config = read_json(Path(directory) / "tokenizer_config.json", default={})
-        return cls(backend, special_tokens=_special_tokens(config))
+        named = special_tokens(directory)
+        _add_tokens(backend, config, named)
+        _set_ends(backend, config, named)
+        return cls(backend, special_tokens=named)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; `add_special_tokens` puts those around it that the model's tokenizer prescribes."""
@@ -239,11 +244,31 @@ def _is_byte_level(decoder: dict[str, object] | None) -> bool:
     return decoder["type"] == "ByteLevel"
 
 
-def _special_tokens(config: dict[str, object]) -> dict[str, str]:
-    tokens = {}
-    for name in SPECIAL_TOKEN_NAMES:
-        value = config.get(name)
-        text = value.get("content") if isinstance(value, dict) else value
-        if isinstance(text, str):
-            tokens[name] = text
-    return tokens
+def _what_to_do_about(directory: Path) -> str:
+    slow = [name for name in _SLOW_FILES if (directory / name).is_file()]
+    if not slow:
+        return "the model directory needs a fast tokenizer"
+    return f"{slow[0]} has to be converted to it first: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, config: dict[str, object], named: dict[str, str]) -> None:
+    """Add tokens that only `tokenizer_config.json` knows, as `transformers` does: in the order of their ids."""
+    listed = config.get("added_tokens_decoder")
+    entries = sorted(listed.items(), key=lambda item: int(item[0])) if isinstance(listed, dict) else []
+    for _, entry in entries:
+        if backend.token_to_id(entry["content"]) is None:
+            options = {name: bool(entry.get(name, False)) for name in _TOKEN_OPTIONS}
+            backend.add_tokens([tokenizers.AddedToken(entry["content"], **options)])
+    backend.add_special_tokens([text for text in named.values() if backend.token_to_id(text) is None])
+
+
+def _set_ends(backend: tokenizers.Tokenizer, config: dict[str, object], named: dict[str, str]) -> None:
+    """What goes around a text, if `add_bos_token` or `add_eos_token` say so; else `tokenizer.json` does."""
+    if "add_bos_token" not in config and "add_eos_token" not in config:
+        return
+    bos = named.get("bos_token") if config.get("add_bos_token") else None
+    eos = named.get("eos_token") if config.get("add_eos_token") else None
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single=[token for token in (bos, "$A", eos) if token is not None],
+        special_tokens=[(token, backend.token_to_id(token)) for token in {bos, eos} if token is not None],
+    )

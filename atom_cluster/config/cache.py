@@ -18,5 +18,8 @@ class CacheConfig(FrozenConfig):
     """KV blocks per replica. auto: what `memory_fraction` leaves on GPUs, `cpu_cache_gib` on CPUs."""
     cpu_cache_gib: float = Field(0.5, gt=0)
     """KV memory per rank on CPUs, in GiB, when `num_blocks` is auto."""
+    kv_dtype: Literal["auto", "fp8"] = "auto"
+    """Dtype of keys and values. auto: that of activations. fp8: half of bfloat16's memory, rounded to three bits of
+    mantissa, with the scales of the checkpoint if it has any."""
     prefix_caching: bool = True
     """Reuse KV of equal prompt prefixes between requests."""

@@ -10,10 +10,12 @@ from atom_cluster.config.model import ModelOptions
 from atom_cluster.config.observability import ObservabilityConfig
 from atom_cluster.config.ops import OpsConfig
 from atom_cluster.config.parallel import GroupConfig
+from atom_cluster.config.quantization import QuantizationConfig
 from atom_cluster.config.routing import RoutingConfig
 from atom_cluster.config.scheduler import SchedulerConfig
 from atom_cluster.config.serving import ApiConfig, ServingConfig
 from atom_cluster.config.simulation import SimulationConfig
+from atom_cluster.config.speculative import SpeculativeConfig
 from atom_cluster.config.transfer import KvTransferConfig
 
 
@@ -34,10 +36,14 @@ class ClusterConfig(FrozenConfig):
     """How every engine fills its steps."""
     cache: CacheConfig = CacheConfig()
     """KV blocks of every engine."""
+    speculative: SpeculativeConfig | None = None
+    """Draft tokens and verify them; null: one token per step."""
     kv_transfer: KvTransferConfig = KvTransferConfig()
     """How KV blocks move from prefill to decode."""
     router: RoutingConfig = RoutingConfig()
     """How replicas are chosen for a request."""
+    quantization: QuantizationConfig = QuantizationConfig()
+    """Quantization of a float checkpoint while it is loaded."""
     ops: OpsConfig = OpsConfig()
     """Which implementation each op uses."""
     api: ApiConfig = ApiConfig()
@@ -70,6 +76,11 @@ class ClusterConfig(FrozenConfig):
                 "blocks of its own number, so both must be equal"
             )
         return self
+
+    @property
+    def num_drafts(self) -> int:
+        """Tokens drafted behind each sampled one."""
+        return 0 if self.speculative is None else self.speculative.num_tokens
 
     def groups(self) -> dict[str, GroupConfig]:
         """The configured groups by role: prefill and decode, or unified."""

@@ -14,6 +14,15 @@ class ParallelConfig(FrozenConfig):
 
     tensor: int = Field(1, ge=1, le=64)
     """Ranks that split every layer's weights and KV heads."""
+    expert: int = Field(1, ge=1, le=64)
+    """Ranks that divide the experts of a mixture-of-experts model among them, each holding whole ones: all ranks, so
+    the same number as `tensor`. 1: the ranks split every expert instead."""
+
+    @model_validator(mode="after")
+    def _expert_is_one_or_all(self) -> ParallelConfig:
+        if self.expert not in (1, self.tensor):
+            raise ValueError(f"`expert` is {self.expert}; it must be 1 or the same as `tensor`, which is {self.tensor}")
+        return self
 
 
 class AutoscalingConfig(FrozenConfig):

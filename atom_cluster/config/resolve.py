@@ -14,7 +14,7 @@ from atom_cluster.config.parallel import GroupConfig
 from atom_cluster.errors import ConfigError
 from atom_cluster.units import GiB
 
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "fp8": 1}
 _MIN_BLOCKS = 2
 
 Dtype = Literal["float32", "bfloat16"]
@@ -137,7 +137,8 @@ class _Resolver:
             self._because(key, "each engine measures what `memory_fraction` leaves once its model is loaded")
             return "auto"
         num_ranks = min(group.parallel.tensor for group in self._config.groups().values())
-        token_bytes = self._model.kv_bytes_per_token(element_bytes=_DTYPE_BYTES[dtype], num_ranks=num_ranks)
+        kv_dtype = dtype if cache.kv_dtype == "auto" else cache.kv_dtype
+        token_bytes = self._model.kv_bytes_per_token(element_bytes=_DTYPE_BYTES[kv_dtype], num_ranks=num_ranks)
         num_blocks = int(cache.cpu_cache_gib * GiB) // (token_bytes * cache.block_size)
         if num_blocks < _MIN_BLOCKS:
             raise ConfigError(
@@ -145,14 +146,16 @@ class _Resolver:
                 f"tokens of {token_bytes} bytes; at least {_MIN_BLOCKS} are needed"
             )
         self._because(
-            key, f"{cache.cpu_cache_gib} GiB of `cpu_cache_gib` at {token_bytes} bytes per token of {dtype} KV"
+            key, f"{cache.cpu_cache_gib} GiB of `cpu_cache_gib` at {token_bytes} bytes per token of {kv_dtype} KV"
         )
         return num_blocks
 
     def _max_model_len(self, num_blocks: int | Literal["auto"]) -> int:
         given, limit = self._config.model_options.max_model_len, self._model.max_positions
         key = "model_options.max_model_len"
-        capacity = None if num_blocks == "auto" else num_blocks * self._config.cache.block_size
+        # Drafting writes behind the last token.
+        num_behind = max(0, self._config.num_drafts - 1)
+        capacity = None if num_blocks == "auto" else num_blocks * self._config.cache.block_size - num_behind
         if given == "auto":
             if capacity is not None and capacity < limit:
                 self._because(key, f"the KV cache holds {capacity} tokens, the checkpoint's limit is {limit}")

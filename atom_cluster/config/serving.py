@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from atom_cluster.config.base import FrozenConfig
@@ -61,6 +63,9 @@ class ApiConfig(FrozenConfig):
     """Longest single stop string."""
     default_max_tokens: int | None = Field(None, ge=1)
     """`max_tokens` when a request names none; None: whatever the context leaves."""
+    generation_config: Literal["auto", "none"] = "auto"
+    """auto: temperature, top_p, top_k, min_p and repetition_penalty of the model's generation_config.json where a
+    request names none; none: the usual ones (temperature 1, no truncation). The model's end tokens hold either way."""
     tokenizer_threads: int = Field(1, ge=1)
     """Threads that tokenize and render templates, off the event loop."""
     coalesce_ms: float = Field(0.0, ge=0)

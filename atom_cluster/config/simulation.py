@@ -23,5 +23,7 @@ class SimulationConfig(FrozenConfig):
     """Speed of simulated KV reads."""
     num_blocks: int = Field(4096, ge=2)
     """KV blocks per replica in place of `cache.num_blocks`."""
+    draft_acceptance: float = Field(0.7, ge=0, le=1)
+    """Probability that a draft is right, when `speculative` is configured."""
     vocab_size: int = Field(32000, ge=2)
     """Simulated token ids are below this."""

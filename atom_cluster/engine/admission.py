@@ -53,7 +53,7 @@ def _check_lengths(token_ids: tuple[int, ...], max_tokens: int | None, info: Run
             param="prompt",
         )
     num_output = min(max_tokens or limit, limit - num_prompt)
-    capacity = info.num_blocks * info.block_size
+    capacity = info.max_request_tokens
     if num_prompt + num_output > capacity:
         raise ContextLengthExceeded(
             f"{num_prompt} prompt tokens and {num_output} of output exceed the KV cache of {capacity} tokens",

@@ -27,18 +27,14 @@ from atom_cluster.engine.protocols import EngineInput, Outbox, StepRunner
 from atom_cluster.engine.replies import Replies
 from atom_cluster.engine.reporting import CacheReporter
 from atom_cluster.engine.request import Phase, Request
+from atom_cluster.engine.results import NewTokens, append_tokens, confirm_row
 from atom_cluster.engine.scheduler import ScheduledRow, ScheduledStep, Scheduler
-from atom_cluster.engine.stopping import finish_reason
-from atom_cluster.errors import (
-    AtomClusterError,
-    InvalidRequest,
-    RequestFailed,
-    RequestTimeout,
-)
+from atom_cluster.engine.speculation import DraftStatistics
+from atom_cluster.errors import AtomClusterError, InvalidRequest, Overloaded, RequestFailed, RequestTimeout
 from atom_cluster.kv_cache.block_manager import BlockManager
 from atom_cluster.kv_cache.prefix_hash import fingerprint_of, seed_of
 from atom_cluster.messages.cluster import EngineStatus, PeerAddress
-from atom_cluster.messages.requests import CancelRequest, EngineRequest, FinishReason, TokenDelta
+from atom_cluster.messages.requests import CancelRequest, EngineRequest, TokenDelta
 from atom_cluster.messages.steps import SampledTokens, StepPlan
 from atom_cluster.messages.transfer import (
     BlocksTagged,
@@ -75,7 +71,6 @@ class _InFlight:
 
     plan: StepPlan
     rows: list[ScheduledRow]
-    num_prompt_tokens: int
 
 
 class EngineCore:
@@ -109,10 +104,18 @@ class EngineCore:
             block_size=info.block_size,
             seed=seed_of(self.fingerprint),
             prefix_caching=prefix_caching,
+            other_groups=info.other_groups,
+            max_drafts=info.max_drafts,
         )
         self._scheduler = Scheduler(
-            config=scheduler, blocks=self._blocks, num_rows=info.max_num_requests, metrics=metrics, clock=clock
+            config=scheduler,
+            blocks=self._blocks,
+            num_rows=info.max_num_requests,
+            metrics=metrics,
+            clock=clock,
+            max_drafts=info.max_drafts,
         )
+        self.drafts = DraftStatistics(metrics)
         self._replies = Replies(outbox, metrics, clock)
         self._reporter = CacheReporter(
             pool=self._blocks.pool, outbox=outbox, metrics=metrics, peer=peer, period_s=load_period_s, clock=clock
@@ -222,7 +225,7 @@ class EngineCore:
     def _patience(self, wait_s: float) -> float:
         if self._in_flight or self._is_busy:
             return 0.0
-        if self._decode.tickets.num_reads or any(ticket.tagging for ticket in self._prefill.tickets.all()):
+        if self._decode.tickets.num_reads or any(ticket.unpublished for ticket in self._prefill.tickets.all()):
             return min(wait_s, _KV_POLL_S)
         # What waits here waits for blocks, which come back with a message or a clock.
         return min(wait_s, _BLOCKED_WAIT_S) if self._has_work() else wait_s
@@ -238,6 +241,10 @@ class EngineCore:
 
     def _plan(self) -> bool:
         step = self._scheduler.schedule()
+        if step.starved is not None:
+            self._prefill.give_up(
+                step.starved, Overloaded("prompts of other engines hold all pages", retry_after_s=1.0)
+            )
         if not (step.rows or step.freed_rows or self._kv_commands):
             return False
         plan = StepPlan(
@@ -249,7 +256,7 @@ class EngineCore:
         )
         self._kv_commands.clear()
         self._runner.submit(plan)
-        self._in_flight.append(_InFlight(plan, step.rows, _count_prompt_tokens(step)))
+        self._in_flight.append(_InFlight(plan, step.rows))
         self._count_admissions(step)
         return True
 
@@ -274,7 +281,7 @@ class EngineCore:
         if flight.plan.rows:
             self._metrics.observe(STEP_S, result.run_s)
             self._metrics.observe(STEP_TOKENS, flight.plan.num_tokens)
-            self._scheduler.note_step_time(flight.num_prompt_tokens, result.run_s)
+            self._scheduler.note_step_time(sum(row.num_prompt_tokens for row in flight.rows), result.run_s)
         sampled = iter(result.sampled)
         for row in flight.rows:
             self._apply(row, next(sampled) if row.samples else None)
@@ -284,61 +291,50 @@ class EngineCore:
         request.num_in_flight -= 1
         if sampled is not None:
             request.num_sampling -= 1
+            if row.num_drafts:
+                self.drafts.note(row.num_drafts, len(sampled.token_ids) - 1)
         if request.is_done:
             return  # ended while the plan was in flight; what it sampled is nobody's
-        if row.residence == request.residence and request.phase is Phase.RUNNING:
-            request.num_confirmed = row.end
-        if sampled is not None:
-            request.tokens.extend(sampled.token_ids)
-        self._blocks.offer(request.table, request.tokens, request.num_confirmed)
+        confirm_row(row, sampled)
+        new = None if sampled is None else self._append(request, sampled)
+        self._blocks.confirm(request.table, request.tokens, request.num_confirmed)
         if request.ticket_id is not None:
             self._prefill.on_computed(request)
-        if sampled is not None:
-            self._emit(request, sampled)
+        if new is None:
+            return
+        if request.ticket_id is not None:
+            self._hand_over(request, new)
+        else:
+            self._replies.tokens(request, new)
+            if new.finish_reason is not None:
+                self._retire(request)
 
     # --- tokens
 
-    def _emit(self, request: Request, sampled: SampledTokens) -> None:
-        if request.ticket_id is not None:
-            self._hand_over(request, sampled)
-            return
-        reason = self._finish_reason(request)
-        self._replies.tokens(request, sampled.token_ids, sampled.logprobs, reason)
-        if reason is not None:
-            self._retire(request)
+    def _append(self, request: Request, tokens: SampledTokens | TokenDelta) -> NewTokens:
+        return append_tokens(request, tokens.token_ids, tokens.logprobs, max_model_len=self._info.max_model_len)
 
     def _emit_remote(self, request: Request, delta: TokenDelta) -> None:
         """The first token, from prefill."""
-        request.tokens.extend(delta.token_ids)
+        new = self._append(request, delta)
         request.num_cached = max(request.num_cached or 0, delta.num_cached_tokens)
         self._metrics.inc(PREFIX_CACHE_QUERIES, request.num_prompt)
         self._metrics.inc(PREFIX_CACHE_HITS, request.num_cached)
-        reason = self._finish_reason(request)
-        self._replies.tokens(request, delta.token_ids, delta.logprobs, reason)
-        if reason is not None:
+        self._replies.tokens(request, new)
+        if new.finish_reason is not None:
             del self._requests[request.request_id]
             request.phase = Phase.DONE
 
-    def _hand_over(self, request: Request, sampled: SampledTokens) -> None:
+    def _hand_over(self, request: Request, new: NewTokens) -> None:
         """The first token of a prompt that was computed for another engine."""
         delta = TokenDelta(
             request_id=request.request_id,
             first_index=0,
-            token_ids=sampled.token_ids,
-            logprobs=sampled.logprobs,
+            token_ids=new.token_ids,
+            logprobs=new.logprobs,
             num_cached_tokens=request.num_cached or 0,
         )
         self._prefill.on_first_token(request, delta)
-
-    def _finish_reason(self, request: Request) -> FinishReason | None:
-        return finish_reason(
-            request.tokens[-1],
-            num_output=request.num_output,
-            num_known=len(request.tokens),
-            max_model_len=self._info.max_model_len,
-            sampling=request.sampling,
-            eos=request.eos,
-        )
 
     def _retire(self, request: Request) -> None:
         """A request that this engine schedules has ended."""
@@ -467,8 +463,5 @@ class EngineCore:
             num_waiting=self._scheduler.num_waiting + self._decode.num_queued,
             num_tickets=len(self._prefill.tickets) + len(self._decode.tickets),
             blocks_by_state=self._blocks.pool.counts_by_name(),
+            other_pages_by_state=self._blocks.other_counts(),
         )
-
-
-def _count_prompt_tokens(step: ScheduledStep) -> int:
-    return sum(row.num_tokens for row in step.rows if row.num_tokens > 1)

@@ -103,12 +103,14 @@ class DecodeSide:
             self._queue.pop(0)
 
     def _start(self, request: Request, address: PeerAddress) -> bool:
-        request.table = self._blocks.match(request.tokens, "arriving")
+        # Of groups other than the first everything comes from prefill: it is little, and only of use in one piece.
+        request.table = self._blocks.match(request.tokens, "arriving", in_first_group=True)
         num_held = len(request.table.block_ids)
-        # Who waits for blocks of this engine longer gets them first; else a stream of short prompts would starve it.
-        num_spare = self._blocks.pool.num_available - self._scheduler.num_blocks_wanted(request)
-        is_room = self._blocks.blocks_missing(request.table, request.num_prompt) <= num_spare
-        if not is_room or self._blocks.extend(request.table, request.num_prompt) is None:
+        # Who waits for pages of this engine longer gets them first; else a stream of short prompts would starve it.
+        wanted = self._scheduler.pages_wanted(request)
+        missing = self._blocks.missing_to_receive(request.table, request.num_prompt)
+        is_room = self._blocks.has_room(missing, besides=wanted)
+        if not is_room or not self._blocks.receive(request.table, request.num_prompt):
             self._blocks.release(request.table)
             return False
         now_s = self._clock()
@@ -121,6 +123,7 @@ class DecodeSide:
             num_tokens=request.num_prompt,
             block_size=self._blocks.block_size,
             num_blocks_held=num_held,
+            other_columns=self._blocks.columns_behind(request.num_prompt),
             timeout_s=self._config.prefill_timeout_s,
             now_s=now_s,
         )
@@ -176,19 +179,21 @@ class DecodeSide:
     def _take(self, ticket: Ticket, message: KvPublication) -> None:
         read_id = self.tickets.take(ticket, message, now_s=self._clock())
         if read_id is not None:
-            end = message.first_block + len(message.block_ids)
+            columns = range(message.first_block, message.first_block + len(message.block_ids))
             self._command(
                 ReadBlocks(
                     read_id=read_id,
                     peer=ticket.peer,
                     epoch=message.epoch,
                     remote_block_ids=message.block_ids,
-                    local_block_ids=tuple(ticket.request.table.block_ids[message.first_block : end]),
+                    local_block_ids=self._blocks.handed_over(ticket.request.table, message.group, columns),
                     tags=message.tags,
                     timeout_s=self._config.read_timeout_s,
+                    group=message.group,
                 )
             )
         if message.first_token is not None:
+            ticket.request.drafts = message.drafts
             self._emit_first(ticket.request, message.first_token)
         if ticket.request.is_done:
             self._end(ticket, wants_fallback=False)
@@ -209,7 +214,7 @@ class DecodeSide:
         if ticket is None:
             return
         if ticket.state is DecodeState.DRAINING:
-            if not ticket.read_starts:
+            if not ticket.reads:
                 self._settle(ticket)
         elif report.error is not None:
             self._fall_back(ticket, "read_failed", report.error)
@@ -219,18 +224,22 @@ class DecodeSide:
     # --- ends
 
     def _join(self, ticket: Ticket) -> None:
-        """All blocks are here: the request runs, from the first bad block if there is one."""
+        """All pages are here: the request runs, from the first bad block if there is one."""
         request = ticket.request
         self.tickets.close(ticket)
         self._outbox.send(ticket.address, TicketRelease((ticket.ticket_id,)))
         num_good = request.num_prompt
-        if ticket.bad_blocks:
-            self._metrics.inc(KV_BAD_BLOCKS, len(ticket.bad_blocks))
-            _logger.warning("%s: blocks %s arrived damaged", request.request_id, sorted(ticket.bad_blocks))
-            num_good = min(ticket.bad_blocks) * self._blocks.block_size
+        if ticket.bad_pages:
+            self._metrics.inc(KV_BAD_BLOCKS, len(ticket.bad_pages))
+            _logger.warning("%s: pages %s arrived damaged", request.request_id, sorted(ticket.bad_pages))
+            request.drafts = ()
+            num_good = min(column for _, column in ticket.bad_pages) * self._blocks.block_size
+            if self._blocks.has_other_groups:
+                num_good = 0  # what is here of the others is of use only behind the prompt's end
+                self._blocks.release(request.table)
         request.num_computed = request.num_confirmed = num_good
         self._blocks.rename(request.table, "running")
-        self._blocks.offer(request.table, request.tokens, num_good)
+        self._blocks.confirm(request.table, request.tokens, num_good)
         self._scheduler.add(request)
 
     def _fall_back(self, ticket: Ticket, reason: str, why: str) -> None:
@@ -251,6 +260,7 @@ class DecodeSide:
         """A draining ticket's reads are over: its blocks are nobody's."""
         self.tickets.close(ticket)
         self._blocks.release(ticket.request.table)
+        ticket.request.drafts = ()
         if ticket.wants_fallback:
             if not ticket.request.num_output:
                 ticket.request.num_cached = None  # what counts is found when it is scheduled here

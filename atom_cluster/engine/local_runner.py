@@ -33,6 +33,8 @@ def merge_rank_infos(infos: Sequence[RankInfo]) -> RunnerInfo:
         max_model_len=first.max_model_len,
         vocab_size=first.vocab_size,
         world_size=first.world_size,
+        other_groups=first.other_groups,
+        max_drafts=first.max_drafts,
         kv_offers=offers,
         kv_transports=tuple(offer.transport for offer in offers),
         fingerprint_fields=first.fingerprint_fields,

@@ -75,25 +75,27 @@ class PrefillSide:
         """More of a prompt's KV is in place."""
         ticket = None if request.ticket_id is None else self.tickets.get(request.ticket_id)
         if ticket is not None:
-            self._publish(ticket, request.num_confirmed // self._blocks.block_size)
+            self._publish(ticket, self._next_blocks(ticket, request.num_confirmed // self._blocks.block_size))
 
     def on_first_token(self, request: Request, delta: TokenDelta) -> None:
         """The prompt is computed; its blocks are held for the ticket from now on."""
         ticket = None if request.ticket_id is None else self.tickets.get(request.ticket_id)
         if ticket is None:
             raise AssertionError(f"{request.request_id} was computed for a ticket that is not open")
-        ticket.first_token = delta
+        ticket.first_token, ticket.drafts = delta, request.drafts
         self._scheduler.remove(request)
+        self._blocks.trim(request.table)
         self._blocks.rename(request.table, "leased")
-        self._publish(ticket, ceil_div(request.num_prompt, self._blocks.block_size))
-        if not ticket.tagging and not ticket.is_published:
-            self._send(ticket, ticket.next_block, (), ())
+        ranges = self._next_blocks(ticket, ceil_div(request.num_prompt, self._blocks.block_size))
+        self._publish(ticket, ranges | self._blocks.columns_behind(request.num_prompt))
+        if not ticket.unpublished and not ticket.is_published:
+            self._send(ticket, 0, ticket.next_block, (), ())
 
     def on_tagged(self, report: BlocksTagged) -> None:
         """Blocks have their checksums and can be published."""
         ticket = self.tickets.get(report.ticket_id)
         if ticket is not None:
-            self._send(ticket, report.first_block, ticket.tagging.pop(report.first_block), report.tags)
+            self._send_unpublished(ticket, report.group, report.first_block, report.tags)
 
     def close(self, ticket: Ticket) -> None:
         """Give back a closed ticket's blocks, and stop what still runs for it."""
@@ -105,6 +107,14 @@ class PrefillSide:
         """Tell decode that nothing more will come under a ticket."""
         self._outbox.send(ticket.peer_id, _failed(ticket.order.ticket_id, error))
 
+    def give_up(self, request: Request, error: AtomClusterError) -> None:
+        """A prompt that cannot be computed here after all."""
+        ticket = None if request.ticket_id is None else self.tickets.get(request.ticket_id)
+        if ticket is not None:
+            self.tickets.close(ticket)
+            self.close(ticket)
+            self.announce_failure(ticket, error)
+
     def expire(self, now_s: float) -> None:
         """End tickets that decode has not renewed."""
         for ticket in self.tickets.expired(now_s):
@@ -112,30 +122,45 @@ class PrefillSide:
             error = TransferError(f"the lease of {ticket.order.lease_s} s was not renewed")
             self.announce_failure(ticket, error)
 
-    def _publish(self, ticket: Ticket, end: int) -> None:
-        """Publish the prompt's blocks up to `end`; with checksums, as soon as those are known."""
-        first = ticket.next_block
-        if end <= first:
-            return
-        block_ids = tuple(ticket.request.table.block_ids[first:end])
-        ticket.next_block = end
-        if self._verify_blocks:
-            ticket.tagging[first] = block_ids
-            self._command(
-                TagBlocks(
-                    ticket_id=ticket.order.ticket_id,
-                    epoch=self._export.epoch,
-                    first_block=first,
-                    block_ids=block_ids,
+    def _next_blocks(self, ticket: Ticket, end: int) -> dict[int, range]:
+        """Blocks of the first group up to `end`, once."""
+        blocks = range(ticket.next_block, max(ticket.next_block, end))
+        ticket.next_block = blocks.stop
+        return {0: blocks} if blocks else {}
+
+    def _publish(self, ticket: Ticket, ranges: dict[int, range]) -> None:
+        """Publish columns of cache groups; with checksums, as soon as those are known."""
+        for group, columns in ranges.items():
+            page_ids = self._blocks.handed_over(ticket.request.table, group, columns)
+            ticket.unpublished[group, columns.start] = page_ids
+        for group, columns in ranges.items():
+            if self._verify_blocks:
+                self._command(
+                    TagBlocks(
+                        ticket_id=ticket.order.ticket_id,
+                        epoch=self._export.epoch,
+                        first_block=columns.start,
+                        block_ids=ticket.unpublished[group, columns.start],
+                        group=group,
+                    )
                 )
-            )
-        else:
-            self._send(ticket, first, block_ids, ())
+            else:
+                self._send_unpublished(ticket, group, columns.start, ())
+
+    def _send_unpublished(
+        self, ticket: Ticket, group: int, first_block: int, tags: tuple[tuple[int, ...], ...]
+    ) -> None:
+        self._send(ticket, group, first_block, ticket.unpublished.pop((group, first_block)), tags)
 
     def _send(
-        self, ticket: Ticket, first_block: int, block_ids: tuple[int, ...], tags: tuple[tuple[int, ...], ...]
+        self,
+        ticket: Ticket,
+        group: int,
+        first_block: int,
+        block_ids: tuple[int, ...],
+        tags: tuple[tuple[int, ...], ...],
     ) -> None:
-        is_last = ticket.first_token is not None and not ticket.tagging
+        is_last = ticket.first_token is not None and not ticket.unpublished
         ticket.is_published = is_last
         publication = KvPublication(
             ticket_id=ticket.order.ticket_id,
@@ -143,9 +168,10 @@ class PrefillSide:
             first_block=first_block,
             block_ids=block_ids,
             tags=tags,
+            group=group,
         )
         if is_last:
-            publication = msgspec.structs.replace(publication, first_token=ticket.first_token)
+            publication = msgspec.structs.replace(publication, first_token=ticket.first_token, drafts=ticket.drafts)
         self._outbox.send(ticket.peer_id, publication)
 
 

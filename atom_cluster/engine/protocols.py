@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from atom_cluster.kv_cache.layout import PageGroup
 from atom_cluster.messages.cluster import CacheEvents, CacheSnapshot, PeerAddress, ReplicaLoad
 from atom_cluster.messages.requests import CancelRequest, EngineRequest, TokenBatch
 from atom_cluster.messages.steps import StepPlan, StepResult
@@ -65,6 +66,10 @@ class RunnerInfo:
     max_model_len: int
     vocab_size: int
     world_size: int = 1
+    other_groups: tuple[PageGroup, ...] = ()
+    """Pages of the cache groups behind the first."""
+    max_drafts: int = 0
+    """Tokens that the runner drafts behind each sampled one."""
     kv_offers: tuple[KvOffer, ...] = ()
     """How other engines can read this one's KV memory; empty when they cannot."""
     kv_transports: tuple[str, ...] = ()
@@ -73,6 +78,11 @@ class RunnerInfo:
     """Everything that must be equal for another engine's blocks to mean the same here."""
     choices: dict[str, str] = field(default_factory=dict)
     """What was chosen automatically and why, for the start-up log and /v1/cluster."""
+
+    @property
+    def max_request_tokens(self) -> int:
+        """Tokens of one request that the KV cache has room for, with those that drafting writes behind them."""
+        return self.num_blocks * self.block_size - max(0, self.max_drafts - 1)
 
 
 class StepRunner(Protocol):

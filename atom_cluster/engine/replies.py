@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from atom_cluster.engine.protocols import Outbox
 from atom_cluster.engine.request import Request
+from atom_cluster.engine.results import NewTokens
 from atom_cluster.errors import AtomClusterError, InvalidRequest, Overloaded
 from atom_cluster.messages.requests import (
     FinishReason,
@@ -13,7 +14,6 @@ from atom_cluster.messages.requests import (
     RequestTiming,
     TokenBatch,
     TokenDelta,
-    TokenLogprobs,
 )
 from atom_cluster.observability.metrics import (
     E2E_S,
@@ -35,13 +35,7 @@ class Replies:
         self._clock = clock
         self._deltas_by_client: dict[str, list[TokenDelta]] = {}
 
-    def tokens(
-        self,
-        request: Request,
-        token_ids: tuple[int, ...],
-        logprobs: tuple[TokenLogprobs, ...] | None,
-        finish_reason: FinishReason | None,
-    ) -> None:
+    def tokens(self, request: Request, new: NewTokens) -> None:
         """Tokens that the request's `tokens` already end with, and maybe its end."""
         now_s = self._clock()
         if request.first_token_s is None:
@@ -49,19 +43,19 @@ class Replies:
             self._metrics.observe(TTFT_S, now_s - request.arrived_s)
             self._metrics.observe(QUEUE_S, (request.scheduled_s or now_s) - request.arrived_s)
         elif request.last_token_s is not None:
-            self._metrics.observe(ITL_S, (now_s - request.last_token_s) / len(token_ids))
+            self._metrics.observe(ITL_S, (now_s - request.last_token_s) / len(new.token_ids))
         request.last_token_s = now_s
-        self._metrics.inc(GENERATION_TOKENS, len(token_ids))
+        self._metrics.inc(GENERATION_TOKENS, len(new.token_ids))
         self._put(
             request,
             TokenDelta(
                 request_id=request.request_id,
-                first_index=request.num_output - len(token_ids),
-                token_ids=token_ids,
-                logprobs=logprobs,
-                finish_reason=finish_reason,
+                first_index=request.num_output - len(new.token_ids),
+                token_ids=new.token_ids,
+                logprobs=new.logprobs,
+                finish_reason=new.finish_reason,
                 num_cached_tokens=request.num_cached or 0,
-                timing=None if finish_reason is None else self._timing(request),
+                timing=None if new.finish_reason is None else self._timing(request),
             ),
         )
 

@@ -9,6 +9,7 @@ from atom_cluster.kv_cache.block_pool import BlockPool
 from atom_cluster.messages.cluster import CacheEvents, CacheSnapshot, EngineStatus, PeerAddress, ReplicaLoad
 from atom_cluster.observability.metrics import (
     KV_BLOCKS,
+    KV_PAGES,
     REQUESTS_RUNNING,
     REQUESTS_WAITING,
     TICKETS_OPEN,
@@ -97,3 +98,6 @@ class CacheReporter:
         self._metrics.set(TICKETS_OPEN, stats.num_tickets)
         for state, count in stats.blocks_by_state.items():
             self._metrics.set(KV_BLOCKS, count, state=state)
+        for group, counts in stats.other_pages_by_state.items():
+            for state, count in counts.items():
+                self._metrics.set(KV_PAGES, count, group=group, state=state)

@@ -46,13 +46,15 @@ class Request:
     table: BlockTable = field(default_factory=lambda: BlockTable("running"))
     row: int | None = None
     num_computed: int = 0
-    """Leading tokens whose KV is in place or being put there by a plan in flight."""
+    """Leading tokens whose KV is in place or being put there by a plan in flight; drafts do not count."""
     num_confirmed: int = 0
     """Leading tokens whose KV is in place."""
     num_sampling: int = 0
     """Tokens that plans in flight will add."""
     num_in_flight: int = 0
     """Plans in flight that involve it, discarded ones included."""
+    drafts: tuple[int, ...] = ()
+    """Tokens drafted behind the known ones, as far as the runner has them, or is told when the request enters a row."""
     residence: int = 0
     """Counts its stays in the batch; results of an earlier stay do not confirm KV."""
     num_cached: int | None = None

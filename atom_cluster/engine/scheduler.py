@@ -5,6 +5,9 @@ order of priority and arrival, so that each request's computed tokens catch up w
 sampled. Chunked prompts, prefix hits, preempted requests and requests that arrive from prefill differ only in how many
 tokens are missing. When blocks run out, the request that goes last is preempted: it loses its blocks and is computed
 again later. Prompts computed for other engines are not: their blocks are being read. They get all of them at once.
+
+A request that decodes may bring drafts, which its row verifies in one step with its newest token. How many tokens come
+out is known with the result only, so such a request is planned again when no plan that samples for it is in flight.
 Knows nothing of tensors, of clients or of other engines.
 """
 
@@ -12,13 +15,14 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from atom_cluster.config.scheduler import SchedulerConfig
 from atom_cluster.engine.request import Phase, Request
 from atom_cluster.errors import Overloaded
-from atom_cluster.kv_cache.block_manager import BlockManager
+from atom_cluster.kv_cache.block_manager import BlockManager, NewPages
 from atom_cluster.messages.steps import NewRow, RowStep
 from atom_cluster.observability.metrics import PREEMPTIONS, MetricSink
 
@@ -31,8 +35,14 @@ class ScheduledRow:
     residence: int
     num_tokens: int
     end: int
-    """Tokens of the request computed once the step has run."""
+    """Tokens of the request computed once the step has run, not counting drafts."""
     samples: bool
+    num_drafts: int = 0
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens, if it is a chunk of more than the newest one; drafts are no prompt."""
+        return self.num_tokens if self.num_tokens > 1 and not self.num_drafts else 0
 
 
 @dataclass(slots=True)
@@ -43,6 +53,19 @@ class ScheduledStep:
     new_rows: list[NewRow] = field(default_factory=list)
     steps: list[RowStep] = field(default_factory=list)
     rows: list[ScheduledRow] = field(default_factory=list)
+    starved: Request | None = None
+    """Computed for another engine, and cannot go on: neither a plan in flight nor anybody else will give it pages."""
+
+
+class _Part(NamedTuple):
+    """What one request computes in a step."""
+
+    end: int
+    """Tokens computed behind it, not counting drafts."""
+    num_drafts: int
+    samples: bool
+    room: int
+    """Positions that pages are needed for."""
 
 
 class Scheduler:
@@ -56,9 +79,11 @@ class Scheduler:
         num_rows: int,
         metrics: MetricSink,
         clock: Callable[[], float],
+        max_drafts: int = 0,
     ) -> None:
         self._config = config
         self._blocks = blocks
+        self._max_drafts = max_drafts
         self._metrics = metrics
         self._clock = clock
         self._waiting: list[Request] = []
@@ -68,6 +93,8 @@ class Scheduler:
         self._last_prompt_step_s = 0.0
         self._budget = 0
         self._step = ScheduledStep()
+        self._starved: list[Request] = []
+        self._preempted: set[Request] = set()
 
     @property
     def num_waiting(self) -> int:
@@ -83,10 +110,20 @@ class Scheduler:
         """Prompt tokens still to be computed. Looks at every request."""
         return sum(request.num_uncomputed for request in (*self._waiting, *self._running) if request.is_prefilling)
 
-    def num_blocks_wanted(self, before: Request) -> int:
-        """Blocks that waiting requests lack, as far as they are known, of those that go before this one."""
-        earlier = (request for request in self._waiting if request.rank < before.rank)
-        return sum(self._blocks.blocks_missing(request.table, len(request.tokens)) for request in earlier)
+    def pages_wanted(self, before: Request) -> tuple[int, ...]:
+        """Pages of each group that waiting requests lack, as far as is known, of those that go before this one."""
+        wanted = []
+        for request in (request for request in self._waiting if request.rank < before.rank):
+            room = len(request.tokens) + self._blocks.lookahead
+            num_next = min(room, request.num_computed + self._max_chunk)
+            wanted.append(self._blocks.missing(request.table, room, num_next=num_next))
+        return tuple(sum(counts) for counts in zip(*wanted))
+
+    @property
+    def _max_chunk(self) -> int:
+        """Most tokens of one request in one step."""
+        limit = self._config.max_num_batched_tokens
+        return limit if self._blocks.max_chunk is None else min(limit, self._blocks.max_chunk)
 
     def check_room(self, *, num_elsewhere: int = 0) -> None:
         """Raise `Overloaded` if no further request may wait, here or in queues that hold `num_elsewhere`."""
@@ -118,6 +155,7 @@ class Scheduler:
     def schedule(self) -> ScheduledStep:
         """Fill the next step. What it returns must be run, in order of the calls."""
         self._step = ScheduledStep()
+        self._preempted.clear()
         self._budget = self._config.max_num_batched_tokens
         policy = self._config.policy
         if policy == "prefill_first":
@@ -134,43 +172,76 @@ class Scheduler:
         step = self._step
         step.freed_rows = tuple(self._freed_rows)
         self._freed_rows.clear()
-        # Rows of one token first, as the runner wants them; a request that arrived from prefill is one, too.
-        step.steps.sort(key=lambda row: row.num_tokens > 1)
-        step.rows.sort(key=lambda row: row.num_tokens > 1)
+        step.steps.sort(key=_place_in_plan)
+        step.rows.sort(key=_place_in_plan)
+        step.starved = self._find_starved()
         return step
+
+    def _find_starved(self) -> Request | None:
+        starved, self._starved = self._starved, []
+        is_moving = self._step.rows or any(request.num_in_flight for request in self._running)
+        if is_moving or self._blocks.has_pages_elsewhere:
+            return None
+        return max(starved, key=lambda request: request.rank, default=None)
 
     def _advance(self, *, is_prefilling: bool) -> None:
         for request in [request for request in self._running if request.is_prefilling == is_prefilling]:
             if request.phase is not Phase.RUNNING:
                 continue  # preempted on behalf of one before it
-            num_tokens = self._tokens_for(request)
-            if num_tokens and self._make_room(request, request.num_computed + num_tokens):
-                new_block_ids = self._blocks.extend(request.table, request.num_computed + num_tokens)
-                if new_block_ids is None:
-                    raise AssertionError(f"the room made for {request.request_id} is gone")
-                self._place(request, num_tokens, new_block_ids)
+            part = self._part_for(request, is_prefilling=is_prefilling)
+            if part is not None:
+                new_pages = self._extend(request, part.room)
+                if new_pages is not None:
+                    self._place(request, part, new_pages)
 
-    def _tokens_for(self, request: Request) -> int:
-        """Tokens of a request to compute in this step; 0 if it has to wait or has nothing left to sample for."""
-        if not request.is_prefilling:
-            is_last_on_its_way = request.num_output + request.num_sampling >= (request.sampling.max_tokens or math.inf)
-            return 0 if is_last_on_its_way else min(request.num_uncomputed, self._budget)
-        wanted = request.num_uncomputed
+    def _part_for(self, request: Request, *, is_prefilling: bool) -> _Part | None:
+        """A request's part of this step; None if it has to wait or has nothing left to sample for."""
+        num_tokens = self._num_chunk_tokens(request) if is_prefilling else self._num_decode_tokens(request)
+        if not num_tokens:
+            return None
+        end = request.num_computed + num_tokens
+        samples = end == len(request.tokens) + request.num_sampling
+        has_drafts = bool(request.drafts) and samples and not is_prefilling
+        num_drafts = self._num_drafts_for(request) if has_drafts else 0
+        return _Part(end, num_drafts, samples, end + num_drafts + (self._blocks.lookahead if samples else 0))
+
+    def _num_decode_tokens(self, request: Request) -> int:
+        if self._max_drafts and request.num_sampling:
+            return 0  # where it goes on is known with the result
+        return min(request.num_uncomputed, self._budget) if self._num_left(request) > 0 else 0
+
+    def _num_chunk_tokens(self, request: Request) -> int:
+        wanted = min(request.num_uncomputed, self._max_chunk)
         if self._config.long_prefill_tokens:
             wanted = min(wanted, self._config.long_prefill_tokens)
-        if not self._config.chunked_prefill and wanted > self._budget:
-            return 0
-        return min(wanted, self._budget)
+        if not self._config.chunked_prefill:
+            return wanted if wanted <= self._budget else 0
+        start, end = request.num_computed, request.num_computed + min(wanted, self._budget)
+        return self._blocks.chunk_end(start, end, len(request.tokens)) - start
 
-    def _make_room(self, request: Request, num_tokens: int) -> bool:
-        """Preempt those that go last until the request's blocks fit. False when it had to be preempted itself."""
-        missing = self._blocks.blocks_missing(request.table, num_tokens)
-        while missing > self._blocks.pool.num_available:
-            victim = max(self._victims(), key=lambda victim: victim.rank)
+    def _num_left(self, request: Request) -> float:
+        """Tokens to sample that are not on their way."""
+        return (request.sampling.max_tokens or math.inf) - request.num_output - request.num_sampling
+
+    def _num_drafts_for(self, request: Request) -> int:
+        """Drafts worth verifying: behind each there must be a token left to sample. That keeps them in the context,
+        too, since what is left to sample does."""
+        return int(min(len(request.drafts), self._max_drafts, self._num_left(request) - 1, self._budget - 1))
+
+    def _extend(self, request: Request, num_tokens: int) -> NewPages | None:
+        """Pages for so many tokens, for which those that go last are preempted. None when the request had to be
+        preempted itself, or has to wait."""
+        while (new_pages := self._blocks.extend(request.table, num_tokens)) is None:
+            victim = max(self._victims(), key=lambda victim: victim.rank, default=None)
+            if victim is None:
+                self._starved.append(request)
+                return None
+            if victim is request and request.num_in_flight:
+                return None  # what is in flight may move its windows on, and so give it pages
             self._preempt(victim)
             if victim is request:
-                return False
-        return True
+                return None
+        return new_pages
 
     def _victims(self) -> list[Request]:
         """Who may lose blocks in this step: those without a part in it, and those that wait with blocks in hand."""
@@ -183,6 +254,8 @@ class Scheduler:
         # after the plans before them: whoever gets the blocks next writes later.
         self._blocks.release(request.table)
         request.num_computed = request.num_confirmed = 0
+        request.drafts = ()
+        self._preempted.add(request)
         self._metrics.inc(PREEMPTIONS)
         if request.phase is Phase.RUNNING:
             self._running.remove(request)
@@ -196,17 +269,18 @@ class Scheduler:
         self._free_rows.append(request.row)
         request.row = None
 
-    def _place(self, request: Request, num_tokens: int, new_block_ids: tuple[int, ...]) -> None:
+    def _place(self, request: Request, part: _Part, new_pages: NewPages) -> None:
         if request.row is None:
             raise AssertionError(f"{request.request_id} is placed without a row")
+        self._blocks.plan_checkpoint(request.table, part.end)
         start = request.num_computed
-        end = start + num_tokens
-        samples = end == len(request.tokens) + request.num_sampling
-        new_pages = (new_block_ids,) if new_block_ids else ()
-        self._step.steps.append(RowStep(request.row, start, num_tokens, samples, new_pages))
-        self._step.rows.append(ScheduledRow(request, request.residence, num_tokens, end, samples))
-        request.num_computed = end
-        request.num_sampling += samples
+        num_tokens = part.end + part.num_drafts - start
+        self._step.steps.append(RowStep(request.row, start, num_tokens, part.samples, new_pages, part.num_drafts))
+        self._step.rows.append(
+            ScheduledRow(request, request.residence, num_tokens, part.end, part.samples, part.num_drafts)
+        )
+        request.num_computed = part.end
+        request.num_sampling += part.samples
         request.num_in_flight += 1
         self._budget -= num_tokens
 
@@ -221,6 +295,8 @@ class Scheduler:
                 continue
             if request.num_sampling or request.num_in_flight:
                 continue  # preempted a moment ago; what is in flight still belongs to its last stay
+            if request in self._preempted:
+                continue  # else, coming back for its first chunk again and again, it would keep others from decoding
             # In order, but for requests that came from prefill: their blocks come free when they have run.
             if is_blocked and not request.table.block_ids:
                 continue
@@ -238,27 +314,32 @@ class Scheduler:
             request.table = self._blocks.match(request.tokens, "running")
             request.num_computed = len(request.table.block_ids) * self._blocks.block_size
             request.num_confirmed = request.num_computed
-        num_tokens = self._tokens_for(request)
-        # Room for all that is known, so that two long prompts do not each wait for the other's blocks.
-        missing = self._blocks.blocks_missing(request.table, len(request.tokens))
-        if not self._running:
-            self._take_back(missing, on_behalf_of=request)
-        if not num_tokens or missing > self._blocks.pool.num_available:
+        part = self._part_for(request, is_prefilling=request.is_prefilling)
+        if part is None or not self._has_room_at_entry(request, part):
             if is_matched:
                 self._blocks.release(request.table)
                 request.num_computed = request.num_confirmed = 0
             return False
-        num_held = request.num_computed + num_tokens if request.ticket_id is None else request.num_prompt
-        if self._blocks.extend(request.table, num_held) is None:
-            raise AssertionError("blocks vanished during admission")
         self._enter(request)
-        self._place(request, num_tokens, ())
+        num_held = part.room if request.ticket_id is None else len(request.tokens) + self._blocks.lookahead
+        new_pages = self._blocks.extend(request.table, num_held, num_next=part.room)
+        if new_pages is None:
+            raise AssertionError(f"the room seen for {request.request_id} is gone")
+        self._place(request, part, new_pages)
         return True
 
-    def _take_back(self, num_blocks: int, *, on_behalf_of: Request) -> None:
-        """While nobody runs, blocks of those that wait behind come free in no other way."""
+    def _has_room_at_entry(self, request: Request, part: _Part) -> bool:
+        # Room for all that is known, so that two long prompts do not each wait for the other's blocks.
+        num_known = len(request.tokens) + self._blocks.lookahead
+        missing = self._blocks.missing(request.table, max(num_known, part.room), num_next=part.room)
+        if not self._running:
+            self._take_back(missing, on_behalf_of=request)
+        return self._blocks.has_room(missing)
+
+    def _take_back(self, missing: Sequence[int], *, on_behalf_of: Request) -> None:
+        """While nobody runs, pages of those that wait behind come free in no other way."""
         for request in reversed(self._waiting):
-            if request is on_behalf_of or num_blocks <= self._blocks.pool.num_available:
+            if request is on_behalf_of or self._blocks.has_room(missing):
                 return
             if request.table.block_ids:
                 self._preempt(request)
@@ -279,8 +360,14 @@ class Scheduler:
                 request_id=request.request_id,
                 token_ids=tuple(request.tokens),
                 num_prompt_tokens=request.num_prompt,
-                pages=(tuple(request.table.block_ids),),
+                pages=request.table.at_entry(),
                 sampling=request.sampling,
                 eos_token_ids=tuple(sorted(request.eos)),
+                drafts=request.drafts,
             )
         )
+
+
+def _place_in_plan(row: RowStep | ScheduledRow) -> int:
+    """Rows of one token first, as the runner wants them, even if a whole prompt; rows with drafts; chunks."""
+    return (row.num_tokens > 1) + (row.num_tokens > 1 and not row.num_drafts)

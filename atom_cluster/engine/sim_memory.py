@@ -48,32 +48,50 @@ class BlockContent:
 
 @dataclass(slots=True, eq=False)
 class KvView:
-    """One row's tokens and blocks, and a digest of what the blocks contain for its first `num_read` positions."""
+    """One row's tokens and blocks, and digests of what the blocks contain for its first `num_read` positions."""
 
     token_ids: list[int]
     block_ids: list[int] = field(default_factory=list)
-    digest: int = _EMPTY_CONTEXT
-    num_read: int = 0
+    digests: list[int] = field(default_factory=list)
+    """After each position."""
+
+    @property
+    def num_read(self) -> int:
+        """Positions that were read or written."""
+        return len(self.digests)
+
+    @property
+    def digest(self) -> int:
+        """Of all of them."""
+        return self.digests[-1] if self.digests else _EMPTY_CONTEXT
 
     def restart(self) -> None:
         """Forget what was read; blocks have changed."""
-        self.digest, self.num_read = _EMPTY_CONTEXT, 0
+        self.digests.clear()
+
+    def spoil(self, value: int) -> None:
+        """Something else that the row reads is wrong: so will be what it computes."""
+        self.digests[-1] = mix(self.digest ^ _NOISE, value)
 
 
 class SimulatedMemory:
-    """All blocks of one simulated device, and who looks at them. Written by its owner's thread only."""
+    """All blocks of one simulated device, and who looks at them. Written by its owner's thread only.
 
-    def __init__(self, *, num_blocks: int, block_size: int) -> None:
+    Pages of cache groups behind the first are mere slots here; what they should contain is known to `sim_groups`.
+    """
+
+    def __init__(self, *, num_blocks: int, block_size: int, other_groups: Sequence[int] = ()) -> None:
+        """`other_groups`: numbers of pages."""
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._blocks = [BlockContent() for _ in range(num_blocks)]
+        self._groups = [[BlockContent() for _ in range(num_pages)] for num_pages in (num_blocks, *other_groups)]
+        self._blocks = self._groups[0]
         self._views_by_block: dict[int, set[KvView]] = {}
 
     def attach(self, view: KvView, block_ids: Sequence[int]) -> None:
         """Append blocks to a view's. Raises ProtocolError for a block that does not exist or that it has already."""
         for block_id in block_ids:
-            if not 0 <= block_id < self.num_blocks:
-                raise ProtocolError(f"there is no block {block_id}; there are {self.num_blocks}")
+            self.check_page(0, block_id)
             views = self._views_by_block.setdefault(block_id, set())
             if view in views:
                 raise ProtocolError(f"block {block_id} is in a row's table already")
@@ -87,7 +105,7 @@ class SimulatedMemory:
 
     def write(self, view: KvView, start: int, num_tokens: int) -> None:
         """Compute positions [start, start + num_tokens), given what the blocks contain before them."""
-        self._read(view, start)
+        self.read(view, start)
         digest, tokens, size = view.digest, view.token_ids, self.block_size
         position, end = start, start + num_tokens
         while position < end:
@@ -97,25 +115,24 @@ class SimulatedMemory:
                 slot = mix(digest, at << 32 | tokens[at])
                 digest = mix(digest, slot)
                 slots.append(slot)
+                view.digests.append(digest)
             self._store(view, view.block_ids[index], offset, slots)
             position += len(slots)
-        view.digest, view.num_read = digest, end
 
-    def _read(self, view: KvView, num_tokens: int) -> None:
+    def read(self, view: KvView, num_tokens: int) -> None:
         """Bring the view's digest to `num_tokens` positions. Slots that nobody wrote count as zero."""
-        if view.num_read > num_tokens:
-            view.restart()
+        del view.digests[num_tokens:]
         while view.num_read < num_tokens:
             index, offset = divmod(view.num_read, self.block_size)
             end = min(num_tokens - index * self.block_size, self.block_size)
             block = self._blocks[view.block_ids[index]]
             if block.claim is not None:
                 self._settle(block, block.claim, view, end)
-            for slot in block.slots[offset:end]:
-                view.digest = mix(view.digest, slot)
-            for _ in range(max(offset, len(block.slots)), end):
-                view.digest = mix(view.digest, 0)
-            view.num_read += end - offset
+            slots = block.slots[offset:end]
+            digest = view.digest
+            for slot in slots + [0] * (end - offset - len(slots)):
+                digest = mix(digest, slot)
+                view.digests.append(digest)
 
     def _settle(self, block: BlockContent, claim: Claim, view: KvView, num_needed: int) -> None:
         """Fill a claimed block with what the view's tokens say, if that has the claimed tag, else with noise."""
@@ -146,19 +163,37 @@ class SimulatedMemory:
             if view is not writer:
                 view.restart()
 
-    def content(self, block_id: int) -> BlockContent:
+    # --- pages of any group
+
+    def has_page(self, group: int, page_id: int) -> bool:
+        """Whether a page exists."""
+        return group < len(self._groups) and 0 <= page_id < len(self._groups[group])
+
+    def check_page(self, group: int, page_id: int) -> None:
+        """Raise ProtocolError for a page that does not exist."""
+        if not self.has_page(group, page_id):
+            raise ProtocolError(f"there is no block {page_id} in group {group}")
+
+    def content(self, block_id: int, group: int = 0) -> BlockContent:
         """A copy of what a block contains. Safe from any thread."""
-        block = self._blocks[block_id]
+        block = self._groups[group][block_id]
         return BlockContent(list(block.slots), block.claim)
 
-    def fill(self, block_id: int, content: BlockContent) -> None:
+    def fill(self, block_id: int, content: BlockContent, group: int = 0) -> None:
         """Put what was read from elsewhere into a block."""
-        self._blocks[block_id] = content
-        self._disturb(block_id)
+        self._groups[group][block_id] = content
+        if group == 0:
+            self._disturb(block_id)
 
-    def tag(self, block_id: int, epoch: int) -> int:
+    def put(self, page_id: int, group: int, slot: int, value: int) -> None:
+        """Write one slot of a page of a group behind the first."""
+        slots = self._groups[group][page_id].slots
+        slots += [0] * (slot + 1 - len(slots))
+        slots[slot] = value
+
+    def tag(self, block_id: int, epoch: int, group: int = 0) -> int:
         """Checksum of a block's content, keyed with the epoch."""
-        return tag_of(self._blocks[block_id], epoch)
+        return tag_of(self._groups[group][block_id], epoch)
 
     def corrupt(self, block_id: int) -> None:
         """Change everything in a block, as a fault of memory or network would."""

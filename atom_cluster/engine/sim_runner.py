@@ -2,7 +2,8 @@
 
 With it a whole cluster runs on a laptop. Each token is a pure function of the row's tokens so far, reached through what
 the row's KV blocks contain (`sim_memory`): the answer is the same on any replica, in any batch, by any split between
-prefill and decode, unless wrong KV was used. It never is an end-of-sequence token, so `max_tokens` decides lengths.
+prefill and decode, with any drafts, unless wrong KV was used. It never is an end-of-sequence token, so `max_tokens`
+decides lengths.
 
 Time comes from a clock, which a test replaces to wait for nothing. Knows no model, no torch and no policy.
 """
@@ -12,20 +13,23 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from atom_cluster.config.simulation import SimulationConfig
 from atom_cluster.engine.protocols import RunnerInfo
+from atom_cluster.engine.sim_groups import GroupView, check_nobody_interferes, make_views
 from atom_cluster.engine.sim_memory import KvView, SimulatedMemory, mix
 from atom_cluster.engine.sim_transfer import TRANSPORT, SimulatedTransfers
 from atom_cluster.errors import AtomClusterError, ProtocolError
+from atom_cluster.kv_cache.layout import PageGroup
 from atom_cluster.messages.requests import SamplingParams, TokenLogprobs, TopLogprob
 from atom_cluster.messages.steps import NewRow, RowStep, SampledTokens, StepPlan, StepResult
 from atom_cluster.messages.transfer import KvOffer, KvReport
 
 _MAX_PLANS_IN_FLIGHT = 2
 _CHOICE = 0xC4CEB9FE1A85EC53
+_DRAFT = 0x2545F4914F6CDD1D
 
 
 class Clock(Protocol):
@@ -52,14 +56,17 @@ class MonotonicClock:
         time.sleep(seconds)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Row:
     """A request in the batch."""
 
     view: KvView
+    others: list[GroupView]
+    """Pages of the cache groups behind the first."""
     num_prompt_tokens: int
     sampling: SamplingParams
     eos_token_ids: frozenset[int]
+    drafts: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -82,12 +89,18 @@ class SimulatedRunner:
         block_size: int,
         max_num_requests: int,
         max_model_len: int,
+        other_groups: tuple[PageGroup, ...] = (),
+        max_drafts: int = 0,
         clock: Clock | None = None,
     ) -> None:
         """Sizes of the device's memory and vocabulary are in `simulation`. Real time unless a clock is given."""
         self._simulation = simulation
         self._clock = clock or MonotonicClock()
-        self._memory = SimulatedMemory(num_blocks=simulation.num_blocks, block_size=block_size)
+        self._memory = SimulatedMemory(
+            num_blocks=simulation.num_blocks,
+            block_size=block_size,
+            other_groups=[group.num_pages for group in other_groups],
+        )
         self._transfers = SimulatedTransfers(memory=self._memory, bytes_per_s=simulation.kv_bytes_per_s)
         self._rows: dict[int, _Row] = {}
         self._flights: deque[_Flight] = deque()
@@ -100,12 +113,15 @@ class SimulatedRunner:
             max_num_requests=max_num_requests,
             max_model_len=max_model_len,
             vocab_size=simulation.vocab_size,
+            other_groups=other_groups,
+            max_drafts=max_drafts,
             kv_offers=(KvOffer(TRANSPORT, (self._transfers.descriptor,)),),
             kv_transports=(TRANSPORT,),
             fingerprint_fields={
                 "model": "simulated",
                 "block_size": str(block_size),
                 "vocab_size": str(simulation.vocab_size),
+                "groups": ",".join(f"{group.kind} {group.window}" for group in other_groups),
             },
             choices={"runner": "simulated (`simulation` is configured): tokens are made up"},
         )
@@ -184,6 +200,15 @@ class SimulatedRunner:
             self._free(row)
         for new in plan.new_rows:
             self._fill(new)
+        for step in plan.rows:
+            self._prepare(step)
+        check_nobody_interferes(
+            [
+                (group, pages.pages_read(step.start), pages.pages_written(step.start, step.start + step.num_tokens))
+                for step in plan.rows
+                for group, pages in enumerate(self._rows[step.row].others, 1)
+            ]
+        )
         sampled = [token for step in plan.rows if (token := self._run(step)) is not None]
         for command in plan.kv:
             self._transfers.execute(command, flight.ends_s)
@@ -198,51 +223,98 @@ class SimulatedRunner:
         if not 0 <= new.row < self._info.max_num_requests or new.row in self._rows:
             raise ProtocolError(f"request {new.request_id} got row {new.row}, which is not free")
         view = KvView(list(new.token_ids))
+        others = make_views(self._memory, self._info.other_groups, self._info.max_drafts)
         self._memory.attach(view, new.pages[0])
-        self._rows[new.row] = _Row(view, new.num_prompt_tokens, new.sampling, frozenset(new.eos_token_ids))
+        for pages, page_ids in zip(others, new.pages[1:], strict=True):
+            pages.enter(page_ids)
+        self._rows[new.row] = _Row(
+            view, others, new.num_prompt_tokens, new.sampling, frozenset(new.eos_token_ids), list(new.drafts)
+        )
 
-    def _run(self, step: RowStep) -> SampledTokens | None:
+    def _prepare(self, step: RowStep) -> None:
+        """Bring new pages into the row's tables, in which there must be room for the step then."""
         row = self._rows.get(step.row)
         if row is None:
             raise ProtocolError(f"the plan uses row {step.row}, which is empty")
-        view, end = row.view, step.start + step.num_tokens
         if step.new_pages:
-            self._memory.attach(view, step.new_pages[0])
-        if end > len(view.token_ids) or end > len(view.block_ids) * self._info.block_size:
-            raise ProtocolError(
-                f"row {step.row} has {len(view.token_ids)} tokens and {len(view.block_ids)} blocks, "
-                f"so positions {step.start} to {end - 1} cannot be computed"
-            )
-        self._memory.write(view, step.start, step.num_tokens)
-        return self._sample(step, row) if step.samples else None
+            self._memory.attach(row.view, step.new_pages[0])
+            for pages, page_ids in zip(row.others, step.new_pages[1:], strict=True):
+                pages.extend(page_ids)
+        end = step.start + step.num_tokens + (max(0, self._info.max_drafts - 1) if step.samples else 0)
+        if end > len(row.view.block_ids) * self._info.block_size:
+            raise ProtocolError(f"row {step.row} has {len(row.view.block_ids)} blocks for {end} tokens")
+        for pages in row.others:
+            pages.check_room(end)
 
-    def _sample(self, step: RowStep, row: _Row) -> SampledTokens:
-        view = row.view
-        if step.start + step.num_tokens != len(view.token_ids) or len(view.token_ids) > self._info.max_model_len:
-            raise ProtocolError(f"row {step.row} cannot sample after position {step.start + step.num_tokens - 1}")
-        token_id = _choose(view.digest, _barred(row), self._info.vocab_size)
-        view.token_ids.append(token_id)
+    def _run(self, step: RowStep) -> SampledTokens | None:
+        row = self._rows[step.row]
+        view, end, num_known = row.view, step.start + step.num_tokens, len(row.view.token_ids)
+        view.token_ids += row.drafts[: step.num_drafts]
+        if end > len(view.token_ids):
+            raise ProtocolError(f"row {step.row} has {len(view.token_ids)} tokens, {end} are to be computed")
+        self._memory.read(view, step.start)
+        for pages in row.others:
+            pages.read(view, step.start)
+        self._memory.write(view, step.start, step.num_tokens)
+        for pages in row.others:
+            pages.write(view, step.start, end, step.num_drafts)
+        return self._sample(step, row, num_known) if step.samples else None
+
+    def _sample(self, step: RowStep, row: _Row, num_known: int) -> SampledTokens:
+        """Sample behind the newest token, and behind each draft as long as drafts are right."""
+        view, first = row.view, step.start + step.num_tokens - step.num_drafts
+        if first != num_known or num_known > self._info.max_model_len:
+            raise ProtocolError(f"row {step.row} cannot sample after position {first - 1}")
+        token_ids: list[int] = []
+        for num_kept in range(step.num_drafts + 1):
+            barred = _barred(row, num_known + num_kept)
+            token_ids.append(_choose(view.digests[num_known + num_kept - 1], barred, self._info.vocab_size))
+            if num_kept < step.num_drafts and token_ids[-1] != row.drafts[num_kept]:
+                break
+        for pages in row.others:
+            pages.keep(len(token_ids) - 1)
+        view.token_ids[num_known:] = token_ids
+        row.drafts = self._draft(row)
         num_top = row.sampling.logprobs
-        logprobs = None if num_top is None else (_made_up_logprobs(token_id, num_top, self._info.vocab_size),)
-        return SampledTokens(step.row, (token_id,), logprobs)
+        logprobs = [_made_up_logprobs(token_id, num_top or 0, self._info.vocab_size) for token_id in token_ids]
+        return SampledTokens(
+            step.row, tuple(token_ids), None if num_top is None else tuple(logprobs), tuple(row.drafts)
+        )
+
+    def _draft(self, row: _Row) -> list[int]:
+        """What the row will say next, but for some mistakes."""
+        tokens = row.view.token_ids
+        at, token_id = len(tokens) - 1, tokens[-1]
+        digest = row.view.digests[at - 1]
+        drafts = []
+        for _ in range(self._info.max_drafts):
+            digest = mix(digest, mix(digest, at << 32 | token_id))
+            at += 1
+            token_id = _choose(digest, _barred(row, at), self._info.vocab_size)
+            if mix(digest, _DRAFT) >= self._simulation.draft_acceptance * 2.0**64:
+                token_id = (token_id + 1) % self._info.vocab_size
+            drafts.append(token_id)
+        return drafts
 
 
 def step_seconds(simulation: SimulationConfig, plan: StepPlan) -> float:
     """How long a plan takes. A row that computes one token and samples is a decode, whatever the token was."""
     if not plan.rows:
         return 0.0
-    num_decodes = sum(row.samples and row.num_tokens == 1 for row in plan.rows)
+    num_decodes = sum(row.samples and row.num_tokens == 1 + row.num_drafts for row in plan.rows)
+    num_drafts = sum(row.num_drafts for row in plan.rows)
     return (
         simulation.base_s
-        + simulation.per_prefill_token_s * (plan.num_tokens - num_decodes)
+        + simulation.per_prefill_token_s * (plan.num_tokens - num_decodes - num_drafts)
         + simulation.per_decode_row_s * num_decodes
         + simulation.per_context_token_s * sum(row.start + row.num_tokens for row in plan.rows)
     )
 
 
-def _barred(row: _Row) -> frozenset[int]:
-    """Tokens not to choose: those that end the sequence, and those that stop the request before `min_tokens`."""
-    if len(row.view.token_ids) - row.num_prompt_tokens < row.sampling.min_tokens:
+def _barred(row: _Row, num_known: int) -> frozenset[int]:
+    """Tokens not to choose behind so many: those that end the sequence, and those that stop the request before
+    `min_tokens`."""
+    if num_known - row.num_prompt_tokens < row.sampling.min_tokens:
         return row.eos_token_ids | frozenset(row.sampling.stop_token_ids)
     return row.eos_token_ids
 

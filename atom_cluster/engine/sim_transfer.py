@@ -74,9 +74,11 @@ class SimulatedTransfers:
     def execute(self, command: KvCommand, now_s: float) -> None:
         """Carry out or start a command; it is this late on the runner's clock."""
         if isinstance(command, TagBlocks):
-            tags = tuple(self._memory.tag(block_id, command.epoch) for block_id in command.block_ids)
+            tags = tuple(self._memory.tag(page, command.epoch, command.group) for page in command.block_ids)
             self._reports.append(
-                BlocksTagged(ticket_id=command.ticket_id, first_block=command.first_block, tags=(tags,))
+                BlocksTagged(
+                    ticket_id=command.ticket_id, first_block=command.first_block, tags=(tags,), group=command.group
+                )
             )
         elif isinstance(command, ConnectPeer):
             if self._peers.get(command.peer, _Peer(error="unknown peer")).error:
@@ -108,7 +110,7 @@ class SimulatedTransfers:
 
     def _start(self, command: ReadBlocks, now_s: float) -> _Read:
         peer = self._peers.get(command.peer, _Peer(error="unknown peer"))
-        error = peer.error or _defect(command) or self._missing(command.local_block_ids)
+        error = peer.error or _defect(command, peer) or self._missing(command)
         if error:
             return _Read(command, peer, now_s, now_s, error)
         begins_s = max(now_s, self._link_is_free_s)
@@ -121,8 +123,8 @@ class SimulatedTransfers:
         self._link_is_free_s = ends_s
         return _Read(command, peer, now_s, ends_s)
 
-    def _missing(self, block_ids: tuple[int, ...]) -> str:
-        missing = [block_id for block_id in block_ids if not 0 <= block_id < self._memory.num_blocks]
+    def _missing(self, command: ReadBlocks) -> str:
+        missing = [page for page in command.local_block_ids if not self._memory.has_page(command.group, page)]
         return f"there are no blocks {missing} here" if missing else ""
 
     def _num_bytes(self, command: ReadBlocks) -> int:
@@ -137,7 +139,7 @@ class SimulatedTransfers:
         if contents is None:
             return _failed(command, "the peer, or a block that it named, is gone", seconds)
         for block_id, content in zip(command.local_block_ids, contents):
-            self._memory.fill(block_id, content)
+            self._memory.fill(block_id, content, command.group)
         return ReadFinished(
             read_id=command.read_id,
             bad_blocks=tuple(
@@ -157,11 +159,13 @@ def _parse_peer(command: ConnectPeer) -> _Peer:
     return _Peer(name=name if process == _PROCESS else None)
 
 
-def _defect(command: ReadBlocks) -> str:
+def _defect(command: ReadBlocks, peer: _Peer) -> str:
     """What makes the command itself impossible to carry out; empty when nothing does."""
     num_blocks = len(command.local_block_ids)
     if len(command.remote_block_ids) != num_blocks or len(set(command.local_block_ids)) != num_blocks:
         return "local blocks must be distinct and as many as remote ones"
+    if command.group and peer.name is None:
+        return "only blocks of the first group can be read from another process"
     if command.tags and (len(command.tags) != 1 or len(command.tags[0]) != num_blocks):
         return "there is not one tag per block for the only rank"
     return ""
@@ -172,9 +176,9 @@ def _fetch(command: ReadBlocks, peer: _Peer, tags: tuple[int | None, ...]) -> li
     if peer.name is None:
         return [BlockContent(claim=Claim(tag, command.epoch)) for tag in tags]
     memory = _MEMORY_BY_NAME.get(peer.name)
-    if memory is None or not all(0 <= block_id < memory.num_blocks for block_id in command.remote_block_ids):
+    if memory is None or not all(memory.has_page(command.group, page) for page in command.remote_block_ids):
         return None
-    return [memory.content(block_id) for block_id in command.remote_block_ids]
+    return [memory.content(page, command.group) for page in command.remote_block_ids]
 
 
 def _has_tag(content: BlockContent, tag: int | None, epoch: int) -> bool:

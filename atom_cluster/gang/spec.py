@@ -41,6 +41,10 @@ class GangSpec:
     host_factory: str
     """`module:function` that makes an `EngineHost` from keyword arguments `runner` and `settings`."""
     host_settings: object
+    name: str = "gang"
+    """Of the replica, for log lines."""
+    log_level: str = "INFO"
+    """Least severe level that ranks log."""
     device: Device = "cpu"
     resources_per_rank: dict[str, float] = field(default_factory=dict)
     start_timeout_s: float = 600.0

@@ -1,5 +1,7 @@
 """BlockPool: KV blocks, who holds them, and which prefix each may be reused for. Ids and counts, no tensors.
 
+There is one pool per cache group; what is called a block here is a page of it.
+
 Every block is in exactly one state. Holders are counted per kind, and the state follows from the counts:
 
     arriving   a read from another engine writes it
@@ -154,6 +156,13 @@ class BlockPool:
         block.prefix = prefix
         self._block_by_hash[prefix.hash] = block_id
         self._note(prefix.hash, is_stored=True)
+
+    def forget_idle(self, block_id: int, prefix: Prefix) -> None:
+        """Free a cached block that nobody holds, unless it has been put to another use since it got this prefix."""
+        if block_id in self._idle_cached and self._blocks[block_id].prefix is prefix:
+            del self._idle_cached[block_id]
+            self._forget(block_id)
+            self._free.append(block_id)
 
     def _forget(self, block_id: int) -> None:
         prefix = self._blocks[block_id].prefix

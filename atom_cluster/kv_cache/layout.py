@@ -12,7 +12,12 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from atom_cluster.units import align_up
+
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e4m3fnuz": 1}
+
+PAGE_ALIGNMENT = 16
+"""Bytes. What the widest loads of a device need, and a whole number of the words that checksums read."""
 
 GroupKind = Literal["full", "window", "state"]
 
@@ -89,6 +94,17 @@ class CacheGroup:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PageGroup:
+    """Pages of a cache group other than the first, as a device has them."""
+
+    kind: GroupKind
+    """window or state."""
+    window: int | None
+    """Of a window group: positions that a token sees, its own included."""
+    num_pages: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class KvLayout:
     """What all layers of a model keep on one rank."""
 
@@ -114,12 +130,12 @@ class KvLayout:
         return tuple(groups)
 
     def page_bytes(self, group: CacheGroup, block_size: int) -> int:
-        """Bytes of one page of a group on this rank."""
+        """Bytes of one page of a group on this rank, padded so that every page starts aligned."""
         total = 0
         for index in group.layers:
             layer = self.layers[index]
             total += layer.num_bytes if isinstance(layer, StateLayerLayout) else layer.bytes_per_token * block_size
-        return total
+        return align_up(total, PAGE_ALIGNMENT)
 
     def describe(self) -> str:
         """A string equal exactly when two layouts are; part of an engine's fingerprint."""

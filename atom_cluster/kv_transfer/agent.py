@@ -174,8 +174,7 @@ class KvAgent:
             if isinstance(command, ReadBlocks):
                 self._start_read(command, order.issued_s)
             elif isinstance(command, TagBlocks):
-                tags = self._tagger.tags(command.block_ids, command.epoch)
-                self._report(BlocksTagged(ticket_id=command.ticket_id, first_block=command.first_block, tags=(tags,)))
+                self._tag(command)
             elif isinstance(command, ConnectPeer):
                 self._connect(command)
             else:
@@ -184,6 +183,14 @@ class KvAgent:
             self._waiting.remove(order)
             assert isinstance(order.command, ReadBlocks)
             self._fail(order.command, order.issued_s, "the deadline passed before the device was ready for the read")
+
+    def _tag(self, command: TagBlocks) -> None:
+        tags = self._tagger.tags(command.group, command.block_ids, command.epoch)
+        self._report(
+            BlocksTagged(
+                ticket_id=command.ticket_id, first_block=command.first_block, tags=(tags,), group=command.group
+            )
+        )
 
     def _connect(self, command: ConnectPeer) -> None:
         """A failure is not an error here: it is told by the reads from this peer."""
@@ -216,7 +223,7 @@ class KvAgent:
         deadline = Deadline(issued_s + command.timeout_s)
         self._reads[command.read_id] = _Read(command, issued_s, deadline)
         peer.transport.start_read(
-            command.read_id, command.peer, command.remote_block_ids, command.local_block_ids, deadline
+            command.read_id, command.peer, command.group, command.remote_block_ids, command.local_block_ids, deadline
         )
 
     def _defect(self, command: ReadBlocks) -> str:
@@ -257,7 +264,7 @@ class KvAgent:
     def _bad_blocks(self, command: ReadBlocks) -> tuple[int, ...]:
         if not command.tags:
             return ()
-        found = self._tagger.tags(command.local_block_ids, command.epoch)
+        found = self._tagger.tags(command.group, command.local_block_ids, command.epoch)
         return tuple(i for i, (tag, want) in enumerate(zip(found, command.tags[self._rank])) if tag != want)
 
     def _fail(self, command: ReadBlocks, issued_s: float, error: str) -> None:

@@ -1,6 +1,6 @@
 """One rank's KV memory as something sockets can send from and receive into: directly on a CPU, staged for a device.
 
-Knows nothing of sockets, peers or frames. Order of bytes: region by region, blocks in the order asked for.
+Knows nothing of sockets, peers or frames. Blocks are asked for by cache group; their bytes come in the order asked for.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class Landing(Protocol):
 
 
 class BlockMemory(Protocol):
-    """Blocks of all regions of a rank. Used by one thread."""
+    """Blocks of all cache groups of a rank. Used by one thread."""
 
-    def outgoing(self, block_ids: Sequence[int]) -> Iterator[list[memoryview]]:
+    def outgoing(self, group: int, block_ids: Sequence[int]) -> Iterator[list[memoryview]]:
         """Views of the blocks' bytes, in batches; the next batch is made when the last one has been sent."""
         ...
 
-    def landing(self, block_ids: Sequence[int]) -> Landing:
+    def landing(self, group: int, block_ids: Sequence[int]) -> Landing:
         """A landing for these blocks; nothing is written to them before its views are."""
         ...
 
@@ -56,17 +56,16 @@ class _HostMemory:
     def __init__(self, rows: Sequence[torch.Tensor]) -> None:
         self._rows = [region.numpy() for region in rows]
 
-    def outgoing(self, block_ids: Sequence[int]) -> Iterator[list[memoryview]]:
+    def outgoing(self, group: int, block_ids: Sequence[int]) -> Iterator[list[memoryview]]:
         """See `BlockMemory`. One batch."""
-        yield list(self._views(block_ids))
+        yield list(self._views(group, block_ids))
 
-    def landing(self, block_ids: Sequence[int]) -> Landing:
+    def landing(self, group: int, block_ids: Sequence[int]) -> Landing:
         """See `BlockMemory`."""
-        return _HostLanding(self._views(block_ids))
+        return _HostLanding(self._views(group, block_ids))
 
-    def _views(self, block_ids: Sequence[int]) -> Iterator[memoryview]:
-        for rows in self._rows:
-            yield from host_views(rows, block_ids, max_bytes=VIEW_BYTES)
+    def _views(self, group: int, block_ids: Sequence[int]) -> Iterator[memoryview]:
+        return host_views(self._rows[group], block_ids, max_bytes=VIEW_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,45 +83,45 @@ class _DeviceMemory:
     """Blocks in device memory: bytes pass through pinned host buffers, on a stream of their own."""
 
     def __init__(self, rows: Sequence[torch.Tensor]) -> None:
-        self.rows = rows
-        self.stream = torch.Stream(rows[0].device)
+        self._rows = rows
+        self._stream = torch.Stream(rows[0].device)
 
-    def outgoing(self, block_ids: Sequence[int]) -> Iterator[list[memoryview]]:
+    def outgoing(self, group: int, block_ids: Sequence[int]) -> Iterator[list[memoryview]]:
         """See `BlockMemory`. A new buffer per batch, since the last one may still be on its way to the socket."""
-        for rows in self.rows:
-            max_blocks = max(1, _STAGE_BYTES // rows.shape[1])
-            for first in range(0, len(block_ids), max_blocks):
-                batch = block_ids[first : first + max_blocks]
-                stage = _pinned(len(batch), rows.shape[1])
-                with self.stream:
-                    for start, length in adjacent_runs(batch, max_blocks=max_blocks):
-                        source = rows[batch[start] : batch[start] + length]
-                        stage[start : start + length].copy_(source, non_blocking=True)
-                self.stream.synchronize()
-                yield list(_split(stage))
+        rows = self._rows[group]
+        max_blocks = max(1, _STAGE_BYTES // rows.shape[1])
+        for first in range(0, len(block_ids), max_blocks):
+            batch = block_ids[first : first + max_blocks]
+            stage = _pinned(len(batch), rows.shape[1])
+            with self._stream:
+                for start, length in adjacent_runs(batch, max_blocks=max_blocks):
+                    source = rows[batch[start] : batch[start] + length]
+                    stage[start : start + length].copy_(source, non_blocking=True)
+            self._stream.synchronize()
+            yield list(_split(stage))
 
-    def landing(self, block_ids: Sequence[int]) -> Landing:
+    def landing(self, group: int, block_ids: Sequence[int]) -> Landing:
         """See `BlockMemory`."""
-        return _DeviceLanding(self, block_ids, [_pinned(len(block_ids), rows.shape[1]) for rows in self.rows])
+        rows = self._rows[group]
+        return _DeviceLanding(rows, block_ids, _pinned(len(block_ids), rows.shape[1]), self._stream)
 
 
 @dataclass(frozen=True, slots=True)
 class _DeviceLanding:
-    memory: _DeviceMemory
+    rows: torch.Tensor
     block_ids: Sequence[int]
-    stages: Sequence[torch.Tensor]
+    stage: torch.Tensor
+    stream: torch.Stream
 
     def views(self) -> Iterator[memoryview]:
-        for stage in self.stages:
-            yield from _split(stage)
+        return _split(self.stage)
 
     def commit(self) -> None:
-        with self.memory.stream:
-            for rows, stage in zip(self.memory.rows, self.stages, strict=True):
-                for start, length in adjacent_runs(self.block_ids, max_blocks=len(self.block_ids)):
-                    target = rows[self.block_ids[start] : self.block_ids[start] + length]
-                    target.copy_(stage[start : start + length], non_blocking=True)
-        self.memory.stream.synchronize()
+        with self.stream:
+            for start, length in adjacent_runs(self.block_ids, max_blocks=len(self.block_ids)):
+                target = self.rows[self.block_ids[start] : self.block_ids[start] + length]
+                target.copy_(self.stage[start : start + length], non_blocking=True)
+        self.stream.synchronize()
 
 
 def _pinned(num_blocks: int, block_bytes: int) -> torch.Tensor:

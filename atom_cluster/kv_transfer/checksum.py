@@ -1,6 +1,6 @@
 """A 64-bit content tag per KV block, the same on any device, so that a reader can tell a wrong block from a right one.
 
-A block is read as 64-bit words, all regions after each other, and its tag is `sum(word[i] * weight[i]) mod 2^64`, with
+A block is read as 64-bit words, and its tag is `sum(word[i] * weight[i]) mod 2^64`, with
 fixed pseudo-random odd weights, mixed with the exporting engine's epoch. An odd weight is invertible modulo 2^64, so a
 change of any single word always changes the tag; unrelated changes go unnoticed with probability 2^-64 or little more.
 It guards against mistakes (stale, torn, misplaced or damaged blocks), not against a forger.
@@ -10,7 +10,6 @@ Knows nothing of transports or tickets.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,32 +29,24 @@ _DEVICE_CHUNK_BYTES = 64 << 20
 
 
 class BlockTagger:
-    """Computes the tags of blocks of one rank's regions."""
+    """Computes the tags of blocks of one rank's cache groups."""
 
     def __init__(self, regions: Sequence[KvRegion]) -> None:
         """Raises `TransferError` when a region's blocks are not a whole number of aligned 64-bit words."""
         self._shapes = [shape_of(region) for region in regions]
         self._words = [_word_rows(region) for region in regions]
-        num_words = [words.shape[1] for words in self._words]
-        weights = odd_weights(sum(num_words))
-        ends = list(itertools.accumulate(num_words))
-        self._weights = [
-            weights[end - words.shape[1] : end].to(words.device) for words, end in zip(self._words, ends, strict=True)
-        ]
+        self._weights = odd_weights(max(words.shape[1] for words in self._words)).to(self._words[0].device)
 
-    def tags(self, block_ids: Sequence[int], epoch: int) -> tuple[int, ...]:
+    def tags(self, group: int, block_ids: Sequence[int], epoch: int) -> tuple[int, ...]:
         """One tag in [0, 2^64) per block. Waits for the device. Raises `TransferError` for a block out of range."""
+        check_blocks(self._shapes, group, block_ids, whose="tagged")
         if not block_ids:
             return ()
-        check_blocks(self._shapes, block_ids, whose="tagged")
-        sums = self._sum_region(0, block_ids)
-        for index in range(1, len(self._words)):
-            sums = sums + self._sum_region(index, block_ids)
-        return tuple(_mix(value, epoch) for value in sums.tolist())
+        return tuple(_mix(value, epoch) for value in self._sums(self._words[group], block_ids).tolist())
 
-    def _sum_region(self, index: int, block_ids: Sequence[int]) -> torch.Tensor:
-        """Weighted word sums of these blocks in one region, int64 [len(block_ids)], wrapping modulo 2^64."""
-        words, weights = self._words[index], self._weights[index]
+    def _sums(self, words: torch.Tensor, block_ids: Sequence[int]) -> torch.Tensor:
+        """Weighted word sums of these blocks of one region, int64 [len(block_ids)], wrapping modulo 2^64."""
+        weights = self._weights[: words.shape[1]]
         if words.device.type == "cpu":
             # One pass over memory where it lies. Devices have no integer matrix-vector product.
             runs = adjacent_runs(block_ids, max_blocks=len(block_ids))

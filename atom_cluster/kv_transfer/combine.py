@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from atom_cluster.errors import ProtocolError
 from atom_cluster.messages.transfer import BlocksTagged, KvOffer, KvReport, RankReport, ReadFinished
 
-_Key = tuple[str, int] | int
+_Key = tuple[str, int, int] | int
 
 
 def merge_offers(descriptors_by_rank: Sequence[Mapping[str, bytes]]) -> tuple[KvOffer, ...]:
@@ -50,7 +50,7 @@ class ReportCombiner:
 def _key(report: KvReport) -> _Key:
     if isinstance(report, ReadFinished):
         return report.read_id
-    return (report.ticket_id, report.first_block)
+    return (report.ticket_id, report.group, report.first_block)
 
 
 def _combine(reports: Mapping[int, KvReport]) -> KvReport:
@@ -58,7 +58,7 @@ def _combine(reports: Mapping[int, KvReport]) -> KvReport:
     first = in_order[0]
     if isinstance(first, BlocksTagged):
         tags = tuple(one for report in in_order if isinstance(report, BlocksTagged) for one in report.tags)
-        return BlocksTagged(ticket_id=first.ticket_id, first_block=first.first_block, tags=tags)
+        return BlocksTagged(ticket_id=first.ticket_id, first_block=first.first_block, tags=tags, group=first.group)
     reads = {rank: report for rank, report in reports.items() if isinstance(report, ReadFinished)}
     errors = [f"rank {rank}: {reads[rank].error}" for rank in sorted(reads) if reads[rank].error is not None]
     return ReadFinished(

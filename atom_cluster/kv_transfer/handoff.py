@@ -41,12 +41,14 @@ class PrefillTicket(Generic[R]):
     """The decode engine."""
     request: R
     expires_s: float
-    tagging: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    """`TagBlocks` commands under way: first block of the range -> ids of its blocks."""
+    unpublished: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
+    """Pages about to be published, most of them being tagged: cache group and first column -> ids."""
     next_block: int = 0
-    """First block of the prompt that is neither published nor being tagged."""
+    """First block of the prompt that is neither published nor about to be."""
     first_token: TokenDelta | None = None
     """Known once the prompt is computed; goes out with the last publication."""
+    drafts: tuple[int, ...] = ()
+    """Known and going out together with it."""
     is_published: bool = False
     """The last publication is out; the blocks only wait to be read."""
 
@@ -123,6 +125,8 @@ class DecodeTicket(Generic[R]):
     """Blocks of the whole prompt."""
     next_block: int
     """First block not published yet; those before were held from the start or are being read."""
+    awaited: dict[int, range]
+    """What is not published yet of the other cache groups: group -> columns."""
     timeout_s: float
     """Without any sign of progress for this long the ticket fails."""
     progress_s: float
@@ -130,18 +134,18 @@ class DecodeTicket(Generic[R]):
     peer: str = ""
     """Name under which the ranks know the exporting engine, once accepted."""
     epoch: int | None = None
-    read_starts: dict[int, int] = field(default_factory=dict)
-    """Reads under way: read id -> index of its first block."""
-    bad_blocks: list[int] = field(default_factory=list)
-    """Indices of blocks whose content was not what prefill published."""
+    reads: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """Reads under way: read id -> cache group and first column."""
+    bad_pages: list[tuple[int, int]] = field(default_factory=list)
+    """Pages whose content was not what prefill published, as group and column."""
     has_first_token: bool = False
     wants_fallback: bool = False
     """While draining: the request is to be computed here afterwards. Else it is over."""
 
     @property
     def is_complete(self) -> bool:
-        """Whether every block was published and read, well or badly."""
-        return self.has_first_token and not self.read_starts and self.next_block == self.num_blocks
+        """Whether everything was published and read, well or badly."""
+        return self.has_first_token and not self.reads
 
 
 class DecodeTickets(Generic[R]):
@@ -172,10 +176,14 @@ class DecodeTickets(Generic[R]):
         num_tokens: int,
         block_size: int,
         num_blocks_held: int,
+        other_columns: dict[int, range],
         timeout_s: float,
         now_s: float,
     ) -> DecodeTicket[R]:
-        """A new ticket for a prompt of `num_tokens`, of which the first `num_blocks_held` blocks are here."""
+        """A new ticket for a prompt of `num_tokens`, of which the first `num_blocks_held` blocks are here.
+
+        `other_columns` are needed of the cache groups behind the first.
+        """
         self._num_opened += 1
         ticket = DecodeTicket(
             ticket_id=f"{self._epoch:x}/{request_id}/{self._num_opened}",
@@ -183,6 +191,7 @@ class DecodeTickets(Generic[R]):
             request=request,
             num_blocks=ceil_div(num_tokens, block_size),
             next_block=num_blocks_held,
+            awaited=dict(other_columns),
             timeout_s=timeout_s,
             progress_s=now_s,
         )
@@ -209,20 +218,15 @@ class DecodeTickets(Generic[R]):
         """
         if ticket.state is not DecodeState.RECEIVING or publication.epoch != ticket.epoch:
             raise ProtocolError(f"ticket {ticket.ticket_id}: published under epoch {publication.epoch}")
-        end = publication.first_block + len(publication.block_ids)
-        if publication.first_block != ticket.next_block or end > ticket.num_blocks or ticket.has_first_token:
-            raise ProtocolError(
-                f"ticket {ticket.ticket_id}: blocks {publication.first_block}:{end} published, "
-                f"{ticket.next_block}:{ticket.num_blocks} expected"
-            )
-        if publication.first_token is not None and end != ticket.num_blocks:
+        next_block, awaited = _follow(ticket, publication)
+        if publication.first_token is not None and (next_block != ticket.num_blocks or awaited):
             raise ProtocolError(f"ticket {ticket.ticket_id}: the first token came before the last block")
-        ticket.next_block, ticket.progress_s = end, now_s
+        ticket.next_block, ticket.awaited, ticket.progress_s = next_block, awaited, now_s
         ticket.has_first_token = publication.first_token is not None
         if not publication.block_ids:
             return None
         self._num_reads += 1
-        ticket.read_starts[self._num_reads] = publication.first_block
+        ticket.reads[self._num_reads] = (publication.group, publication.first_block)
         self._ticket_by_read[self._num_reads] = ticket
         return self._num_reads
 
@@ -230,8 +234,8 @@ class DecodeTickets(Generic[R]):
         """Note the end of a read, and its bad blocks; the ticket it belongs to."""
         ticket = self._ticket_by_read.pop(report.read_id, None)
         if ticket is not None:
-            first_block = ticket.read_starts.pop(report.read_id)
-            ticket.bad_blocks.extend(first_block + index for index in report.bad_blocks)
+            group, first_block = ticket.reads.pop(report.read_id)
+            ticket.bad_pages.extend((group, first_block + index) for index in report.bad_blocks)
             ticket.progress_s = now_s
         return ticket
 
@@ -239,11 +243,11 @@ class DecodeTickets(Generic[R]):
         """The ticket is over; whether its blocks can be given back at once, else when its reads are."""
         ticket.wants_fallback = wants_fallback and (ticket.state is not DecodeState.DRAINING or ticket.wants_fallback)
         ticket.state = DecodeState.DRAINING
-        return not ticket.read_starts
+        return not ticket.reads
 
     def close(self, ticket: DecodeTicket[R]) -> None:
         """Forget a ticket without reads."""
-        if ticket.read_starts:
+        if ticket.reads:
             raise AssertionError(f"ticket {ticket.ticket_id} has reads under way")
         del self._tickets[ticket.ticket_id]
 
@@ -275,3 +279,22 @@ class DecodeTickets(Generic[R]):
             if ticket.state is not DecodeState.DRAINING:
                 by_address.setdefault(ticket.address, []).append(ticket.ticket_id)
         return {address: tuple(ids) for address, ids in by_address.items()}
+
+
+def _follow(ticket: DecodeTicket[R], publication: KvPublication) -> tuple[int, dict[int, range]]:
+    """`next_block` and `awaited` after a publication, unless it is not what comes next."""
+    published = range(publication.first_block, publication.first_block + len(publication.block_ids))
+    if publication.group:
+        expected = ticket.awaited.get(publication.group, range(0))
+        is_right = len(published) > 0 and published == expected
+        after = ticket.next_block, {i: group for i, group in ticket.awaited.items() if i != publication.group}
+    else:
+        expected = range(ticket.next_block, ticket.num_blocks)
+        is_right = published.start == expected.start and published.stop <= expected.stop
+        after = published.stop, ticket.awaited
+    if not is_right or ticket.has_first_token:
+        raise ProtocolError(
+            f"ticket {ticket.ticket_id}: blocks {published.start}:{published.stop} of group {publication.group} "
+            f"published, {expected.start}:{expected.stop} expected"
+        )
+    return after

@@ -20,10 +20,10 @@ from atom_cluster.units import Deadline
 
 @dataclass(frozen=True, slots=True)
 class KvRegion:
-    """KV memory of one rank: a tensor whose dim 0 counts blocks and whose remaining dims are one block's bytes.
+    """Memory of one cache group on one rank: a tensor whose dim 0 counts blocks and whose other dims are one block.
 
-    A runner exports one or more regions (one per layer, or a single one in which a block holds all layers); block i of
-    an engine is `region.blocks[i]` of every region. Each `blocks[i]` is contiguous.
+    A runner exports one region per group, in order of the groups; block i of group g is `regions[g].blocks[i]`, which
+    is contiguous.
     """
 
     name: str
@@ -62,9 +62,15 @@ class KvTransport(Protocol):
         ...
 
     def start_read(
-        self, read_id: int, peer: str, remote_blocks: tuple[int, ...], local_blocks: tuple[int, ...], deadline: Deadline
+        self,
+        read_id: int,
+        peer: str,
+        group: int,
+        remote_blocks: tuple[int, ...],
+        local_blocks: tuple[int, ...],
+        deadline: Deadline,
     ) -> None:
-        """Start copying remote block i into local block i of every region. Ends with exactly one completion."""
+        """Start copying remote block i of a group into local block i. Ends with exactly one completion."""
         ...
 
     def poll(self) -> list[ReadCompletion]:

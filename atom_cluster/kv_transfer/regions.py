@@ -46,16 +46,18 @@ def byte_rows(region: KvRegion) -> torch.Tensor:
 
 
 def check_fits(own: Sequence[RegionShape], other: Sequence[RegionShape]) -> None:
-    """Raise `TransferError` unless blocks of `other` fit into those of `own`; numbers of blocks may differ."""
+    """Raise `TransferError` unless the groups are the same and their blocks fit; numbers of blocks may differ."""
     ours = [(shape.name, shape.block_bytes) for shape in own]
     theirs = [(shape.name, shape.block_bytes) for shape in other]
     if ours != theirs:
         raise TransferError(f"the peer's KV regions (name, bytes per block) {theirs} are not ours, {ours}")
 
 
-def check_blocks(shapes: Sequence[RegionShape], block_ids: Sequence[int], *, whose: str) -> None:
-    """Raise `TransferError` if a block id is out of range in some region."""
-    num_blocks = min(shape.num_blocks for shape in shapes)
+def check_blocks(shapes: Sequence[RegionShape], group: int, block_ids: Sequence[int], *, whose: str) -> None:
+    """Raise `TransferError` if there is no such group, or a block id is out of its range."""
+    if not 0 <= group < len(shapes):
+        raise TransferError(f"{whose} cache groups are {len(shapes)}; there is no group {group}")
+    num_blocks = shapes[group].num_blocks
     if block_ids and not 0 <= min(block_ids) <= max(block_ids) < num_blocks:
         raise TransferError(f"{whose} block ids reach outside [0, {num_blocks})")
 

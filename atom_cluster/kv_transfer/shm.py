@@ -85,6 +85,7 @@ class _Read:
     read_id: int
     peer_name: str
     peer: _Peer
+    group: int
     remote_blocks: tuple[int, ...]
     local_blocks: tuple[int, ...]
     deadline: Deadline
@@ -149,7 +150,13 @@ class ShmTransport:
         self._peers[peer] = _Peer(spans[0].pid, spans[0].start_time, _map_regions(remote.regions), shapes)
 
     def start_read(
-        self, read_id: int, peer: str, remote_blocks: tuple[int, ...], local_blocks: tuple[int, ...], deadline: Deadline
+        self,
+        read_id: int,
+        peer: str,
+        group: int,
+        remote_blocks: tuple[int, ...],
+        local_blocks: tuple[int, ...],
+        deadline: Deadline,
     ) -> None:
         """See `KvTransport`."""
         if read_id in self._reads:
@@ -158,12 +165,12 @@ class ShmTransport:
             source = self._peers.get(peer)
             if source is None:
                 raise TransferError(f"unknown peer {peer}")
-            check_blocks(source.shapes, remote_blocks, whose="the peer's")
-            check_blocks(self._shapes, local_blocks, whose="local")
+            check_blocks(source.shapes, group, remote_blocks, whose="the peer's")
+            check_blocks(self._shapes, group, local_blocks, whose="local")
         except TransferError as exc:
             self._completions.append(ReadCompletion(read_id, str(exc), 0, 0.0))
             return
-        read = _Read(read_id, peer, source, remote_blocks, local_blocks, deadline)
+        read = _Read(read_id, peer, source, group, remote_blocks, local_blocks, deadline)
         self._reads[read_id] = read
         self._queue.put(read)
 
@@ -226,7 +233,7 @@ class ShmTransport:
         num_bytes = 0
         error = read.peer.defect()
         if error is None:
-            for target, source in _pieces(self._rows, read):
+            for target, source in _pieces(self._rows[read.group], read):
                 error = read.defect()
                 if error is not None:
                     break
@@ -278,10 +285,10 @@ def _map_regions(regions: Sequence[SharedRegion]) -> tuple[ByteArray, ...]:
     return tuple(rows)
 
 
-def _pieces(rows: Sequence[ByteArray], read: _Read) -> Iterator[tuple[ByteArray, ByteArray]]:
+def _pieces(target: ByteArray, read: _Read) -> Iterator[tuple[ByteArray, ByteArray]]:
     """Target and source of every copy: blocks adjacent on both sides together, up to `_PIECE_BYTES`."""
-    for target, source in zip(rows, read.peer.rows, strict=True):
-        max_blocks = max(1, _PIECE_BYTES // target.shape[1])
-        for start, length in adjacent_runs(read.remote_blocks, read.local_blocks, max_blocks=max_blocks):
-            to, fro = read.local_blocks[start], read.remote_blocks[start]
-            yield target[to : to + length], source[fro : fro + length]
+    source = read.peer.rows[read.group]
+    max_blocks = max(1, _PIECE_BYTES // target.shape[1])
+    for start, length in adjacent_runs(read.remote_blocks, read.local_blocks, max_blocks=max_blocks):
+        to, fro = read.local_blocks[start], read.remote_blocks[start]
+        yield target[to : to + length], source[fro : fro + length]

@@ -75,7 +75,13 @@ class TcpTransport:
         self._peer_shapes[peer] = remote.regions
 
     def start_read(
-        self, read_id: int, peer: str, remote_blocks: tuple[int, ...], local_blocks: tuple[int, ...], deadline: Deadline
+        self,
+        read_id: int,
+        peer: str,
+        group: int,
+        remote_blocks: tuple[int, ...],
+        local_blocks: tuple[int, ...],
+        deadline: Deadline,
     ) -> None:
         """See `KvTransport`."""
         if read_id in self._under_way:
@@ -83,13 +89,13 @@ class TcpTransport:
         try:
             if self._reader is None or peer not in self._peer_shapes:
                 raise TransferError(f"unknown peer {peer}")
-            check_blocks(self._peer_shapes[peer], remote_blocks, whose="the peer's")
-            check_blocks(self._shapes, local_blocks, whose="local")
+            check_blocks(self._peer_shapes[peer], group, remote_blocks, whose="the peer's")
+            check_blocks(self._shapes, group, local_blocks, whose="local")
         except TransferError as exc:
             self._refused.append(ReadCompletion(read_id, str(exc), 0, 0.0))
             return
         self._under_way.add(read_id)
-        self._reader.start(ReadOrder(read_id, peer, remote_blocks, local_blocks, deadline))
+        self._reader.start(ReadOrder(read_id, peer, group, remote_blocks, local_blocks, deadline))
 
     def poll(self) -> list[ReadCompletion]:
         """See `KvTransport`. Raises `TransferError` if a thread of the transport has failed."""

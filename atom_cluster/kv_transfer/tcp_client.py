@@ -41,6 +41,7 @@ class ReadOrder:
 
     read_id: int
     peer: str
+    group: int
     remote_blocks: tuple[int, ...]
     local_blocks: tuple[int, ...]
     deadline: Deadline
@@ -82,8 +83,7 @@ class BlockReader:
     def __init__(self, *, key: wire.WireKey, regions: Sequence[KvRegion]) -> None:
         self._key = key
         self._memory = block_memory(regions)
-        self._block_bytes = sum(region.block_bytes for region in regions)
-        self._chunk_blocks = min(wire.MAX_REQUEST_BLOCKS, max(1, _CHUNK_BYTES // self._block_bytes))
+        self._block_bytes = [region.block_bytes for region in regions]
         self._scratch = memoryview(bytearray(VIEW_BYTES))
         self._links: dict[str, _Link] = {}
         self._completions: deque[ReadCompletion] = deque()
@@ -174,7 +174,7 @@ class BlockReader:
         if not link.under_way:
             raise ProtocolError("a response that was not asked for")
         chunk = link.under_way[0]
-        expected_bytes = chunk.num_blocks * self._block_bytes
+        expected_bytes = chunk.num_blocks * self._block_bytes[chunk.read.group]
         status = wire.decode_response(link.session_key, bytes(header), chunk.sequence, expected_bytes)
         if status == wire.STATUS_OK:
             link.is_landing = True
@@ -200,13 +200,17 @@ class BlockReader:
             while read.num_asked < len(read.local_blocks):
                 if len(link.under_way) >= _MAX_CHUNKS_UNDER_WAY:
                     return
-                part = slice(read.num_asked, read.num_asked + self._chunk_blocks)
+                part = slice(read.num_asked, read.num_asked + self._chunk_blocks(read.group))
                 remote, local = read.remote_blocks[part], read.local_blocks[part]
-                chunk = _Chunk(read, link.next_sequence, len(local), self._memory.landing(local))
-                self._loop.send(link.channel, wire.encode_request(link.session_key, chunk.sequence, remote))
+                chunk = _Chunk(read, link.next_sequence, len(local), self._memory.landing(read.group, local))
+                request = wire.encode_request(link.session_key, chunk.sequence, read.group, remote)
+                self._loop.send(link.channel, request)
                 link.next_sequence += 1
                 link.under_way.append(chunk)
                 read.num_asked += len(local)
+
+    def _chunk_blocks(self, group: int) -> int:
+        return min(wire.MAX_REQUEST_BLOCKS, max(1, _CHUNK_BYTES // self._block_bytes[group]))
 
     def _expire(self) -> float | None:
         """End reads whose deadline passed; seconds until the next one does."""
@@ -230,7 +234,7 @@ class BlockReader:
         read.is_over = True
         if link.is_landing and link.channel is not None and link.under_way[0].read is read:
             link.channel.divert(self._scratch)
-        num_bytes = 0 if error else len(read.local_blocks) * self._block_bytes
+        num_bytes = 0 if error else len(read.local_blocks) * self._block_bytes[read.group]
         seconds = time.monotonic() - read.started_s
         self._completions.append(ReadCompletion(read.read_id, error, num_bytes, seconds))
 

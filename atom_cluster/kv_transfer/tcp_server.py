@@ -16,7 +16,7 @@ from atom_cluster.errors import TransferError
 from atom_cluster.kv_transfer import tcp_wire as wire
 from atom_cluster.kv_transfer.block_memory import block_memory
 from atom_cluster.kv_transfer.protocol import KvRegion
-from atom_cluster.kv_transfer.regions import shape_of
+from atom_cluster.kv_transfer.regions import check_blocks, shape_of
 from atom_cluster.kv_transfer.tcp_channel import Channel, ChannelLoop, Session
 
 _log = logging.getLogger(__name__)
@@ -39,8 +39,7 @@ class BlockServer:
         """Names this export; a client that means another one is refused."""
         self._key = key
         self._memory = block_memory(regions)
-        self._block_bytes = sum(region.block_bytes for region in regions)
-        self._num_blocks = min(shape_of(region).num_blocks for region in regions)
+        self._shapes = [shape_of(region) for region in regions]
         self._strangers: dict[Channel, float] = {}
         """Connections that have proved nothing yet, with when they came."""
         self._clients: set[Channel] = set()
@@ -91,13 +90,15 @@ class BlockServer:
         yield memoryview(header)
         body = bytearray(wire.request_body_bytes(header, sequence))
         yield memoryview(body)
-        block_ids = wire.decode_request(session_key, bytes(header), bytes(body))
-        if max(block_ids) >= self._num_blocks:
+        group, block_ids = wire.decode_request(session_key, bytes(header), bytes(body))
+        try:
+            check_blocks(self._shapes, group, block_ids, whose="our")
+        except TransferError:
             channel.send(wire.encode_response(session_key, sequence, wire.STATUS_BAD_BLOCKS, 0))
             return
-        num_bytes = len(block_ids) * self._block_bytes
+        num_bytes = len(block_ids) * self._shapes[group].block_bytes
         channel.send(wire.encode_response(session_key, sequence, wire.STATUS_OK, num_bytes))
-        for views in self._memory.outgoing(block_ids):
+        for views in self._memory.outgoing(group, block_ids):
             channel.send(*views)
             # No further request is looked at before this one is out: a client cannot make us queue without bound.
             yield None

@@ -9,7 +9,7 @@ same port is told apart; headers are authenticated and numbered; KV itself is co
     client -> server   proof     client nonce, HMAC
     server -> client   proof     HMAC
     client -> server   request   header, MAC, then block ids as uint32      (any number, pipelined)
-    server -> client   response  header, MAC, then the blocks' bytes: region by region, in the order of the ids
+    server -> client   response  header, MAC, then the blocks' bytes, in the order of the ids
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from atom_cluster.errors import ProtocolError, TransferError
 
 NONCE_BYTES = 32
 PROOF_BYTES = 32
-MAGIC = b"ACKVTCP1"
+MAGIC = b"ACKVTCP2"
 HELLO_BYTES = len(MAGIC) + NONCE_BYTES
 CLIENT_PROOF_BYTES = NONCE_BYTES + PROOF_BYTES
 MAX_REQUEST_BLOCKS = 4096
@@ -34,7 +34,7 @@ STATUS_OK = 0
 STATUS_BAD_BLOCKS = 1
 
 _MAC_BYTES = 16
-_REQUEST = struct.Struct("<QI")  # sequence number, number of blocks
+_REQUEST = struct.Struct("<QHI")  # sequence number, cache group, number of blocks
 _RESPONSE = struct.Struct("<QBQ")  # sequence number of the request, status, number of bytes that follow
 REQUEST_HEADER_BYTES = _REQUEST.size + _MAC_BYTES
 RESPONSE_HEADER_BYTES = _RESPONSE.size + _MAC_BYTES
@@ -88,26 +88,27 @@ def check_hello(hello: bytes | bytearray) -> None:
         raise ProtocolError("not a KV transfer server, or one of another version")
 
 
-def encode_request(key: bytes, sequence: int, block_ids: Sequence[int]) -> bytes:
-    """Header and body. At most `MAX_REQUEST_BLOCKS` ids, each in [0, 2^32)."""
+def encode_request(key: bytes, sequence: int, group: int, block_ids: Sequence[int]) -> bytes:
+    """Header and body. At most `MAX_REQUEST_BLOCKS` ids, each in [0, 2^32), of one cache group."""
     body = struct.pack(f"<{len(block_ids)}I", *block_ids)
-    header = _REQUEST.pack(sequence, len(block_ids))
+    header = _REQUEST.pack(sequence, group, len(block_ids))
     return header + _mac(key, b"request", header, body) + body
 
 
 def request_body_bytes(header: bytes | bytearray, expected_sequence: int) -> int:
     """Length of the body that follows. Raises `ProtocolError` for a header no peer would send."""
-    sequence, num_blocks = _REQUEST.unpack_from(header)
+    sequence, _, num_blocks = _REQUEST.unpack_from(header)
     if sequence != expected_sequence or not 0 < num_blocks <= MAX_REQUEST_BLOCKS:
         raise ProtocolError(f"request {sequence} for {num_blocks} blocks; expected request {expected_sequence}")
     return int(num_blocks) * 4
 
 
-def decode_request(key: bytes, header: bytes, body: bytes) -> tuple[int, ...]:
-    """The block ids. Raises `ProtocolError` if header or body is not what the client sent."""
+def decode_request(key: bytes, header: bytes, body: bytes) -> tuple[int, tuple[int, ...]]:
+    """Cache group and block ids. Raises `ProtocolError` if header or body is not what the client sent."""
     if not hmac.compare_digest(header[_REQUEST.size :], _mac(key, b"request", header[: _REQUEST.size], body)):
         raise ProtocolError("a request is not authentic")
-    return struct.unpack(f"<{len(body) // 4}I", body)
+    _, group, _ = _REQUEST.unpack_from(header)
+    return int(group), struct.unpack(f"<{len(body) // 4}I", body)
 
 
 def encode_response(key: bytes, sequence: int, status: int, num_bytes: int) -> bytes:

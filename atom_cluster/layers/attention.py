@@ -5,6 +5,7 @@ Shape suffixes: T tokens, M hidden dims, H query heads and K key/value heads of 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,12 +14,13 @@ import torch
 from atom_cluster.kv_cache.layout import KvLayerLayout
 from atom_cluster.layers.context import LayerContext
 from atom_cluster.layers.forward_batch import LayerInputs
+from atom_cluster.layers.kv_scales import KvScales
 from atom_cluster.layers.linear import ColumnLinear, Output, RowLinear
 from atom_cluster.layers.module import CachingModule
 from atom_cluster.layers.norm import RmsNorm
 from atom_cluster.layers.rotary import RotaryTable
 from atom_cluster.parallel.collectives import all_reduce_sum
-from atom_cluster.parallel.sharding import Span, WeightPart, even_span, kv_head_span
+from atom_cluster.parallel.sharding import Span, WeightPart, WeightParts, even_span, kv_head_span
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +35,8 @@ class AttentionSpec:
     """Of a value head; None: `head_dim`."""
     window: int | None = None
     """Positions that a token sees, its own included; None: all."""
+    keeps_all: bool = False
+    """Keep all positions even if a token sees a window. Every model must have a layer that does (`KvLayout.groups`)."""
     scale: float | None = None
     """Factor of query-key products; None: head_dim ** -0.5."""
     value_scale: float = 1.0
@@ -81,6 +85,7 @@ class Attention(CachingModule):
                 _HeadNorm(context.at("q_norm"), spec, spec.num_heads * spec.head_dim, query_span),
                 _HeadNorm(context.at("k_norm"), spec, spec.num_kv_heads * spec.head_dim, key_span),
             )
+        self.kv_scales = KvScales(context)
         self._sink_H: torch.Tensor | None = None
         self._sink_part: dict[str, WeightPart] = {}
         if spec.sink_name is not None:
@@ -92,7 +97,7 @@ class Attention(CachingModule):
             num_kv_heads=key_span.length // spec.head_dim,
             key_dim=spec.head_dim,
             value_dim=value_dim,
-            window=spec.window,
+            window=None if spec.keeps_all else spec.window,
             dtype=context.cache_dtype,
         )
         self._spec = spec
@@ -102,7 +107,7 @@ class Attention(CachingModule):
         self._split = [output.local.length for output in outputs]
         self._scale = spec.head_dim**-0.5 if spec.scale is None else spec.scale
 
-    def weight_parts(self) -> dict[str, WeightPart]:
+    def weight_parts(self) -> Mapping[str, WeightParts]:
         """Where the checkpoint's tensors go, by their full names."""
         return {**super().weight_parts(), **self._sink_part}
 
@@ -129,7 +134,8 @@ class Attention(CachingModule):
         if self._rotary is not None:
             cos, sin = inputs.once(self._rotary, lambda: _at(self._rotary, inputs))
             query_THD, key_TKD = self._ops.rotary(query_THD, key_TKD, cos, sin)
-        plan, kv = inputs.plan(self._spec.window), inputs.kv(self.cache_index)
+        plan = inputs.plan(self._spec.window, keeps_all=self._spec.keeps_all)
+        kv = self.kv_scales.of(inputs.kv(self.cache_index))
         plan.store(key_TKD, value_TKD, kv)
         output_TI = plan.attend(query_THD, kv, scale=self._scale, sink_H=self._sink_H).flatten(1)
         if gate is not None:

@@ -43,6 +43,11 @@ class LayerContext:
         """Name in the checkpoint of a part with this name; the layer's own for an empty one."""
         return f"{self.name}.{name}" if self.name and name else self.name or name
 
+    @property
+    def unquantized(self) -> LayerContext:
+        """The same for a part that every checkpoint stores as plain floats."""
+        return replace(self, quantization=NOTHING_QUANTIZED)
+
     def scheme(self, names: Sequence[str]) -> LinearScheme:
         """How these projections, which are to be fused, are stored. Raises ConfigError when they differ."""
         schemes = {name: self.quantization.linear(self.full_name(name)) for name in names}

@@ -2,18 +2,19 @@
 
 Shape suffixes: T tokens of the step, R rows of the step, B blocks per row (padded), S sampled rows, N pages.
 All tensors are on the model's device; the `_cpu` tuples are the same numbers for code that must not wait for a device.
-The attention types are defined in `ops/attention.py`, below layers, and offered here too.
+The types that ops take are defined in `ops/`, below layers, and offered here too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar, cast
 
 import torch
 
 from atom_cluster.ops.attention import AttentionMetadata, AttentionPlan, KvLayerCache
+from atom_cluster.ops.gated_delta import StateMetadata
 from atom_cluster.ops.table import OpTable
 
 __all__ = ["AttentionMetadata", "ForwardBatch", "KvLayerCache", "LayerInputs", "StateLayerCache", "StateMetadata"]
@@ -30,25 +31,6 @@ class StateLayerCache:
 
 
 LayerCache = KvLayerCache | StateLayerCache
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StateMetadata:
-    """Which states a step begins with and which pages it leaves new ones in. Rows are those of the attention metadata.
-
-    A page may be read by several rows. A page that is written belongs to its row alone; it may be the one that the row
-    reads, so a layer reads before it writes.
-    """
-
-    read_page: torch.Tensor
-    """[R] int64: page with the state before the row's first token; -1 where the row begins with its first token."""
-    write_page: torch.Tensor
-    """[R, W] int64. W == 1: the state after the row's last token goes to write_page[r, 0]. W > 1, in speculative steps:
-    of a row whose `keeps_all` is set, the state after its j-th token (j < W) goes to write_page[r, j]; any other row's
-    last state goes to write_page[r, 0]."""
-    keeps_all_cpu: tuple[bool, ...]
-    """Per row; all False when W == 1. Rows with it set have at most W tokens, and there are few enough of them to be
-    stepped through one by one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,9 +65,13 @@ class LayerInputs:
             self._shared[key] = make()
         return cast("V", self._shared[key])
 
-    def plan(self, window: int | None = None) -> AttentionPlan:
-        """Attention for layers with this window."""
-        return self.once(("plan", window), lambda: self.ops.plan_attention(self.batch.attention[window]))
+    def plan(self, window: int | None = None, *, keeps_all: bool = False) -> AttentionPlan:
+        """Attention for layers with this window. keeps_all: their caches keep what is behind it too."""
+        pages = None if keeps_all else window
+        metadata = self.batch.attention[pages]
+        if pages != window:
+            metadata = replace(metadata, window=window)
+        return self.once(("plan", pages, window), lambda: self.ops.plan_attention(metadata))
 
     def kv(self, index: int) -> KvLayerCache:
         """Keys and values of the layer with this cache index."""

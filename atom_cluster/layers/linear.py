@@ -6,28 +6,30 @@ them. Knows no checkpoint formats and no models. Shape suffixes: T tokens, I inp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from atom_cluster.layers.context import LayerContext
 from atom_cluster.layers.module import Module
+from atom_cluster.layers.stored_part import Projection, stored_part
 from atom_cluster.ops.linear import LinearOp
+from atom_cluster.ops.moe import ExpertsOp
 from atom_cluster.parallel.collectives import all_reduce_sum
-from atom_cluster.parallel.sharding import Span, WeightPart
+from atom_cluster.parallel.sharding import Span, WeightPart, WeightParts
 from atom_cluster.quantization.scheme import LinearShape, StoredTensor
-from atom_cluster.units import ceil_div
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One of the projections that are fused into a layer's outputs."""
+    """One of the projections that are fused into a layer's outputs. Several may be spans of one tensor."""
 
     name: str
     """Of its tensors, behind the layer's name; empty when it is the layer's."""
     full_size: int
-    """Outputs over all ranks."""
+    """Outputs of its tensors: over all ranks, and over all that share the name."""
     span: Span | None = None
     """Those of this rank; None: all, on every rank."""
 
@@ -50,48 +52,43 @@ class _Linear(Module):
         self._full_in, self._in_span = full_in, in_span
         self._outputs = tuple(outputs)
         self._scheme = context.scheme([output.name for output in outputs])
-        self._shape = LinearShape(part_sizes=tuple(output.local.length for output in outputs), num_in=in_span.length)
+        self._shape = LinearShape(
+            part_sizes=tuple(output.local.length for output in outputs), num_in=in_span.length, full_in=full_in
+        )
         self._tensors = self._scheme.create_tensors(self._shape, dtype=context.storage_dtype, device=context.device)
         self._bias_O = (
             torch.empty(self._shape.num_out, dtype=context.dtype, device=context.device) if has_bias else None
         )
         self._is_prepared = False
 
-    def weight_parts(self) -> dict[str, WeightPart]:
+    def weight_parts(self) -> Mapping[str, WeightParts]:
         """Where the checkpoint's tensors go, by their full names."""
         if self._is_prepared:
             raise RuntimeError("the layer's weights were handed to the op backend already")
-        parts: dict[str, WeightPart] = {}
+        parts: defaultdict[str, list[WeightPart]] = defaultdict(list)
         for index, output in enumerate(self._outputs):
             name = self._context.full_name(output.name)
             for suffix, stored in self._tensors.items():
-                parts[f"{name}.{suffix}"] = self._part(stored, index, what=f"{name}.{suffix}")
+                parts[f"{name}.{suffix}"].append(self._part(stored, index, what=f"{name}.{suffix}"))
             if self._bias_O is not None:
                 start = sum(self._shape.part_sizes[:index])
                 target = self._bias_O[start : start + output.local.length]
-                parts[f"{name}.bias"] = WeightPart(
-                    target=target, full_shape=(output.full_size,), cut=(output.local.as_slice,)
-                )
-        return parts
+                part = WeightPart(target=target, full_shape=(output.full_size,), cut=(output.local.as_slice,))
+                parts[f"{name}.bias"].append(part)
+        return {name: found[0] if len(found) == 1 else tuple(found) for name, found in parts.items()}
 
     def _part(self, stored: StoredTensor, index: int, *, what: str) -> WeightPart:
         """Where the tensor of the `index`-th projection goes."""
         output = self._outputs[index]
-        if stored.out_axis is None:
-            target = stored.tensor[index]
-        else:
-            sizes = [ceil_div(size, stored.out_unit) for size in self._shape.part_sizes]
-            target = stored.tensor.narrow(stored.out_axis, sum(sizes[:index]), sizes[index])
-        full_shape = list(target.shape)
-        cut = [slice(None)] * len(full_shape)
-        for axis, span, size, unit in (
-            (stored.out_axis, output.local, output.full_size, stored.out_unit),
-            (stored.in_axis, self._in_span, self._full_in, stored.in_unit),
-        ):
-            if axis is not None:
-                full_shape[axis] = ceil_div(size, unit)
-                cut[axis] = span.in_units(unit, size, what=what).as_slice
-        return WeightPart(target=target, full_shape=tuple(full_shape), cut=tuple(cut))
+        projection = Projection(
+            index=index,
+            local_sizes=self._shape.part_sizes,
+            full_out=output.full_size,
+            out_span=output.local,
+            full_in=self._full_in,
+            in_span=self._in_span,
+        )
+        return stored_part(stored, stored.tensor, projection, what=what)
 
     def _prepare(self, *, uses_bias: bool) -> None:
         if self._is_prepared:
@@ -102,7 +99,7 @@ class _Linear(Module):
         self.op = self._scheme.prepare(tensors, bias, shape=self._shape, ops=context.ops, dtype=context.dtype)
         self._tensors, self._bias_O, self._is_prepared = {}, None, True
 
-    def linear_ops(self) -> list[LinearOp]:
+    def linear_ops(self) -> list[LinearOp | ExpertsOp]:
         """The one product."""
         return [self.op]
 
@@ -122,6 +119,27 @@ class ColumnLinear(_Linear):
     def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
         """[T, I] -> [T, O]: the projections' outputs of this rank, side by side."""
         return self.op(x_TI)
+
+
+class DequantizedLinear(_Linear):
+    """One projection whose numbers a layer needs, not just the product; each rank has a span of its outputs."""
+
+    def __init__(self, context: LayerContext, *, num_in: int, output: Output) -> None:
+        super().__init__(context, full_in=num_in, in_span=Span(0, num_in), outputs=[output], has_bias=False)
+
+    def use_weight(self, weight_OI: torch.Tensor) -> None:
+        """Subclasses take the weight, in the dtype of activations."""
+        raise NotImplementedError
+
+    def finish_loading(self) -> None:
+        """All weights are in place: work out what their stored form stands for."""
+        tensors = {suffix: stored.tensor for suffix, stored in self._tensors.items()}
+        self._tensors, self._is_prepared = {}, True
+        self.use_weight(self._scheme.dequantize(tensors, shape=self._shape, dtype=self._context.dtype))
+
+    def linear_ops(self) -> list[LinearOp | ExpertsOp]:
+        """None."""
+        return []
 
 
 class RowLinear(_Linear):

@@ -8,6 +8,7 @@ from atom_cluster.layers.context import LayerContext
 from atom_cluster.layers.embedding import VocabularyShard
 from atom_cluster.layers.module import Module
 from atom_cluster.ops.linear import LinearOp
+from atom_cluster.ops.moe import ExpertsOp
 from atom_cluster.parallel.collectives import gather_last_dim
 from atom_cluster.parallel.sharding import WeightPart
 
@@ -36,7 +37,7 @@ class LogitsHead(Module):
         self.op = self._context.ops.prepare_linear(rows_VD, None, dtype=self._context.dtype)
         self._shards.clear()
 
-    def linear_ops(self) -> list[LinearOp]:
+    def linear_ops(self) -> list[LinearOp | ExpertsOp]:
         """The one product."""
         return [self.op]
 

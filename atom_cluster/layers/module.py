@@ -6,11 +6,12 @@ prepares it for its first step. It keeps nothing between steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from atom_cluster.kv_cache.layout import LayerLayout
 from atom_cluster.ops.linear import LinearOp
-from atom_cluster.parallel.sharding import WeightPart
+from atom_cluster.ops.moe import ExpertsOp
+from atom_cluster.parallel.sharding import WeightParts
 
 
 class Module:
@@ -30,9 +31,9 @@ class Module:
         for part in self.parts():
             yield from part.modules()
 
-    def weight_parts(self) -> dict[str, WeightPart]:
+    def weight_parts(self) -> Mapping[str, WeightParts]:
         """Where the checkpoint's tensors go, by their full names. Valid until `finish_loading`."""
-        merged: dict[str, WeightPart] = {}
+        merged: dict[str, WeightParts] = {}
         for part in self.parts():
             found = part.weight_parts()
             if twice := merged.keys() & found.keys():
@@ -45,7 +46,7 @@ class Module:
         for part in self.parts():
             part.finish_loading()
 
-    def linear_ops(self) -> list[LinearOp]:
+    def linear_ops(self) -> list[LinearOp | ExpertsOp]:
         """Every matrix product in here, prepared."""
         return [op for part in self.parts() for op in part.linear_ops()]
 

@@ -1,12 +1,15 @@
-"""RMS norm layer, replicated on every rank. Knows no models."""
+"""Norm layers, replicated on every rank. Know no models."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
+import torch.nn.functional as F
 
 from atom_cluster.layers.context import LayerContext
 from atom_cluster.layers.module import Module
-from atom_cluster.parallel.sharding import Span, WeightPart
+from atom_cluster.parallel.sharding import Span, WeightPart, WeightParts, whole
 
 
 class RmsNorm(Module):
@@ -51,3 +54,23 @@ class RmsNorm(Module):
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(norm of x + residual, x + residual); `residual` may be overwritten."""
         return self._ops.add_rms_norm(x, residual, self.weight_D, self._eps)
+
+
+class LayerNorm(Module):
+    """Centres and normalises the last dimension, in float32 or wider. Its tensors are `<name>.weight` and `.bias`."""
+
+    def __init__(self, context: LayerContext, *, size: int, eps: float) -> None:
+        self._name = context.name
+        self._eps = eps
+        wide = torch.promote_types(context.dtype, torch.float32)
+        self._weight_D = torch.empty(size, dtype=wide, device=context.device)
+        self._bias_D = torch.empty(size, dtype=wide, device=context.device)
+
+    def weight_parts(self) -> Mapping[str, WeightParts]:
+        """Where the checkpoint's tensors go, by their full names."""
+        return {f"{self._name}.weight": whole(self._weight_D), f"{self._name}.bias": whole(self._bias_D)}
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., D] -> [..., D]"""
+        wide = x.to(self._weight_D.dtype)
+        return F.layer_norm(wide, self._weight_D.shape, self._weight_D, self._bias_D, self._eps).to(x.dtype)

@@ -30,6 +30,8 @@ class EngineStatus(Struct, frozen=True, kw_only=True):
     """Handoffs under way, on either side."""
     blocks_by_state: dict[str, int]
     """The ledger: each block in exactly one of free, cached, running, leased, arriving."""
+    other_pages_by_state: dict[str, dict[str, int]] = {}
+    """The same for the cache groups behind the first, by group: `window 128`, `state`."""
 
 
 class MemberCard(Struct, frozen=True, kw_only=True):

@@ -111,7 +111,9 @@ class DecoderModel(Module):
     def checkpoint_map(self) -> CheckpointMap:
         """Where checkpoint tensors go. Valid until `finish_loading`. With tied embeddings a stored head is a copy."""
         tied = (rf"{self.head_name}\.weight",) if self.spec.has_tied_embeddings else ()
-        return CheckpointMap(parts=self.weight_parts(), ignored=(_DERIVED, *tied, *self.ignored))
+        return CheckpointMap(
+            parts=self.weight_parts(), ignored=(_DERIVED, *tied, *self.ignored, *self.context.quantization.ignored)
+        )
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """Hidden states after the final norm, [T, D]; writes what the step leaves behind into `batch.caches`."""

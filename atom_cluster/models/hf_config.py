@@ -103,6 +103,17 @@ class HfConfig:
             raise self.error(key, f"is not an object: {value!r}")
         return HfConfig(value, where=f"{self._where}: {key}")
 
+    def flattened(self, key: str) -> HfConfig:
+        """This configuration with the values of a section in place of its own: of the text model of a multimodal one.
+
+        The architecture stays; without the section, all does.
+        """
+        section = self.section(key)
+        if section is None:
+            return self
+        inner = {name: value for name, value in section.values.items() if value is not None and name != "architectures"}
+        return HfConfig({**self.values, **inner}, where=self._where)
+
     def require(self, key: str, *supported: object, default: object = None) -> None:
         """Raise ConfigError unless the key's value, or `default` when absent, is one of those that are supported."""
         value = self.values.get(key)

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import importlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol, cast
 
+from atom_cluster.config.quantization import QuantizationConfig
 from atom_cluster.errors import ConfigError
 from atom_cluster.layers.context import LayerContext
+from atom_cluster.layers.module import Module
 from atom_cluster.models.hf_config import HfConfig
 from atom_cluster.models.protocol import CausalLM
 from atom_cluster.models.spec import ModelSpec
 from atom_cluster.ops.linear import LinearOp
+from atom_cluster.ops.moe import ExpertsOp
+from atom_cluster.quantization.online import with_online
+from atom_cluster.quantization.plan import read_plan
 from atom_cluster.weights.dummy import fill_weights
-from atom_cluster.weights.loader import load_weights, storage_dtype
-from atom_cluster.weights.rules import LoadableModel
-from atom_cluster.weights.safetensors_reader import open_checkpoint
+from atom_cluster.weights.loader import check_fit, load_weights, storage_dtype
+from atom_cluster.weights.rules import CheckpointMap, LoadableModel
+from atom_cluster.weights.safetensors_reader import Checkpoint, open_checkpoint
+
+NO_ONLINE_QUANTIZATION = QuantizationConfig()
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +39,43 @@ class Family:
 
 
 _LLAMA = Family("llama.spec:read_llama_spec", "llama.model:LlamaForCausalLM")
+_QWEN3_NEXT = Family("qwen3_next.spec:read_qwen3_next_spec", "qwen3_next.model:Qwen3NextForCausalLM")
+_QWEN3_5 = Family("qwen3_5.spec:read_qwen3_5_spec", "qwen3_5.model:Qwen3_5ForCausalLM")
+_QWEN3_5_HUB = Family("qwen3_5.spec:read_qwen3_5_spec", "qwen3_5.model:Qwen3_5ForConditionalGeneration")
+_MOE_DECODER = "moe_decoder.model:MoeDecoderForCausalLM"
+_DEEPSEEK = "deepseek.model:DeepseekForCausalLM"
+_QWEN_MOE = Family("qwen_moe.spec:read_qwen_moe_spec", _MOE_DECODER)
+_OLMO = Family("olmo.spec:read_olmo_spec", "olmo.model:OlmoForCausalLM")
 
 ARCHITECTURES = {
     "LlamaForCausalLM": _LLAMA,
+    "DeepseekV2ForCausalLM": Family("deepseek.spec:read_deepseek_v2_spec", _DEEPSEEK),
+    "DeepseekV3ForCausalLM": Family("deepseek.spec:read_deepseek_v3_spec", _DEEPSEEK),
+    "DeepseekV32ForCausalLM": Family("deepseek.spec:read_deepseek_v32_spec", _DEEPSEEK),
+    "Glm4MoeLiteForCausalLM": Family("deepseek.spec:read_glm4_moe_lite_spec", _DEEPSEEK),
+    "GlmMoeDsaForCausalLM": Family("deepseek.spec:read_glm_moe_dsa_spec", _DEEPSEEK),
+    "Gemma3ForCausalLM": Family("gemma3.spec:read_gemma3_spec", "gemma3.model:Gemma3ForCausalLM"),
+    "Gemma3ForConditionalGeneration": Family(
+        "gemma3.spec:read_gemma3_spec", "gemma3.model:Gemma3ForConditionalGeneration"
+    ),
+    "GptOssForCausalLM": Family("gpt_oss.spec:read_gpt_oss_spec", "gpt_oss.model:GptOssForCausalLM"),
+    "MiMoV2FlashForCausalLM": Family("mimo_v2.spec:read_mimo_v2_spec", "mimo_v2.model:MimoV2ForCausalLM"),
+    "Olmo2ForCausalLM": _OLMO,
+    "Olmo3ForCausalLM": _OLMO,
+    "MistralForCausalLM": _LLAMA,
+    "MinistralForCausalLM": _LLAMA,
     "Qwen2ForCausalLM": _LLAMA,
     "Qwen3ForCausalLM": _LLAMA,
+    "Glm4MoeForCausalLM": Family("glm4_moe.spec:read_glm4_moe_spec", "glm4_moe.model:Glm4MoeForCausalLM"),
+    "MiniMaxM2ForCausalLM": Family("minimax_m2.spec:read_minimax_m2_spec", _MOE_DECODER),
+    "MixtralForCausalLM": Family("mixtral.spec:read_mixtral_spec", _MOE_DECODER),
+    "Qwen2MoeForCausalLM": _QWEN_MOE,
+    "Qwen3MoeForCausalLM": _QWEN_MOE,
+    "Qwen3NextForCausalLM": _QWEN3_NEXT,
+    "Qwen3_5ForCausalLM": _QWEN3_5,
+    "Qwen3_5MoeForCausalLM": _QWEN3_5,
+    "Qwen3_5ForConditionalGeneration": _QWEN3_5_HUB,
+    "Qwen3_5MoeForConditionalGeneration": _QWEN3_5_HUB,
 }
 """By the first entry of `architectures` in config.json. Each has a parity test with transformers; a test sees to it."""
 
@@ -44,7 +83,11 @@ ARCHITECTURES = {
 class LoadableCausalLM(CausalLM, LoadableModel, Protocol):
     """What registered classes are."""
 
-    def linear_ops(self) -> Sequence[LinearOp]:
+    def parts(self) -> Iterator[Module]:
+        """Direct parts, each of which can be loaded and finished by itself, in this order."""
+        ...
+
+    def linear_ops(self) -> Sequence[LinearOp | ExpertsOp]:
         """Every matrix product of the model, prepared."""
         ...
 
@@ -79,25 +122,61 @@ def load_model(
     num_draft_layers: int = 0,
     load_format: Literal["safetensors", "dummy"] = "safetensors",
     seed: int = 0,
+    quantization: QuantizationConfig = NO_ONLINE_QUANTIZATION,
 ) -> LoadableCausalLM:
     """The model in `model_dir` (HF layout), this rank's shard of it loaded and ready to run.
 
     dummy: `model_dir` needs only config.json; weights are random, equal for equal seeds and for any number of ranks.
+    quantization: how a float checkpoint is quantized. It is loaded part by part then: beside the quantized model, the
+    floats of one layer are in memory. Checkpoints that are quantized already are recognised by themselves.
     Raises ConfigError for a model that cannot run here, WeightsError for a checkpoint that does not fit it.
     """
-    spec = read_spec(model_dir)
+    config = HfConfig.read(model_dir)
+    spec = spec_from_config(config)
     sizes = {"max_model_len": max_model_len, "num_draft_layers": num_draft_layers}
     if load_format == "dummy":
-        model = build_model(spec, context, **sizes)
+        plan = with_online(read_plan(config), quantization, context.device)
+        model = build_model(spec, replace(context, quantization=plan), **sizes)
         fill_weights(model, seed)
-    else:
-        with open_checkpoint(model_dir) as checkpoint:
-            dtype = storage_dtype(checkpoint, context.dtype)
-            stored = replace(context, weight_dtype=dtype, stored_names=checkpoint.names)
-            model = build_model(spec, stored, **sizes)
+        model.finish_loading()
+        return model
+    with open_checkpoint(model_dir) as checkpoint:
+        plan = with_online(read_plan(config, checkpoint.names), quantization, context.device)
+        stored = replace(
+            context,
+            weight_dtype=storage_dtype(checkpoint, context.dtype),
+            stored_names=checkpoint.names,
+            quantization=plan,
+        )
+        model = build_model(spec, stored, **sizes)
+        if quantization.online is None:
             load_weights(model, checkpoint)
-    model.finish_loading()
+            model.finish_loading()
+        else:
+            _load_part_by_part(model, checkpoint)
     return model
+
+
+@dataclass(frozen=True, slots=True)
+class _OnePart:
+    """A part of a model as something to load: what else is in the checkpoint is for other parts."""
+
+    part: Module
+
+    def checkpoint_map(self) -> CheckpointMap:
+        return CheckpointMap(parts=self.part.weight_parts(), ignored=(".*",))
+
+    def finish_loading(self) -> None:
+        self.part.finish_loading()
+
+
+def _load_part_by_part(model: LoadableCausalLM, checkpoint: Checkpoint) -> None:
+    """Each part is finished before the next one is read. Memory that nothing was loaded into yet costs nothing."""
+    check_fit(model.checkpoint_map(), checkpoint)
+    for part in model.parts():
+        one = _OnePart(part)
+        load_weights(one, checkpoint)
+        one.finish_loading()
 
 
 def describe_weights(model: LoadableCausalLM) -> str:

@@ -65,6 +65,26 @@ def read_rope(
     )
 
 
+def read_local_rope(
+    config: HfConfig, head_dim: int, *, theta_key: str, default_theta: float, default_partial: float = 1.0
+) -> RopeSpec:
+    """Of `sliding_attention` layers. In the old spelling `theta_key` is theirs, and `rope_scaling` is not."""
+    if "rope_parameters" in config:
+        label = "sliding_attention"
+        return read_rope(config, head_dim, label=label, default_theta=default_theta, default_partial=default_partial)
+    rotary_dim = int(head_dim * config.number("partial_rotary_factor", default_partial))
+    return RopeSpec(kind="default", theta=config.number(theta_key, default_theta), rotary_dim=rotary_dim)
+
+
+def read_score_factor(config: HfConfig) -> float:
+    """What latent attention's query-key products are multiplied by: yarn's temperature, for queries and for keys."""
+    values = _merged_values(config.values, None)
+    mscale_all_dim = _number(values, "mscale_all_dim", 0.0)
+    if _kind(values) == "default" or mscale_all_dim == 0:
+        return 1.0
+    return _yarn_temperature(_number(values, "factor", None), mscale_all_dim) ** 2
+
+
 def _merged_values(hf_config: Mapping[str, object], label: str | None) -> dict[str, object]:
     """All rope values in one dictionary, the more specific spelling winning."""
     top_level = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")

@@ -50,17 +50,20 @@ class CommonFields(TypedDict):
 
 
 def common_fields(
-    config: HfConfig, *, max_positions: int, norm_eps_key: str = "rms_norm_eps", is_tied_by_default: bool = False
+    config: HfConfig,
+    *,
+    max_positions: int,
+    norm_eps_key: str = "rms_norm_eps",
+    default_norm_eps: float = 1e-6,
+    is_tied_by_default: bool = False,
 ) -> CommonFields:
     """Read them. Raises ConfigError naming the key that is missing or wrong."""
-    if "quantization_config" in config:
-        raise config.error("quantization_config", "is present, and quantized checkpoints are not supported")
     return CommonFields(
         architecture=config.architecture,
         vocab_size=config.integer("vocab_size"),
         hidden_size=config.integer("hidden_size"),
         num_layers=config.integer("num_hidden_layers"),
-        norm_eps=config.number(norm_eps_key, 1e-6),
+        norm_eps=config.number(norm_eps_key, default_norm_eps),
         max_positions=max_positions,
         has_tied_embeddings=config.flag("tie_word_embeddings", default=is_tied_by_default),
         checkpoint_dtype=config.dtype,

@@ -140,6 +140,13 @@ KV_BLOCKS = Metric(
     labels=("state",),
     help="Blocks by state: free, cached, running, leased or arriving. They add up to all blocks.",
 )
+KV_PAGES = Metric(
+    name="atom_kv_pages",
+    kind="gauge",
+    unit="pages",
+    labels=("group", "state"),
+    help="Pages of cache groups other than the first (windows, states) by state, as blocks.",
+)
 PREEMPTIONS = Metric(
     name="atom_preemptions_total",
     kind="counter",
@@ -183,6 +190,21 @@ STEP_S = Metric(
 )
 STEP_TOKENS = Metric(
     name="atom_step_tokens", kind="histogram", unit="tokens", buckets=_TOKENS, help="Tokens computed by one step."
+)
+
+SPEC_DRAFT_TOKENS = Metric(
+    name="atom_spec_draft_tokens_total",
+    kind="counter",
+    unit="tokens",
+    labels=("position",),
+    help="Drafts verified, by their position behind the sampled token, from 0.",
+)
+SPEC_ACCEPTED_TOKENS = Metric(
+    name="atom_spec_accepted_tokens_total",
+    kind="counter",
+    unit="tokens",
+    labels=("position",),
+    help="Drafts verified and kept, by their position behind the sampled token, from 0.",
 )
 
 # --- router -----------------------------------------------------------------------------------------------------------

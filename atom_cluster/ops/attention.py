@@ -22,6 +22,10 @@ class KvLayerCache:
     """[N, block_size, num_kv_heads of this rank, head_dim]"""
     value: torch.Tensor
     """[N, block_size, num_kv_heads of this rank, v_head_dim]; v_head_dim may be 0, or differ from head_dim."""
+    key_scale: float = 1.0
+    """What is stored is a key over this, in the memory's dtype: saturated in eight bits, rounded in any."""
+    value_scale: float = 1.0
+    """The same of values."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +52,8 @@ class AttentionMetadata:
     """[T] int64: where each token's KV goes, block_id * block_size + offset."""
     query_start_cpu: tuple[int, ...]
     context_len_cpu: tuple[int, ...]
+    """On CPUs exact; on other devices it may be more than the row has, by a few tokens of the last block or the next,
+    where tokens are drafted and the host does not know how many were kept: `context_len` decides there."""
 
 
 class AttentionPlan(Protocol):
@@ -60,7 +66,7 @@ class AttentionPlan(Protocol):
     def attend(
         self, query_THD: torch.Tensor, kv: KvLayerCache, *, scale: float, sink_H: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Causal attention of the step's queries over their rows' KV, which `store` has already completed.
+        """Causal attention of the step's queries over their rows' KV, as stored; `store` has already completed it.
 
         Returns [T, H, value dim], contiguous, in the query's dtype. The token at position p of a row sees positions
         0..p of that row, or the last `window` of them, and nothing else. Scores and softmax are computed in float32 or

@@ -1,4 +1,4 @@
-"""Contract of a mixture of experts: weights prepared once, then applied to routed tokens. Knows no routers, no layers.
+"""Contracts of a mixture of experts: choosing experts, and applying them, prepared once, to tokens. Knows no layers.
 
 Shape suffixes: T tokens, D hidden dims, E experts on this rank, I intermediate dims of this rank, K experts per token.
 """
@@ -23,19 +23,55 @@ class ExpertActivation:
     """Clamp before the activation: gate from above, up from both sides."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutingRule:
+    """How a token's experts and their weights follow from the router's logits.
+
+    Scores of all experts; those with the highest score plus bias are chosen; their scores, without bias, are weights.
+    """
+
+    experts_per_token: int
+    score: Literal["softmax", "softmax_of_chosen", "sigmoid", "sqrt_softplus"] = "softmax"
+    """softmax_of_chosen: experts are chosen by their logits, and the softmax is over the chosen ones alone."""
+    renormalize: bool = False
+    """Weights of a token are divided by their sum, plus `renorm_eps`."""
+    renorm_eps: float = 0.0
+    scale: float = 1.0
+    """Factor of weights, applied last."""
+    num_groups: int = 1
+    """Experts come in so many groups of equal size; those of the best groups alone can be chosen."""
+    topk_groups: int = 1
+    """How many groups those are."""
+    group_score: Literal["max", "top2_sum"] = "top2_sum"
+    """Score of a group: the best, or the sum of the two best, of its experts' scores plus biases."""
+
+
+class RouteTokens(Protocol):
+    """Chooses experts."""
+
+    def __call__(
+        self, logits_TE: torch.Tensor, bias_E: torch.Tensor | None, rule: RoutingRule
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(expert_TK int64, weight_TK in the dtype of the logits, which is float32 or wider).
+
+        E are all experts of the layer, on whatever rank. bias_E, in the same dtype, counts for the choice alone.
+        """
+        ...
+
+
 class ExpertsOp(Protocol):
     """Experts of one layer that were prepared for one backend."""
 
     @property
     def name(self) -> str:
-        """What became of the weights, for the start-up log: `8 experts bfloat16`."""
+        """What became of the weights, for the start-up log: `bfloat16 x 8 experts`."""
         ...
 
     def __call__(self, x_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
         """Sum over k of weight_TK[t, k] * expert_TK[t, k](x_TD[t]), [T, D] in the dtype of the input, which is kept.
 
         expert_TK: int64, in [0, E], where E stands for an expert that is not on this rank and contributes nothing. A
-        token names an expert at most once, E aside. weight_TK: float32.
+        token names an expert at most once, E aside. weight_TK: float32 or wider.
         """
         ...
 

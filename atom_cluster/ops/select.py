@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from atom_cluster.config.ops import OpsConfig
@@ -21,7 +23,12 @@ def select_ops(config: OpsConfig, platform: Platform, dtype: torch.dtype) -> OpT
         return torch_table("configured")
     if platform.vendor == "cpu":
         return _cpu_table(platform, dtype, "configured" if config.backend == "cpu" else "fastest on CPUs")
-    return torch_table(f"the only backend for {platform.vendor}")
+    return replace(torch_table(f"the only backend for {platform.vendor}"), float8_dtype=float8_dtype_of(platform))
+
+
+def float8_dtype_of(platform: Platform) -> torch.dtype:
+    """The e4m3 kind that the platform's matrix units take: MI300 (gfx94x) has the one without a minus zero."""
+    return torch.float8_e4m3fnuz if platform.arch.startswith("gfx94") else torch.float8_e4m3fn
 
 
 def torch_table(reason: str) -> OpTable:
@@ -31,12 +38,20 @@ def torch_table(reason: str) -> OpTable:
     return OpTable(
         prepare_linear=ref.prepare_linear,
         prepare_experts=ref.prepare_experts,
+        prepare_quantized_linear=ref.prepare_quantized_linear,
+        prepare_quantized_experts=ref.prepare_quantized_experts,
+        route=ref.route,
         rms_norm=ref.rms_norm,
         add_rms_norm=ref.add_rms_norm,
         rotary=ref.rotary,
         silu_and_mul=ref.silu_and_mul,
         gelu_tanh_and_mul=ref.gelu_tanh_and_mul,
         plan_attention=ref.plan_attention,
+        prepare_latent_weights=ref.prepare_latent_weights,
+        plan_mla=ref.plan_mla,
+        plan_index=ref.plan_index,
+        plan_gated_delta=ref.plan_gated_delta,
+        gated_rms_norm=ref.gated_rms_norm,
         choices={"ops": f"torch ({reason})"},
     )
 
@@ -54,12 +69,20 @@ def _cpu_table(platform: Platform, dtype: torch.dtype, reason: str) -> OpTable:
         linear = "packed float16 weights where half precision holds them, else float32"
     return OpTable(
         prepare_linear=cpu.prepare_linear,
-        prepare_experts=ref.prepare_experts,
+        prepare_experts=cpu.prepare_experts,
+        prepare_quantized_linear=ref.prepare_quantized_linear,
+        prepare_quantized_experts=ref.prepare_quantized_experts,
+        route=ref.route,
         rms_norm=cpu.rms_norm,
         add_rms_norm=cpu.add_rms_norm,
         rotary=cpu.rotary,
         silu_and_mul=cpu.silu_and_mul,
         gelu_tanh_and_mul=ref.gelu_tanh_and_mul,
         plan_attention=cpu.attention_planner(dtype),
+        prepare_latent_weights=ref.prepare_latent_weights,
+        plan_mla=cpu.mla_planner(dtype),
+        plan_index=ref.plan_index,
+        plan_gated_delta=cpu.plan_gated_delta,
+        gated_rms_norm=cpu.gated_rms_norm,
         choices={"ops": f"cpu ({reason}; {platform.arch})", "ops.linear": linear},
     )

@@ -7,12 +7,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
+
 from atom_cluster.ops.activation import GateAndMul
 from atom_cluster.ops.attention import PlanAttention
+from atom_cluster.ops.gated_delta import GatedRmsNorm, PlanGatedDelta
 from atom_cluster.ops.linear import PrepareLinear
-from atom_cluster.ops.moe import PrepareExperts
+from atom_cluster.ops.mla import PlanMla, PrepareLatentWeights
+from atom_cluster.ops.moe import PrepareExperts, RouteTokens
 from atom_cluster.ops.norm import AddRmsNorm, RmsNorm
+from atom_cluster.ops.quantized import PrepareQuantizedExperts, PrepareQuantizedLinear
 from atom_cluster.ops.rotary import Rotary
+from atom_cluster.ops.sparse_index import PlanIndex
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,11 +27,21 @@ class OpTable:
 
     prepare_linear: PrepareLinear
     prepare_experts: PrepareExperts
+    prepare_quantized_linear: PrepareQuantizedLinear
+    prepare_quantized_experts: PrepareQuantizedExperts
+    route: RouteTokens
     rms_norm: RmsNorm
     add_rms_norm: AddRmsNorm
     rotary: Rotary
     silu_and_mul: GateAndMul
     gelu_tanh_and_mul: GateAndMul
     plan_attention: PlanAttention
+    prepare_latent_weights: PrepareLatentWeights
+    plan_mla: PlanMla
+    plan_index: PlanIndex
+    plan_gated_delta: PlanGatedDelta
+    gated_rms_norm: GatedRmsNorm
+    float8_dtype: torch.dtype = torch.float8_e4m3fn
+    """The e4m3 kind that the hardware multiplies; weights of the other kind are converted."""
     choices: dict[str, str] = field(default_factory=dict)
     """Which backend each op family uses and why, such as {"ops.linear": "cpu: ..."}; shown at start-up."""

@@ -22,17 +22,22 @@ class Group:
     """None for a group of one, which needs no communication."""
 
 
+_ALONE = Group(rank=0, size=1, handle=None)
+
+
 class ProcessGroups:
     """All groups that a rank belongs to. `close` leaves them; it is idempotent and every rank must call it."""
 
-    def __init__(self, tensor: Group) -> None:
+    def __init__(self, tensor: Group, expert: Group | None = None) -> None:
         self.tensor = tensor
         """Ranks that split every layer's weights and KV heads."""
+        self.expert = expert or _ALONE
+        """Ranks that divide experts among them, each holding whole ones; a group of one: experts are split as well."""
 
     @classmethod
     def single(cls) -> ProcessGroups:
         """A gang of one rank: no communication, nothing to close."""
-        return cls(Group(rank=0, size=1, handle=None))
+        return cls(_ALONE)
 
     @classmethod
     def connect(
@@ -42,12 +47,14 @@ class ProcessGroups:
         world_size: int,
         init_method: str,
         device: torch.device,
+        divides_experts: bool = False,
         timeout_s: float = 600.0,
     ) -> ProcessGroups:
         """Join a gang; returns when all `world_size` ranks have called this with the same `init_method`.
 
         `init_method` is torch's: `tcp://host:port` of rank 0, or `file:///path`. CPUs talk through Gloo, GPUs through
         NCCL (RCCL on ROCm). `timeout_s` bounds joining and each collective. With `world_size` 1 nothing is joined.
+        `divides_experts`: the same ranks are the `expert` group.
         """
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank {rank} is not in a gang of {world_size}")
@@ -62,7 +69,8 @@ class ProcessGroups:
             timeout=timedelta(seconds=timeout_s),
             device_id=None if device.type == "cpu" else device,
         )
-        return cls(Group(rank=rank, size=world_size, handle=dist.group.WORLD))
+        everyone = Group(rank=rank, size=world_size, handle=dist.group.WORLD)
+        return cls(everyone, everyone if divides_experts else None)
 
     def close(self) -> None:
         """Leave the groups."""

@@ -42,7 +42,8 @@ class Span:
 class WeightPart:
     """Where one tensor of a checkpoint goes: `full[cut]`, its last two axes swapped if so said, is copied to `target`.
 
-    Floats are converted to the target's dtype. Integers and floats of one byte are copied as they are.
+    Floats of two bytes and more are converted to the target's dtype. All others (integers, floats of one byte) are
+    copied as they are, so the checkpoint's dtype must be the target's; a uint8 target also takes E8M0 scales.
     """
 
     target: torch.Tensor
@@ -52,6 +53,10 @@ class WeightPart:
     cut: tuple[slice, ...] = ()
     """For the leading axes, with positive steps; the other axes whole."""
     is_transposed: bool = False
+
+
+WeightParts = WeightPart | tuple[WeightPart, ...]
+"""Where one tensor of a checkpoint goes: to one place or to several, each with the same full shape."""
 
 
 def whole(target: torch.Tensor) -> WeightPart:
@@ -68,6 +73,14 @@ def even_span(size: int, group: Group, *, what: str, unit: int = 1) -> Span:
     if num_units % group.size != 0:
         raise ConfigError(f"parallel.tensor = {group.size} does not divide the model's {num_units} {what}")
     length = size // group.size
+    return Span(group.rank * length, length)
+
+
+def expert_span(num_experts: int, group: Group) -> Span:
+    """The experts that this rank holds. Raises ConfigError when they do not divide evenly."""
+    if num_experts % group.size != 0:
+        raise ConfigError(f"parallel.expert = {group.size} does not divide the model's {num_experts} experts")
+    length = num_experts // group.size
     return Span(group.rank * length, length)
 
 

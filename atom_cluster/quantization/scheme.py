@@ -25,6 +25,8 @@ class LinearShape:
     part_sizes: tuple[int, ...]
     """Outputs of each fused projection."""
     num_in: int
+    full_in: int | None = None
+    """Inputs over all ranks, when each has some of them; None: `num_in`."""
     num_experts: int | None = None
     """A stack of so many equal weights: each tensor has one more axis, in front. None: a single weight."""
 
@@ -85,6 +87,15 @@ class LinearScheme(Protocol):
         """The op that applies loaded tensors to inputs of `dtype`. The caller drops its references afterwards."""
         ...
 
+    def dequantize(
+        self, tensors: Mapping[str, torch.Tensor], *, shape: LinearShape, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """The weight that loaded tensors stand for, [*stack, out, in], for a layer that needs its numbers.
+
+        May share memory with `tensors`, which the caller drops afterwards.
+        """
+        ...
+
     def prepare_experts(
         self,
         gate_up: Mapping[str, torch.Tensor],
@@ -104,6 +115,11 @@ class LinearScheme(Protocol):
 
 class QuantizationPlan(Protocol):
     """Which scheme each layer of a checkpoint has."""
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Regular expressions of tensors that the format may add to a checkpoint and that carry nothing needed."""
+        ...
 
     def linear(self, name: str) -> LinearScheme:
         """The scheme of the projection with this name in the checkpoint, such as `model.layers.0.mlp.gate_proj`."""

@@ -36,6 +36,12 @@ class Unquantized:
         """Whatever the op backend makes of the weight."""
         return ops.prepare_linear(tensors["weight"], bias, dtype=dtype)
 
+    def dequantize(
+        self, tensors: Mapping[str, torch.Tensor], *, shape: LinearShape, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """The weight itself."""
+        return tensors["weight"].to(dtype)
+
     def prepare_experts(
         self,
         gate_up: Mapping[str, torch.Tensor],
@@ -62,6 +68,8 @@ class Unquantized:
 
 class NothingQuantized:
     """The plan of a checkpoint of plain floats."""
+
+    ignored: tuple[str, ...] = ()
 
     def linear(self, name: str) -> LinearScheme:
         """Plain floats, whatever the name."""

@@ -22,7 +22,8 @@ from atom_cluster.parallel.groups import ProcessGroups
 from atom_cluster.platform.detect import detect_platform
 from atom_cluster.platform.device import select_device
 from atom_cluster.runner.fingerprint import fingerprint_fields, weights_identity
-from atom_cluster.runner.kv_memory import KvMemory, allocate_kv_memory, blocks_that_fit
+from atom_cluster.runner.kv_memory import KvMemory, allocate_kv_memory
+from atom_cluster.runner.kv_sizing import KvSizing, describe_pages, other_groups
 from atom_cluster.runner.model_runner import ModelRunner
 from atom_cluster.runner.options import RunnerOptions
 from atom_cluster.runner.profiling import kv_budget_bytes
@@ -41,21 +42,29 @@ def build_model_runner(options: RunnerOptions) -> ModelRunner:
         torch.set_num_threads(options.num_threads)
     spec = read_spec(Path(options.model_dir))
     options = replace(options, max_model_len=_max_model_len(options.max_model_len, spec))
+    num_draft_layers = _num_draft_layers(options, spec)
     dtype, dtype_choice = _choose_dtype(options, spec, device)
     with ExitStack() as on_failure:
         groups = ProcessGroups.connect(
-            rank=options.rank, world_size=options.world_size, init_method=options.init_method, device=device
+            rank=options.rank,
+            world_size=options.world_size,
+            init_method=options.init_method,
+            device=device,
+            divides_experts=options.divides_experts,
         )
         on_failure.callback(groups.close)
         ops = select_ops(OpsConfig(backend=options.ops_backend), platform, dtype)
         context = LayerContext(
-            ops=ops, groups=groups, dtype=dtype, device=device, weight_dtype=_weight_dtype(dtype, spec)
+            ops=ops,
+            groups=groups,
+            dtype=dtype,
+            device=device,
+            weight_dtype=_weight_dtype(dtype, spec),
+            kv_dtype=None if options.kv_dtype == "auto" else str(ops.float8_dtype).removeprefix("torch."),
         )
-        model, weights_choice = _load(options, context)
-        num_blocks, blocks_choice = _num_blocks(options, model, groups, device)
-        memory = allocate_kv_memory(
-            model.kv_layout, num_blocks=num_blocks, block_size=options.block_size, device=device
-        )
+        model, weights_choice = _load(options, context, num_draft_layers)
+        num_pages, blocks_choice = _num_pages(options, model, groups, device)
+        memory = allocate_kv_memory(model.kv_layout, num_pages=num_pages, block_size=options.block_size, device=device)
         agent, transfer_choice = _open_agent(options, memory)
         if agent is not None:
             on_failure.callback(agent.close)
@@ -65,6 +74,7 @@ def build_model_runner(options: RunnerOptions) -> ModelRunner:
             "kv_blocks": blocks_choice,
             "kv_memory": memory.choice,
             "kv_transport": transfer_choice,
+            "speculative": f"{options.num_drafts} drafts by {num_draft_layers} of the checkpoint's layers",
             "weights": weights_choice,
             **ops.choices,
         }
@@ -72,7 +82,7 @@ def build_model_runner(options: RunnerOptions) -> ModelRunner:
             model=model,
             groups=groups,
             memory=memory,
-            info=_rank_info(options, model, num_blocks=num_blocks, agent=agent, choices=choices),
+            info=_rank_info(options, model, num_pages=num_pages, agent=agent, choices=choices),
             device=device,
             agent=agent,
         )
@@ -84,6 +94,16 @@ def _max_model_len(wanted: int | None, spec: ModelSpec) -> int:
     if wanted is not None and wanted > spec.max_positions:
         raise ConfigError(f"max_model_len {wanted} is above the checkpoint's limit of {spec.max_positions}")
     return spec.max_positions if wanted is None else wanted
+
+
+def _num_draft_layers(options: RunnerOptions, spec: ModelSpec) -> int:
+    """How many of the checkpoint's drafting layers to load. Raises ConfigError when they are wanted and it has none."""
+    if options.num_drafts and not spec.num_draft_layers:
+        raise ConfigError(
+            f"speculative: {options.num_drafts} tokens are to be drafted, but the checkpoint ({spec.architecture}) has "
+            "no layers for it"
+        )
+    return min(options.num_drafts, spec.num_draft_layers)
 
 
 def _choose_dtype(options: RunnerOptions, spec: ModelSpec, device: torch.device) -> tuple[torch.dtype, str]:
@@ -106,43 +126,60 @@ def _weight_dtype(dtype: torch.dtype, spec: ModelSpec) -> torch.dtype:
 
 
 @torch.inference_mode()
-def _load(options: RunnerOptions, context: LayerContext) -> tuple[CausalLM, str]:
+def _load(options: RunnerOptions, context: LayerContext, num_draft_layers: int) -> tuple[CausalLM, str]:
     """The loaded model, and what became of its matrices."""
     assert options.max_model_len is not None, "resolved by build_model_runner"
     model = load_model(
         Path(options.model_dir),
         context=context,
         max_model_len=options.max_model_len,
+        num_draft_layers=num_draft_layers,
         load_format=options.load_format,
         seed=options.seed,
+        quantization=options.quantization,
     )
     return model, f"{describe_weights(model)} ({options.load_format})"
 
 
-def _num_blocks(
+def _num_pages(
+    options: RunnerOptions, model: CausalLM, groups: ProcessGroups, device: torch.device
+) -> tuple[tuple[int, ...], str]:
+    """Pages per cache group, equal on all ranks, and why that many."""
+    sizing = KvSizing(
+        layout=model.kv_layout,
+        block_size=options.block_size,
+        max_num_requests=options.max_num_requests,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        num_drafts=options.num_drafts,
+    )
+    if options.num_blocks is not None:
+        num_blocks, reason = options.num_blocks, "configured"
+    else:
+        budget_bytes, reason = _budget_bytes(options, model, groups, device)
+        num_blocks, reason = smallest(sizing.fit(budget_bytes), groups.tensor, device), f"auto: {reason}"
+    num_pages = tuple(smallest(count, groups.tensor, device) for count in sizing.pages(num_blocks))
+    return num_pages, f"{describe_pages(model.kv_layout, num_pages)} ({reason})"
+
+
+def _budget_bytes(
     options: RunnerOptions, model: CausalLM, groups: ProcessGroups, device: torch.device
 ) -> tuple[int, str]:
-    """KV blocks, equal on all ranks, and why that many."""
-    if options.num_blocks is not None:
-        return options.num_blocks, f"{options.num_blocks} (configured)"
-    assert options.max_model_len is not None, "resolved by build_model_runner"
+    """Bytes for KV on this rank, and where they come from."""
     if device.type == "cpu":
-        budget_bytes, reason = int(options.cpu_cache_gib * GiB), f"cpu_cache_gib {options.cpu_cache_gib}"
-    else:
-        budget_bytes = kv_budget_bytes(
-            model,
-            groups,
-            block_size=options.block_size,
-            max_num_requests=options.max_num_requests,
-            max_model_len=options.max_model_len,
-            max_num_batched_tokens=options.max_num_batched_tokens,
-            memory_fraction=options.memory_fraction,
-            device=device,
-        )
-        reason = f"memory_fraction {options.memory_fraction} after a profiling step"
-    fitting = blocks_that_fit(model.kv_layout, block_size=options.block_size, budget_bytes=budget_bytes)
-    num_blocks = smallest(fitting, groups.tensor, device)
-    return num_blocks, f"{num_blocks} (auto: {reason})"
+        return int(options.cpu_cache_gib * GiB), f"cpu_cache_gib {options.cpu_cache_gib}"
+    assert options.max_model_len is not None, "resolved by build_model_runner"
+    budget_bytes = kv_budget_bytes(
+        model,
+        groups,
+        block_size=options.block_size,
+        max_num_requests=options.max_num_requests,
+        max_model_len=options.max_model_len,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        num_drafts=options.num_drafts,
+        memory_fraction=options.memory_fraction,
+        device=device,
+    )
+    return budget_bytes, f"memory_fraction {options.memory_fraction} after a profiling step"
 
 
 def _open_agent(options: RunnerOptions, memory: KvMemory) -> tuple[KvAgent | None, str]:
@@ -153,12 +190,19 @@ def _open_agent(options: RunnerOptions, memory: KvMemory) -> tuple[KvAgent | Non
 
 
 def _rank_info(
-    options: RunnerOptions, model: CausalLM, *, num_blocks: int, agent: KvAgent | None, choices: dict[str, str]
+    options: RunnerOptions,
+    model: CausalLM,
+    *,
+    num_pages: tuple[int, ...],
+    agent: KvAgent | None,
+    choices: dict[str, str],
 ) -> RankInfo:
     assert options.max_model_len is not None, "resolved by build_model_runner"
     model_dir = Path(options.model_dir)
     return RankInfo(
-        num_blocks=num_blocks,
+        num_blocks=num_pages[0],
+        other_groups=other_groups(model.kv_layout, num_pages),
+        max_drafts=options.num_drafts,
         block_size=options.block_size,
         max_num_requests=options.max_num_requests,
         max_model_len=options.max_model_len,
@@ -168,10 +212,16 @@ def _rank_info(
         kv_descriptors={} if agent is None else dict(agent.descriptors),
         fingerprint_fields=fingerprint_fields(
             model_dir,
-            weights=weights_identity(model_dir, load_format=options.load_format, seed=options.seed),
+            weights=_weights_identity(options),
             layout=model.kv_layout,
             block_size=options.block_size,
             world_size=options.world_size,
         ),
         choices=choices,
     )
+
+
+def _weights_identity(options: RunnerOptions) -> str:
+    identity = weights_identity(Path(options.model_dir), load_format=options.load_format, seed=options.seed)
+    quantization = options.quantization
+    return identity if quantization.online is None else f"{identity} {quantization.model_dump_json()}"

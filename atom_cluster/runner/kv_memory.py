@@ -1,84 +1,105 @@
-"""KV memory of one rank: one allocation, block-major, with a strided view per layer. Knows nothing of who uses a block.
+"""KV memory of one rank: one allocation per cache group, page-major, with strided views per layer.
 
-A block holds, for its tokens, keys then values of layer 0, then of layer 1, and so on. So a block is one contiguous
-piece of memory, which is what transports move, and each layer sees [N, block_size, heads, dim].
+A page of a group holds what all its layers keep: keys then values of one layer after the other for a block of tokens,
+or one state of each layer. So a page is one contiguous piece of memory, which is what transports move, and each layer
+sees [N, block_size, heads, dim] or [N, *state]. Knows nothing of who uses a page.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from atom_cluster.errors import ConfigError, TransferError
-from atom_cluster.kv_cache.layout import DTYPE_BYTES, KvLayerLayout, KvLayout
+from atom_cluster.errors import TransferError
+from atom_cluster.kv_cache.layout import DTYPE_BYTES, CacheGroup, KvLayout, StateLayerLayout
 from atom_cluster.kv_transfer.protocol import KvRegion
 from atom_cluster.kv_transfer.shared_memory import allocate_shared
-from atom_cluster.layers.forward_batch import KvLayerCache
-from atom_cluster.units import GiB
-
-MIN_BLOCKS = 2
-_REGION_NAME = "kv"
+from atom_cluster.layers.forward_batch import KvLayerCache, LayerCache, StateLayerCache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvMemory:
     """Allocated KV memory; freed when the last tensor over it is. Starts zeroed, so that stale values are finite."""
 
-    blocks: torch.Tensor
-    """[num_blocks, elements per block]"""
-    layers: tuple[KvLayerCache, ...]
+    regions: tuple[KvRegion, ...]
+    """Per cache group, in order of the groups, [num_pages, bytes per page] uint8; what KV transports export."""
+    layers: tuple[LayerCache, ...]
+    """Views for each layer of the layout."""
     choice: str
     """Which kind of memory it is and why, for the start-up log."""
 
     @property
-    def regions(self) -> tuple[KvRegion, ...]:
-        """What KV transports export."""
-        return (KvRegion(_REGION_NAME, self.blocks),)
+    def num_bytes(self) -> int:
+        """Bytes of all groups."""
+        return sum(region.blocks.nbytes for region in self.regions)
 
 
-def allocate_kv_memory(layout: KvLayout, *, num_blocks: int, block_size: int, device: torch.device) -> KvMemory:
-    """Memory for `num_blocks` blocks. On CPUs peers of the same host can map it, if the system lets us."""
-    dtype = torch.uint8
-    num_bytes = num_blocks * layout.page_bytes(layout.groups[0], block_size)
-    if device.type != "cpu":
-        flat = torch.zeros(num_bytes // dtype.itemsize, dtype=dtype, device=device)
-        choice = f"device memory on {device}"
-    else:
-        try:
-            flat = allocate_shared(num_bytes).view(dtype)
-            choice = "shared memory: processes of this host can read it in place"
-        except TransferError as exc:
-            flat = torch.zeros(num_bytes // dtype.itemsize, dtype=dtype)
-            choice = f"private memory: {exc}"
-    blocks = flat.view(num_blocks, -1)
-    return KvMemory(blocks=blocks, layers=_layer_views(blocks, layout, block_size), choice=choice)
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One tensor of one layer within a page."""
+
+    layer: int
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
-def blocks_that_fit(layout: KvLayout, *, block_size: int, budget_bytes: int) -> int:
-    """Blocks that `budget_bytes` holds. Raises ConfigError when that is too few to run anything."""
-    num_blocks = budget_bytes // layout.page_bytes(layout.groups[0], block_size)
-    if num_blocks < MIN_BLOCKS:
-        raise ConfigError(
-            f"{budget_bytes / GiB:.3f} GiB are left for the KV cache, less than {MIN_BLOCKS} blocks of "
-            f"{layout.page_bytes(layout.groups[0], block_size)} bytes: raise cache.cpu_cache_gib or memory_fraction, "
-            "or lower cache.block_size or scheduler.max_num_batched_tokens"
-        )
-    return num_blocks
-
-
-def _layer_views(blocks: torch.Tensor, layout: KvLayout, block_size: int) -> tuple[KvLayerCache, ...]:
-    views = []
-    offset = 0
-    for layer in layout.layers:
-        assert isinstance(layer, KvLayerLayout)
-        item = DTYPE_BYTES[layer.dtype]
-        tensors = []
-        for dim in (layer.key_dim, layer.value_dim):
-            shape = (block_size, layer.num_kv_heads, dim)
-            end = offset + math.prod(shape) * item
-            tensors.append(blocks[:, offset:end].view(getattr(torch, layer.dtype)).view(-1, *shape))
+def allocate_kv_memory(
+    layout: KvLayout, *, num_pages: Sequence[int], block_size: int, device: torch.device
+) -> KvMemory:
+    """Memory for `num_pages[g]` pages of group g. On CPUs peers of the same host can map it, if the system lets us."""
+    regions = []
+    views: dict[int, dict[str, torch.Tensor]] = {index: {} for index in range(len(layout.layers))}
+    choice = ""
+    for index, (group, count) in enumerate(zip(layout.groups, num_pages, strict=True)):
+        page_bytes = layout.page_bytes(group, block_size)
+        flat, choice = _allocate(count * page_bytes, device)
+        pages = flat.view(count, page_bytes)
+        regions.append(KvRegion(_region_name(index, group), pages))
+        offset = 0
+        for part in _parts(layout, group, block_size):
+            end = offset + part.num_bytes
+            typed = pages[:, offset:end].view(getattr(torch, part.dtype))
+            views[part.layer][part.name] = typed.view(count, *part.shape)
             offset = end
-        views.append(KvLayerCache(*tensors))
-    return tuple(views)
+    layers: list[LayerCache] = []
+    for layer, own in zip(layout.layers, views.values(), strict=True):
+        is_state = isinstance(layer, StateLayerLayout)
+        layers.append(StateLayerCache(own) if is_state else KvLayerCache(own["key"], own["value"]))
+    return KvMemory(regions=tuple(regions), layers=tuple(layers), choice=choice)
+
+
+def _allocate(num_bytes: int, device: torch.device) -> tuple[torch.Tensor, str]:
+    """Zeroed bytes, and what kind of memory they are in."""
+    if device.type != "cpu":
+        return torch.zeros(num_bytes, dtype=torch.uint8, device=device), f"device memory on {device}"
+    try:
+        return allocate_shared(num_bytes), "shared memory: processes of this host can read it in place"
+    except TransferError as exc:
+        return torch.zeros(num_bytes, dtype=torch.uint8), f"private memory: {exc}"
+
+
+def _region_name(index: int, group: CacheGroup) -> str:
+    """Tells the groups of two engines apart that must not read from each other."""
+    return f"{index} {group.kind}" if group.window is None else f"{index} {group.kind} {group.window}"
+
+
+def _parts(layout: KvLayout, group: CacheGroup, block_size: int) -> list[_Part]:
+    """What a page of the group holds, in order: wide dtypes first, so that each tensor starts aligned."""
+    parts: list[_Part] = []
+    for index in group.layers:
+        layer = layout.layers[index]
+        if isinstance(layer, StateLayerLayout):
+            parts += [_Part(index, tensor.name, tensor.shape, tensor.dtype) for tensor in layer.tensors]
+        else:
+            rows = (block_size, layer.num_kv_heads)
+            parts.append(_Part(index, "key", (*rows, layer.key_dim), layer.dtype))
+            parts.append(_Part(index, "value", (*rows, layer.value_dim), layer.dtype))
+    return sorted(parts, key=lambda part: -DTYPE_BYTES[part.dtype])

@@ -1,14 +1,16 @@
 """Stop 10 of 14: ModelRunner executes a step plan on one rank. Next: atom_cluster/models/llama/model.py.
 
 Rows are brought up to date (runner/row_state.py), the plan becomes tensors (runner/inputs.py), the model computes
-logits, tokens are chosen from them (runner/sampler.py) and written to their rows. All ranks of a gang execute the same
-plans; rank 0 samples and sends the token ids to the others, so each rank knows the tokens of every row and the next
-plan needs none. Knows rows and blocks; knows no requests, policies or sockets.
+logits, tokens are chosen from them (runner/sampler.py), compared with the drafts that the step verifies, if any
+(runner/speculation.py), and written to their rows; with speculation, the next drafts follow (runner/drafter.py). All
+ranks of a gang execute the same plans; rank 0 samples and sends the token ids to the others, so each rank knows the
+tokens of every row and the next plan needs none. Knows rows and pages; knows no requests, policies or sockets.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,41 +20,65 @@ from atom_cluster.messages.transfer import RankReport
 from atom_cluster.models.protocol import CausalLM
 from atom_cluster.parallel.collectives import broadcast_from_first
 from atom_cluster.parallel.groups import ProcessGroups
-from atom_cluster.runner.inputs import InputBuilder, StepInputs
+from atom_cluster.runner.drafter import Drafter, LayerDrafter
+from atom_cluster.runner.inputs import InputBuilder, SamplingStep, StepInputs
 from atom_cluster.runner.kv_memory import KvMemory
 from atom_cluster.runner.rank_info import RankInfo
 from atom_cluster.runner.row_state import RowTable
-from atom_cluster.runner.sampler import SampledBatch, SamplingRow, sample
+from atom_cluster.runner.sampler import LogprobTensors, SampledBatch, SamplingRow, sample
+from atom_cluster.runner.speculation import keep_states, verify_drafts
+
+
+@dataclass(frozen=True, slots=True)
+class _Sampled:
+    """What a step's rows got. Shape suffixes as in `runner/inputs.py`; K drafts."""
+
+    sampling: tuple[SamplingStep, ...]
+    token_ids: torch.Tensor
+    """[P]"""
+    logprobs: LogprobTensors | None
+    num_kept: torch.Tensor
+    """[S] drafts"""
+    drafts: torch.Tensor | None
+    """[S, K]"""
+
+    def on_host(self) -> _Sampled:
+        """The same on its way to the host, without waiting for it."""
+        return replace(
+            self,
+            token_ids=self.token_ids.to("cpu", non_blocking=True),
+            num_kept=self.num_kept.to("cpu", non_blocking=True),
+            drafts=None if self.drafts is None else self.drafts.to("cpu", non_blocking=True),
+        )
+
+    def read(self) -> tuple[SampledTokens, ...]:
+        """As the engine gets it. The device must have finished the step."""
+        token_ids, num_kept = self.token_ids.tolist(), self.num_kept.tolist()
+        logprobs = None if self.logprobs is None else self.logprobs.read()
+        drafts = [()] * len(num_kept) if self.drafts is None else self.drafts.tolist()
+        found = []
+        first = 0
+        for i, step in enumerate(self.sampling):
+            kept = slice(first, first + num_kept[i] + 1)
+            own = () if logprobs is None else tuple(item for item in logprobs[kept] if item is not None)
+            found.append(SampledTokens(step.row, tuple(token_ids[kept]), own or None, tuple(drafts[i])))
+            first += step.num_drafts + 1
+        return tuple(found)
 
 
 class LaunchedStep:
     """A step whose work was issued. On GPUs it may still be running; `wait` is where the host waits for it."""
 
-    def __init__(
-        self, plan: StepPlan, *, inputs: StepInputs | None, sampled: SampledBatch | None, timer: _StepTimer
-    ) -> None:
+    def __init__(self, plan: StepPlan, *, sampled: _Sampled | None, timer: _StepTimer) -> None:
         self._plan = plan
-        self._inputs = inputs
-        self._logprobs = None if sampled is None else sampled.logprobs
-        self._token_ids = None if sampled is None else sampled.token_ids.to("cpu", non_blocking=True)
+        self._sampled = None if sampled is None else sampled.on_host()
         self._timer = timer
         timer.stop()
 
     def wait(self) -> StepResult:
         """The result; empty `sampled` on ranks other than 0. May be called from another thread than `launch`."""
         run_s = self._timer.wait()
-        if self._inputs is None or self._token_ids is None:
-            return StepResult(step_id=self._plan.step_id, run_s=run_s)
-        token_ids = self._token_ids.tolist()
-        rows = self._inputs.sampled_rows
-        if self._logprobs is None:
-            sampled = tuple(SampledTokens(row, (token_id,)) for row, token_id in zip(rows, token_ids))
-        else:
-            logprobs = self._logprobs.read()
-            sampled = tuple(
-                SampledTokens(row, (token_id,), None if found is None else (found,))
-                for row, token_id, found in zip(rows, token_ids, logprobs)
-            )
+        sampled = () if self._sampled is None else self._sampled.read()
         return StepResult(step_id=self._plan.step_id, sampled=sampled, run_s=run_s)
 
 
@@ -82,9 +108,20 @@ class ModelRunner:
             num_rows=info.max_num_requests,
             max_model_len=info.max_model_len,
             block_size=info.block_size,
+            groups=model.kv_layout.groups,
+            num_drafts=info.max_drafts,
             device=device,
         )
         self._inputs = InputBuilder(table=self._table, kv=memory.layers, device=device)
+        self._drafter: Drafter | None = None
+        if info.max_drafts:
+            self._drafter = LayerDrafter(
+                model=model,
+                num_drafts=info.max_drafts,
+                table=self._table,
+                builder=self._inputs,
+                group=groups.tensor,
+            )
 
     def run(self, plan: StepPlan) -> StepResult:
         """Execute a plan and wait for its result."""
@@ -99,7 +136,7 @@ class ModelRunner:
         sampled = None if inputs is None else self._forward(inputs)
         if self._agent is not None and plan.kv:
             self._agent.execute(plan.kv)
-        return LaunchedStep(plan, inputs=inputs, sampled=sampled, timer=timer)
+        return LaunchedStep(plan, sampled=sampled, timer=timer)
 
     def poll_kv(self) -> list[RankReport]:
         """This rank's reports on KV commands since the last call. Never blocks; may be called from any one thread."""
@@ -112,27 +149,34 @@ class ModelRunner:
             self._agent = None
         self._groups.close()
 
-    def _forward(self, inputs: StepInputs) -> SampledBatch | None:
-        """Model and sampling; None on ranks other than 0 and when no row samples."""
+    def _forward(self, inputs: StepInputs) -> _Sampled | None:
+        """Model, sampling and drafting; None on ranks other than 0 and when no row samples."""
         hidden_TD = self._model.forward(inputs.batch)
-        if not inputs.sampled_rows:
-            return None
-        logits_SV = self._model.compute_logits(hidden_TD[inputs.batch.sample_index])
-        sampled = None if logits_SV is None else self._sample(logits_SV, inputs)
-        if sampled is None:
-            token_ids = torch.empty(len(inputs.sampled_rows), dtype=torch.int64, device=self._device)
-        else:
-            token_ids = sampled.token_ids
-        broadcast_from_first(token_ids, self._groups.tensor)
-        self._table.append(inputs.row_index, inputs.position_index, token_ids)
-        return sampled
+        sampled = self._sample(inputs, hidden_TD)
+        token_ids = torch.empty_like(inputs.sample_row) if sampled is None else sampled.token_ids
+        if inputs.sampling:
+            broadcast_from_first(token_ids, self._groups.tensor)
+        num_kept_S = verify_drafts(token_ids, inputs, self._table)
+        # Those behind the last kept one are written too: drafts or the next tokens will replace them.
+        self._table.append(inputs.sample_row, inputs.sample_position, token_ids)
+        keep_states(inputs, num_kept_S, self._table)
+        drafts_SK = None if self._drafter is None else self._drafter.draft(inputs, hidden_TD, num_kept_S)
+        return (
+            None if sampled is None else _Sampled(inputs.sampling, token_ids, sampled.logprobs, num_kept_S, drafts_SK)
+        )
 
-    def _sample(self, logits_SV: torch.Tensor, inputs: StepInputs) -> SampledBatch:
+    def _sample(self, inputs: StepInputs, hidden_TD: torch.Tensor) -> SampledBatch | None:
+        if not inputs.sampling:
+            return None
+        logits_PV = self._model.compute_logits(hidden_TD[inputs.batch.sample_index])
+        if logits_PV is None:
+            return None
         rows = [
-            SamplingRow(self._table.get(row), row, position)
-            for row, position in zip(inputs.sampled_rows, inputs.sampled_positions)
+            SamplingRow(self._table.get(step.row), step.row, step.position + 1 + i)
+            for step in inputs.sampling
+            for i in range(step.num_drafts + 1)
         ]
-        return sample(logits_SV, rows, tokens=self._table.tokens)
+        return sample(logits_PV, rows, tokens=self._table.tokens)
 
 
 class _StepTimer:

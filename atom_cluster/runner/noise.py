@@ -8,12 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
-
-from atom_cluster.runner.host_tensors import on_device
-
-NoiseKey = tuple[int, int]
-"""Two independent signed 32-bit numbers."""
 
 _MASK_64 = (1 << 64) - 1
 # 32-bit multipliers, written as the signed numbers that int32 tensors hold. The first is 2^32 over the golden ratio.
@@ -22,20 +19,24 @@ _MIX_1 = 0x85EBCA6B - (1 << 32)
 _MIX_2 = 0xC2B2AE35 - (1 << 32)
 
 
-def noise_key(seed: int, position: int) -> NoiseKey:
-    """Key of one draw, for any integer seed and any position >= 0."""
-    mixed = _mix_64(_mix_64(seed & _MASK_64) + position)
-    return _signed_32(mixed & 0xFFFFFFFF), _signed_32(mixed >> 32)
+def noise_keys(seeds: Sequence[int], positions: npt.NDArray[np.int64]) -> torch.Tensor:
+    """Keys of draws, [R, J, 2] int32 in host memory: two independent numbers for each of a seed's positions.
 
-
-def exponential_noise(keys: Sequence[NoiseKey], token_ids: torch.Tensor) -> torch.Tensor:
-    """Independent exponential variables of rate 1 for each key and token id, [len(keys), K] float32, each >= 2^-32.
-
-    token_ids: [K], or [len(keys), K], int32. An element depends on its key and token id only. Ids are hashed with
-    32-bit integer arithmetic (multiply, xor, shift), which is equal on all devices; the low end, which decides who
-    wins, keeps float32's full relative precision.
+    seeds: R integers of any size; positions: [R, J], each >= 0.
     """
-    key_R2 = on_device(keys, torch.int32, token_ids.device)
+    seed_R = np.array([seed & _MASK_64 for seed in seeds], dtype=np.uint64)
+    mixed_RJ = _mix_64(_mix_64(seed_R)[:, None] + positions.astype(np.uint64))
+    halves = np.stack((mixed_RJ & np.uint64(0xFFFFFFFF), mixed_RJ >> np.uint64(32)), axis=-1)
+    return torch.from_numpy(halves.astype(np.uint32).view(np.int32))
+
+
+def exponential_noise(key_R2: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """Independent exponential variables of rate 1 for each key and token id, [R, K] float32, each >= 2^-32.
+
+    key_R2: [R, 2] of `noise_keys`, on the device of token_ids: [K], or [R, K], int32. An element depends on its key and
+    token id only. Ids are hashed with 32-bit integer arithmetic (multiply, xor, shift), which is equal on all devices;
+    the low end, which decides who wins, keeps float32's full relative precision.
+    """
     x = token_ids * _TOKEN_STRIDE + key_R2[:, :1]
     x ^= (x >> 16).bitwise_and_(0xFFFF)
     x *= _MIX_1
@@ -47,13 +48,9 @@ def exponential_noise(keys: Sequence[NoiseKey], token_ids: torch.Tensor) -> torc
     return uniform.log1p_().neg_()
 
 
-def _mix_64(value: int) -> int:
+def _mix_64(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """A bijection on 64-bit integers whose output bits each depend on all input bits (the splitmix64 finalizer)."""
-    value = (value + 0x9E3779B97F4A7C15) & _MASK_64
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK_64
-    return value ^ (value >> 31)
-
-
-def _signed_32(value: int) -> int:
-    return value - (1 << 32) if value >= 1 << 31 else value
+    value = value + np.uint64(0x9E3779B97F4A7C15)  # arithmetic of arrays wraps
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from atom_cluster.config.quantization import QuantizationConfig
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunnerOptions:
@@ -21,6 +23,8 @@ class RunnerOptions:
     """Which of the GPUs that this process sees."""
     rank: int = 0
     world_size: int = 1
+    divides_experts: bool = False
+    """Each rank holds whole experts, instead of a part of every expert."""
     init_method: str = ""
     """Where the ranks meet, as torch.distributed spells it; unused when there is one rank."""
     block_size: int = 16
@@ -37,6 +41,12 @@ class RunnerOptions:
     """Most tokens of a request; None: the checkpoint's limit."""
     max_num_batched_tokens: int = 8192
     """Most tokens of one step; sizes the profiling run on GPUs."""
+    kv_dtype: Literal["auto", "fp8"] = "auto"
+    """Dtype of keys and values in the cache. auto: as computed."""
+    quantization: QuantizationConfig = QuantizationConfig()
+    """How weights of a float checkpoint are quantized while they are loaded."""
+    num_drafts: int = 0
+    """Tokens to draft behind each sampled one; 0: no speculation."""
     num_threads: int | None = None
     """Compute threads on CPUs; None leaves torch's choice."""
     ops_backend: Literal["auto", "torch", "cpu"] = "auto"

@@ -24,6 +24,7 @@ def kv_budget_bytes(
     max_num_requests: int,
     max_model_len: int,
     max_num_batched_tokens: int,
+    num_drafts: int,
     memory_fraction: float,
     device: torch.device,
 ) -> int:
@@ -31,14 +32,17 @@ def kv_budget_bytes(
     lengths = largest_step(
         max_num_requests=max_num_requests, max_model_len=max_model_len, max_num_batched_tokens=max_num_batched_tokens
     )
-    plan, num_blocks = _plan(lengths, block_size)
+    plans, num_pages = step_plans(
+        lengths, layout=model.kv_layout, block_size=block_size, max_model_len=max_model_len, num_drafts=num_drafts
+    )
     torch.cuda.empty_cache()
     memory = device_memory(device)
     in_use_bytes = memory.total_bytes - memory.free_bytes
     allocated_bytes = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     info = RankInfo(
-        num_blocks=num_blocks,
+        num_blocks=num_pages[0],
+        max_drafts=num_drafts,
         block_size=block_size,
         max_num_requests=max_num_requests,
         max_model_len=max_model_len,
@@ -46,11 +50,12 @@ def kv_budget_bytes(
         rank=groups.tensor.rank,
         world_size=groups.tensor.size,
     )
-    kv_memory = allocate_kv_memory(model.kv_layout, num_blocks=num_blocks, block_size=block_size, device=device)
-    ModelRunner(model=model, groups=groups, memory=kv_memory, info=info, device=device).run(plan)
-    step_bytes = (
-        torch.cuda.max_memory_allocated(device) - allocated_bytes - _kv_bytes(model.kv_layout, num_blocks, block_size)
-    )
+    kv_memory = allocate_kv_memory(model.kv_layout, num_pages=num_pages, block_size=block_size, device=device)
+    runner = ModelRunner(model=model, groups=groups, memory=kv_memory, info=info, device=device)
+    for plan in plans:
+        runner.run(plan)
+    step_bytes = torch.cuda.max_memory_allocated(device) - allocated_bytes - kv_memory.num_bytes
+    del runner
     del kv_memory
     torch.cuda.empty_cache()
     return int(memory.total_bytes * memory_fraction) - in_use_bytes - step_bytes
@@ -67,26 +72,40 @@ def largest_step(*, max_num_requests: int, max_model_len: int, max_num_batched_t
     return sorted(lengths)
 
 
-def _plan(lengths: list[int], block_size: int) -> tuple[StepPlan, int]:
-    """A step of rows with these numbers of tokens, and the blocks that it needs."""
+def step_plans(
+    lengths: list[int], *, layout: KvLayout, block_size: int, max_model_len: int, num_drafts: int
+) -> tuple[list[StepPlan], tuple[int, ...]]:
+    """A step of rows with these numbers of tokens, then one that verifies drafts; and the pages that they need.
+
+    Rows share the pages of states, which may take more memory than there is and whose content does not matter here.
+    """
     new_rows = []
     num_blocks = 0
+    states = tuple(range(1 + num_drafts))
+    has_states = layout.groups[-1].kind == "state"
+    num_paged = len(layout.groups) - has_states
     for row, length in enumerate(lengths):
-        last_block = num_blocks + ceil_div(length, block_size)
+        last_block = num_blocks + ceil_div(min(length + 2 * num_drafts + 1, max_model_len), block_size)
+        blocks = tuple(range(num_blocks, last_block))
         new_rows.append(
             NewRow(
                 row=row,
                 request_id=f"profile-{row}",
                 token_ids=(0,) * length,
                 num_prompt_tokens=length,
-                pages=(tuple(range(num_blocks, last_block)),),
+                pages=(blocks,) * num_paged + ((),) * has_states,
                 sampling=SamplingParams(seed=0),
             )
         )
         num_blocks = last_block
-    rows = tuple(RowStep(row, 0, length, samples=True) for row, length in enumerate(lengths))
-    return StepPlan(step_id=0, new_rows=tuple(new_rows), rows=rows), num_blocks
-
-
-def _kv_bytes(layout: KvLayout, num_blocks: int, block_size: int) -> int:
-    return num_blocks * layout.page_bytes(layout.groups[0], block_size)
+    state_pages = ((),) * num_paged + (states,) if has_states else ()
+    first = tuple(RowStep(row, 0, length, samples=True, new_pages=state_pages) for row, length in enumerate(lengths))
+    plans = [StepPlan(step_id=0, new_rows=tuple(new_rows), rows=first)]
+    if num_drafts:
+        verifying = [
+            RowStep(row, length, 1 + num_drafts, samples=True, num_drafts=num_drafts)
+            for row, length in enumerate(lengths)
+            if length + 1 + num_drafts <= max_model_len
+        ]
+        plans.append(StepPlan(step_id=1, rows=tuple(verifying[: sum(lengths) // (1 + num_drafts)])))
+    return plans, (num_blocks,) * num_paged + (len(states),) * has_states

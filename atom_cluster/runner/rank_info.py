@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from atom_cluster.kv_cache.layout import PageGroup
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankInfo:
@@ -13,6 +15,7 @@ class RankInfo:
     """
 
     num_blocks: int
+    """Pages of the first cache group."""
     block_size: int
     """Tokens per block."""
     max_num_requests: int
@@ -20,6 +23,10 @@ class RankInfo:
     vocab_size: int
     rank: int = 0
     world_size: int = 1
+    other_groups: tuple[PageGroup, ...] = ()
+    """Pages of the cache groups behind the first."""
+    max_drafts: int = 0
+    """Tokens drafted behind each sampled one."""
     kv_descriptors: dict[str, bytes] = field(default_factory=dict)
     """How peers read this rank's KV memory, by transport, best first; input of `kv_transfer.combine.merge_offers`."""
     fingerprint_fields: dict[str, str] = field(default_factory=dict)

@@ -1,22 +1,24 @@
-"""What a runner remembers between steps: tokens, block table and sampling state of each row.
+"""What a runner remembers between steps: tokens, drafts, page tables and sampling state of each row.
 
-A row is filled once (`NewRow`) and then only grows: by `RowStep.new_pages` before a step, by the sampled token
-after it. Tokens stay on the model's device, so a decode step never waits for the host to learn them. Knows no model, no
-scheduling and no stop conditions.
+A row is filled once (`NewRow`) and then only grows: by `RowStep.new_pages` before a step, by sampled tokens after it.
+Tokens stay on the model's device, so a decode step never waits for the host to learn them. A row's drafts lie behind
+its tokens, where a step that verifies them finds them as its input. Knows no model, no scheduling and no stop
+conditions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from atom_cluster.errors import ProtocolError
+from atom_cluster.kv_cache.layout import CacheGroup
 from atom_cluster.messages.requests import SamplingParams
 from atom_cluster.messages.steps import NewRow, StepPlan
-from atom_cluster.runner.host_tensors import on_device, send
+from atom_cluster.runner.host_tensors import on_device
+from atom_cluster.runner.page_tables import PageTable, StateTable
 from atom_cluster.units import ceil_div
 
 
@@ -29,26 +31,40 @@ class Row:
     num_prompt_tokens: int
     ending_token_ids: tuple[int, ...]
     """Tokens that would end the request; not sampled before `sampling.min_tokens`."""
-    num_blocks: int = 0
 
 
 class RowTable:
     """All rows of one rank.
 
-    Device memory: `tokens` [num_rows, max_model_len + 1] int32 and `block_table` [num_rows, max blocks] int32, the
-    latter also on the host as `block_table_cpu`. On CPUs both are the same memory, and untouched rows cost nothing.
+    Device memory: `tokens` [num_rows, max_model_len + 1 + num_drafts] int32, and what the tables of pages have.
     """
 
-    def __init__(self, *, num_rows: int, max_model_len: int, block_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        *,
+        num_rows: int,
+        max_model_len: int,
+        block_size: int,
+        groups: Sequence[CacheGroup],
+        num_drafts: int,
+        device: torch.device,
+    ) -> None:
+        """groups: those of the model's layout, in order."""
         self.block_size = block_size
+        self.max_model_len = max_model_len
         self.rows: list[Row | None] = [None] * num_rows
         self._device = device
         # One more than the context: with two plans in flight a request that has just become full may run once more.
-        self.tokens = torch.zeros(num_rows, max_model_len + 1, dtype=torch.int32, device=device)
-        max_blocks = ceil_div(max_model_len + 1, block_size)
-        self._host_block_table = torch.zeros(num_rows, max_blocks, dtype=torch.int32)
-        self.block_table_cpu: npt.NDArray[np.int32] = self._host_block_table.numpy()
-        self.block_table = self._host_block_table.to(device)
+        width = max_model_len + 1 + num_drafts
+        self.tokens = torch.zeros(num_rows, width, dtype=torch.int32, device=device)
+        sizes = {"num_rows": num_rows, "num_columns": ceil_div(width, block_size)}
+        self.pages = {group.window: PageTable(**sizes, device=device) for group in groups if group.kind != "state"}
+        """By the window of the group; None: the group that keeps everything."""
+        self.states: StateTable | None = None
+        if groups[-1].kind == "state":
+            self.states = StateTable(num_rows=num_rows, pages_per_row=1 + num_drafts, device=device)
+        self._num_groups = len(groups)
+        self._num_drafts = num_drafts
 
     def apply(self, plan: StepPlan) -> None:
         """Bring rows up to date for `plan`: free, fill and extend them. Raises ProtocolError for a plan out of step."""
@@ -56,18 +72,20 @@ class RowTable:
             self.rows[row] = None
         for new in plan.new_rows:
             self._fill(new)
-        grown: list[tuple[int, int, int]] = []
         for step in plan.rows:
             self.get(step.row)
             if step.new_pages:
-                grown += self._append_blocks(step.row, step.new_pages[0])
-        if grown and self._device.type != "cpu":
-            index = on_device(grown, torch.int32, self._device).unbind(1)
-            self.block_table.index_put_((index[0], index[1]), index[2])
+                self._extend(step.row, step.new_pages)
+        for table in self.pages.values():
+            table.flush()
 
     def append(self, rows: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor) -> None:
-        """Write sampled tokens [S] at `positions` [S] of `rows` [S], all int64 on the device."""
+        """Write tokens [S] at `positions` [S] of `rows` [S], all int64 on the device."""
         self.tokens.index_put_((rows, positions), token_ids.to(torch.int32))
+
+    def tokens_at(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Tokens, or what lies behind them, at `positions` of `rows`; int64."""
+        return self.tokens[rows, positions].to(torch.int64)
 
     def get(self, row: int) -> Row:
         """The state of an occupied row."""
@@ -79,7 +97,7 @@ class RowTable:
     def _fill(self, new: NewRow) -> None:
         if self.rows[new.row] is not None:
             raise ProtocolError(f"request {new.request_id} got row {new.row}, which was not freed")
-        if len(new.token_ids) > self.tokens.shape[1]:
+        if len(new.token_ids) > self.max_model_len + 1:
             raise ProtocolError(f"request {new.request_id} has {len(new.token_ids)} tokens, more than a row holds")
         sampling = new.sampling
         eos_token_ids = () if sampling.ignore_eos else new.eos_token_ids
@@ -89,18 +107,21 @@ class RowTable:
             num_prompt_tokens=new.num_prompt_tokens,
             ending_token_ids=(*eos_token_ids, *sampling.stop_token_ids),
         )
-        self.block_table_cpu[new.row] = 0
-        self.tokens[new.row, : len(new.token_ids)] = on_device(new.token_ids, torch.int32, self._device)
-        self._append_blocks(new.row, new.pages[0])
-        if self._device.type != "cpu":
-            self.block_table[new.row] = send(self._host_block_table[new.row].clone(), self._device)
+        tokens = (*new.token_ids, *new.drafts[: self._num_drafts])
+        self.tokens[new.row, : len(tokens)] = on_device(tokens, torch.int32, self._device)
+        self._check_groups(new.row, new.pages)
+        for table, pages in zip(self.pages.values(), new.pages):
+            table.fill(new.row, pages)
+        if self.states is not None:
+            self.states.fill(new.row, new.pages[-1])
 
-    def _append_blocks(self, row: int, block_ids: tuple[int, ...]) -> list[tuple[int, int, int]]:
-        """Extend the host's table; returns (row, column, block id) of each new entry."""
-        state = self.get(row)
-        first, last = state.num_blocks, state.num_blocks + len(block_ids)
-        if last > self.block_table_cpu.shape[1]:
-            raise ProtocolError(f"row {row} was given {last} blocks, more than its context needs")
-        self.block_table_cpu[row, first:last] = block_ids
-        state.num_blocks = last
-        return [(row, first + i, block_id) for i, block_id in enumerate(block_ids)]
+    def _extend(self, row: int, new_pages: tuple[tuple[int, ...], ...]) -> None:
+        self._check_groups(row, new_pages)
+        for table, pages in zip(self.pages.values(), new_pages):
+            table.extend(row, pages)
+        if self.states is not None:
+            self.states.replace(row, new_pages[-1])
+
+    def _check_groups(self, row: int, pages: tuple[tuple[int, ...], ...]) -> None:
+        if len(pages) != self._num_groups:
+            raise ProtocolError(f"row {row} was given pages of {len(pages)} cache groups, not of {self._num_groups}")

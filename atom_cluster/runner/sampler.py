@@ -14,11 +14,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from atom_cluster.messages.requests import SamplingParams, TokenLogprobs, TopLogprob
-from atom_cluster.runner.host_tensors import on_device
-from atom_cluster.runner.noise import NoiseKey, exponential_noise, noise_key
+from atom_cluster.runner.host_tensors import on_device, send
+from atom_cluster.runner.noise import exponential_noise, noise_keys
 from atom_cluster.runner.penalties import has_penalties, penalize
 from atom_cluster.runner.row_state import Row
 from atom_cluster.runner.truncation import truncate
@@ -103,16 +104,26 @@ def sample(logits_SV: torch.Tensor, rows: Sequence[SamplingRow], *, tokens: torc
     raw_SV = logits_SV.clone() if wants_logprobs else logits_SV
     for logits_V, item in zip(logits_SV, rows):
         _adjust(logits_V, item, tokens)
+    positions = np.array([[item.output_position] for item in rows])
+    key_S2 = send(noise_keys([item.row.seed for item in rows], positions)[:, 0], logits_SV.device)
+    token_ids = choose(logits_SV, samplings, key_S2)
+    return SampledBatch(token_ids, gather_logprobs(raw_SV, token_ids, samplings) if wants_logprobs else None)
+
+
+def choose(logits_SV: torch.Tensor, samplings: Sequence[SamplingParams], key_S2: torch.Tensor) -> torch.Tensor:
+    """One token per row by temperature, min-p, top-k and top-p, [S] int64; the most likely one of greedy rows.
+
+    key_S2: `noise_keys` of the draws, on the logits' device.
+    """
     is_random = [sampling.temperature >= SMALLEST_TEMPERATURE for sampling in samplings]
     if all(is_random):
-        token_ids = torch.empty(len(rows), dtype=torch.int64, device=logits_SV.device)
+        token_ids = torch.empty(len(samplings), dtype=torch.int64, device=logits_SV.device)
     else:
         token_ids = logits_SV.argmax(dim=-1)
-    for group in _groups([i for i in range(len(rows)) if is_random[i]], samplings, logits_SV):
-        keys = [noise_key(rows[i].row.seed, rows[i].output_position) for i in group]
+    for group in _groups([i for i in range(len(samplings)) if is_random[i]], samplings, logits_SV):
         index = on_device(group, torch.int64, logits_SV.device)
-        token_ids[index] = _draw(logits_SV[index], [samplings[i] for i in group], keys)
-    return SampledBatch(token_ids, gather_logprobs(raw_SV, token_ids, samplings) if wants_logprobs else None)
+        token_ids[index] = _draw(logits_SV[index], [samplings[i] for i in group], key_S2[index])
+    return token_ids
 
 
 def gather_logprobs(
@@ -157,7 +168,7 @@ def _is_truncated(sampling: SamplingParams, vocab_size: int) -> bool:
     return 0 < sampling.top_k < vocab_size or sampling.top_p < 1.0
 
 
-def _draw(logits_RV: torch.Tensor, samplings: Sequence[SamplingParams], keys: Sequence[NoiseKey]) -> torch.Tensor:
+def _draw(logits_RV: torch.Tensor, samplings: Sequence[SamplingParams], key_R2: torch.Tensor) -> torch.Tensor:
     """One random token per row, [R] int64, from penalized logits of one of `_groups`."""
     device, vocab_size = logits_RV.device, logits_RV.shape[-1]
     temperature = on_device([[s.temperature] for s in samplings], torch.float32, device)
@@ -167,10 +178,10 @@ def _draw(logits_RV: torch.Tensor, samplings: Sequence[SamplingParams], keys: Se
         floor = on_device([[s.min_p] for s in samplings], torch.float32, device).log_()
         logits_RV = logits_RV.masked_fill_(logits_RV < floor, float("-inf"))
     if not _is_truncated(samplings[0], vocab_size):
-        noise = exponential_noise(keys, torch.arange(vocab_size, dtype=torch.int32, device=device))
+        noise = exponential_noise(key_R2, torch.arange(vocab_size, dtype=torch.int32, device=device))
         return logits_RV.sub_(noise.log_()).argmax(dim=-1)
     logits_RK, token_ids_RK = truncate(
         logits_RV, top_k=[s.top_k for s in samplings], top_p=[s.top_p for s in samplings]
     )
-    winners = (logits_RK - exponential_noise(keys, token_ids_RK).log_()).argmax(dim=-1, keepdim=True)
+    winners = (logits_RK - exponential_noise(key_R2, token_ids_RK).log_()).argmax(dim=-1, keepdim=True)
     return token_ids_RK.gather(-1, winners).squeeze(-1).to(torch.int64)

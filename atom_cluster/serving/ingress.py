@@ -41,7 +41,12 @@ class Ingress:
         options = config.model_options
         model_dir = await asyncio.to_thread(resolve_model_path, config.model, options.revision)
         max_model_len = None if options.max_model_len == "auto" else options.max_model_len
-        model = ServedModel.from_directory(model_dir, served_name=options.served_name, max_model_len=max_model_len)
+        model = ServedModel.from_directory(
+            model_dir,
+            served_name=options.served_name,
+            max_model_len=max_model_len,
+            uses_recommendations=config.api.generation_config == "auto",
+        )
         self._tokenizer = TokenizerService.from_directory(model_dir, num_threads=config.api.tokenizer_threads)
         replica_id = serve.get_replica_context().replica_id.unique_id
         metrics = RayMetrics(labels={"role": "ingress", "replica": replica_id})

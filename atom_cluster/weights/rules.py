@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from atom_cluster.parallel.sharding import WeightPart
+from atom_cluster.parallel.sharding import WeightPart, WeightParts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointMap:
     """All tensors that a rank's shard of a model is made of."""
 
-    parts: Mapping[str, WeightPart]
+    parts: Mapping[str, WeightParts]
     """By tensor name in the checkpoint; each must be there."""
     ignored: tuple[str, ...] = ()
     """Regular expressions of whole names that may be in the checkpoint and carry nothing the model needs."""
+
+    def each_part(self) -> Iterator[tuple[str, WeightPart]]:
+        """All parts, each with the name of its tensor."""
+        for name, parts in self.parts.items():
+            for part in parts if isinstance(parts, tuple) else (parts,):
+                yield name, part
 
     def is_ignored(self, name: str) -> bool:
         """Whether `name` may be in the checkpoint without being used."""

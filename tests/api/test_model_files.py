@@ -28,10 +28,41 @@ def test_end_tokens_come_from_both_files_and_defaults_from_generation_config(tmp
     assert (model.name, model.max_model_len, model.vocab_size) == ("m", 128, 10)
 
 
-def test_values_of_a_model_that_does_not_recommend_sampling_are_not_used(tmp_path: Path) -> None:
-    model = ServedModel.from_directory(write(tmp_path, CONFIG, {"temperature": 0.1}))
-    assert model.defaults == GenerationDefaults()
+@pytest.mark.parametrize(
+    ("do_sample", "expected"),
+    [
+        ({}, GenerationDefaults(temperature=0.1, repetition_penalty=1.2)),
+        ({"do_sample": False}, GenerationDefaults(repetition_penalty=1.2)),
+    ],
+)
+def test_sampling_values_count_unless_greedy_decoding_is_recommended(
+    tmp_path: Path, do_sample: dict[str, object], expected: GenerationDefaults
+) -> None:
+    generation = {"temperature": 0.1, "repetition_penalty": 1.2, **do_sample}
+    model = ServedModel.from_directory(write(tmp_path, CONFIG, generation))
+    assert model.defaults == expected
     assert model.name == tmp_path.name
+
+
+def test_recommendations_can_be_left_out_but_not_end_tokens(tmp_path: Path) -> None:
+    directory = write(tmp_path, CONFIG, {"do_sample": True, "temperature": 0.6, "eos_token_id": [7]})
+    model = ServedModel.from_directory(directory, uses_recommendations=False)
+    assert (model.defaults, model.eos_token_ids) == (GenerationDefaults(), (7, 2))
+
+
+def test_the_end_token_that_only_the_tokenizer_knows_counts(tmp_path: Path) -> None:
+    tokenizer = {"added_tokens": [{"id": 8, "content": "<|im_end|>", "special": True}], "model": {"vocab": {}}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<|im_end|>"}}))
+    assert ServedModel.from_directory(write(tmp_path, CONFIG)).eos_token_ids == (2, 8)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"tokenizer\.json"):
+        ServedModel.from_directory(tmp_path)
+
+
+def test_end_tokens_of_both_levels_of_a_multimodal_config_count(tmp_path: Path) -> None:
+    config = {"eos_token_id": [1, 106], "text_config": {**CONFIG, "eos_token_id": 1}}
+    assert ServedModel.from_directory(write(tmp_path, config)).eos_token_ids == (1, 106)
 
 
 def test_given_length_replaces_the_checkpoint_s(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ def test_templates_see_only_given_keys_and_know_the_developer_as_system(tokenize
     request = chat(messages=messages, reasoning_effort="low", chat_template_kwargs={"extra": 1})
     text = tokenizer.decode(chat_prompt(request, tokenizer=tokenizer, template=TEMPLATE, max_tokens=1000))
     assert text == (
-        '[{"role": "system", "content": "d"}, {"role": "assistant", "content": "a", "reasoning_content": "r"}]low1'
+        '[{"role": "system", "content": "d"}, '
+        '{"thinking": "r", "role": "assistant", "content": "a", "reasoning_content": "r"}]low1'
     )
 
 

@@ -106,9 +106,51 @@ def test_directory_gives_special_tokens_in_either_spelling(model_directory: Path
 def test_missing_or_broken_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="tokenizer.json: not found"):
         Tokenizer.from_directory(tmp_path)
+    (tmp_path / "tokenizer.model").touch()
+    with pytest.raises(ConfigError, match="tokenizer.model has to be converted"):
+        Tokenizer.from_directory(tmp_path)
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": 3}))
     with pytest.raises(ConfigError, match="tokenizer.json: not a tokenizer"):
         Tokenizer.from_directory(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"add_bos_token": True},
+        {"add_bos_token": True, "add_eos_token": True},
+        {"add_bos_token": False},
+        {"added_tokens_decoder": {"259": {"content": "<b>"}, "258": {"content": "<a>", "special": True}}},
+        {"eos_token": "</s>", "add_eos_token": True},
+    ],
+)
+@pytest.mark.parametrize("prescribes_bos", [False, True])
+def test_tokens_are_those_of_transformers(tmp_path: Path, config: dict[str, object], prescribes_bos: bool) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    backend = byte_level()
+    if prescribes_bos:
+        backend.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 256)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**names, **config}))
+    reference = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    for text in ("a <a><b></s>", "<|im_start|>a", ""):
+        assert tokenizer.encode(text) == reference(text)["input_ids"]
+        ids = reference(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.encode(text, add_special_tokens=False) == ids
+        assert tokenizer.decode(ids) == reference.decode(ids, skip_special_tokens=True)
+
+
+def test_names_of_special_tokens_may_be_in_the_older_file_and_models_may_have_their_own(tmp_path: Path) -> None:
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "old", "pad_token": {"content": "p"}}))
+    config = {"eos_token": "<|im_end|>", "bos_token": None, "extra_special_tokens": {"image_token": "<image>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    found = Tokenizer.from_directory(tmp_path).special_tokens
+    assert found == {"eos_token": "<|im_end|>", "pad_token": "p", "image_token": "<image>"}
 
 
 async def test_the_pool_refuses_work_beyond_its_bound_and_then_goes_on() -> None:

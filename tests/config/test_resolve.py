@@ -71,6 +71,11 @@ def test_tensor_parallel_ranks_share_the_kv_heads() -> None:
     assert resolve(config, CPU, MODEL).config.cache.num_blocks == (1 << 29) // (46080 // 3 * 16)
 
 
+def test_the_context_leaves_room_for_what_drafting_writes_behind_the_last_token() -> None:
+    config = args(PAIR, cache={"num_blocks": 100}, speculative={"num_tokens": 3})
+    assert resolve(config, CPU, MODEL).config.model_options.max_model_len == 1598
+
+
 def test_given_values_are_kept_and_need_no_reason() -> None:
     config = args(
         UNIFIED,

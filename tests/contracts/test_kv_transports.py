@@ -14,10 +14,12 @@ import torch
 
 from atom_cluster.errors import TransferError
 from atom_cluster.kv_transfer.protocol import KvRegion
-from atom_cluster.kv_transfer.registry import available
+from atom_cluster.kv_transfer.registry import TransportSettings, available, open_transport
+from atom_cluster.kv_transfer.shared_memory import allocate_shared
 from atom_cluster.units import Deadline
 from tests.kv_transfer.ranks import (
     LARGE,
+    SECRET,
     Exporter,
     Rank,
     exporter_elsewhere,
@@ -59,12 +61,17 @@ def pair(reader: Rank, exporter: Exporter) -> tuple[Rank, Exporter]:
     return reader, exporter
 
 
-def assert_copied(reader: Rank, source: tuple[KvRegion, ...], remote: tuple[int, ...], local: tuple[int, ...]) -> None:
-    """The blocks were copied in every region, and no other block was touched."""
+def assert_copied(
+    reader: Rank, source: tuple[KvRegion, ...], remote: tuple[int, ...], local: tuple[int, ...], group: int = 0
+) -> None:
+    """The blocks of the group were copied, and no other block of any group was touched."""
     others = [block for block in range(16) if block not in local]
-    for target, origin in zip(reader.regions, source, strict=True):
-        assert torch.equal(target.blocks[list(local)], origin.blocks[list(remote)])
-        assert not target.blocks[others].any()
+    for index, (target, origin) in enumerate(zip(reader.regions, source, strict=True)):
+        if index == group:
+            assert torch.equal(target.blocks[list(local)], origin.blocks[list(remote)])
+            assert not target.blocks[others].any()
+        else:
+            assert not target.blocks.any()
 
 
 @pytest.mark.parametrize(
@@ -77,14 +84,44 @@ def assert_copied(reader: Rank, source: tuple[KvRegion, ...], remote: tuple[int,
     ],
     ids=["one", "adjacent", "scattered", "all reversed"],
 )
-def test_copies_the_right_blocks_of_every_region_and_no_others(
-    pair: tuple[Rank, Exporter], remote: tuple[int, ...], local: tuple[int, ...]
+@pytest.mark.parametrize("group", [0, 1, 2])
+def test_copies_the_right_blocks_of_a_group_and_no_others(
+    pair: tuple[Rank, Exporter], remote: tuple[int, ...], local: tuple[int, ...], group: int
 ) -> None:
     reader, exporter = pair
-    completion = reader.read(1, "peer", remote, local)
+    completion = reader.read(1, "peer", remote, local, group)
     assert (completion.read_id, completion.error) == (1, None)
-    assert completion.num_bytes == len(remote) * sum(region.block_bytes for region in exporter.regions)
-    assert_copied(reader, exporter.regions, remote, local)
+    assert completion.num_bytes == len(remote) * exporter.regions[group].block_bytes
+    assert_copied(reader, exporter.regions, remote, local, group)
+
+
+def test_groups_have_their_own_numbers_of_blocks_and_reads_of_several_run_together(name: str) -> None:
+    def regions(sizes: tuple[int, int], content: int) -> tuple[KvRegion, ...]:
+        return tuple(
+            KvRegion(f"group {i}", allocate_shared(n * size).view(n, size).fill_(content))
+            for i, (n, size) in enumerate(zip(sizes, (64, 4096)))
+        )
+
+    settings = TransportSettings(rank=0, host="127.0.0.1", secret=SECRET)
+    source, target = regions((9, 3), 7), regions((4, 6), 0)
+    exporter, reader = open_transport(name, settings), open_transport(name, settings)
+    try:
+        reader.export(target)
+        reader.connect("peer", exporter.export(source))
+        reader.start_read(1, "peer", 0, (8,), (3,), Deadline.after(20))
+        reader.start_read(2, "peer", 1, (2, 0), (5, 1), Deadline.after(20))
+        reader.start_read(3, "peer", 1, (3,), (0,), Deadline.after(20))
+        reader.start_read(4, "peer", 0, (0,), (4,), Deadline.after(20))
+        reader.start_read(5, "peer", 2, (0,), (0,), Deadline.after(20))
+        found = {done.read_id: done for done in wait_for(reader, 5)}
+        assert [found[i].num_bytes for i in (1, 2)] == [64, 2 * 4096]
+        assert all("outside" in str(found[i].error) for i in (3, 4))
+        assert "no group 2" in str(found[5].error)
+        assert target[0].blocks.any(dim=1).nonzero().flatten().tolist() == [3]
+        assert target[1].blocks.any(dim=1).nonzero().flatten().tolist() == [1, 5]
+    finally:
+        reader.close()
+        exporter.close()
 
 
 def test_reads_of_many_blocks_are_cut_and_put_together_right(name: str) -> None:
@@ -102,7 +139,7 @@ def test_many_reads_under_way_each_end_once(pair: tuple[Rank, Exporter]) -> None
     reader, exporter = pair
     for read_id in range(200):
         block = read_id % 16
-        reader.transport.start_read(read_id, "peer", (block,), (block,), Deadline.after(20))
+        reader.transport.start_read(read_id, "peer", 0, (block,), (block,), Deadline.after(20))
     completions = wait_for(reader.transport, 200)
     assert sorted(completion.read_id for completion in completions) == list(range(200))
     assert all(completion.error is None for completion in completions)
@@ -119,12 +156,11 @@ def test_reads_from_two_peers_do_not_mix(name: str, reader: Rank) -> None:
     with rank_here(name, seed=1) as one, rank_here(name, seed=2) as two:
         reader.transport.connect("one", one.descriptor)
         reader.transport.connect("two", two.descriptor)
-        reader.transport.start_read(1, "one", (0, 1), (4, 5), Deadline.after(20))
-        reader.transport.start_read(2, "two", (0, 1), (8, 9), Deadline.after(20))
+        reader.transport.start_read(1, "one", 0, (0, 1), (4, 5), Deadline.after(20))
+        reader.transport.start_read(2, "two", 0, (0, 1), (8, 9), Deadline.after(20))
         assert {completion.error for completion in wait_for(reader.transport, 2)} == {None}
-        for target, first, second in zip(reader.regions, one.regions, two.regions, strict=True):
-            assert torch.equal(target.blocks[4:6], first.blocks[0:2])
-            assert torch.equal(target.blocks[8:10], second.blocks[0:2])
+        assert torch.equal(reader.regions[0].blocks[4:6], one.regions[0].blocks[0:2])
+        assert torch.equal(reader.regions[0].blocks[8:10], two.regions[0].blocks[0:2])
 
 
 def test_connecting_twice_changes_nothing(pair: tuple[Rank, Exporter]) -> None:
@@ -148,7 +184,7 @@ def test_a_damaged_descriptor_is_refused_or_its_reads_fail(name: str, reader: Ra
                 reader.transport.connect(f"peer {position}", bytes(damaged))
             except TransferError:
                 continue
-            reader.transport.start_read(position, f"peer {position}", (0,), (0,), Deadline.after(0.2))
+            reader.transport.start_read(position, f"peer {position}", 0, (0,), (0,), Deadline.after(0.2))
             wait_for(reader.transport, 1)
 
 
@@ -175,7 +211,7 @@ def test_reading_from_an_unknown_peer_ends_with_an_error(reader: Rank) -> None:
 
 def test_a_read_whose_deadline_passed_ends_with_an_error_and_writes_nothing(pair: tuple[Rank, Exporter]) -> None:
     reader, exporter = pair
-    reader.transport.start_read(1, "peer", (1,), (1,), Deadline.after(-1))
+    reader.transport.start_read(1, "peer", 0, (1,), (1,), Deadline.after(-1))
     (completion,) = wait_for(reader.transport, 1)
     assert "deadline" in str(completion.error)
     assert reader.read(2, "peer", (2,), (2,)).error is None
@@ -191,7 +227,7 @@ def long_read(name: str, deadline_s: float) -> Iterator[tuple[Rank, Exporter]]:
     ):
         reader.transport.connect("peer", exporter.descriptor)
         assert reader.read(0, "peer", (0,), (8,)).error is None
-        reader.transport.start_read(1, "peer", LONG_READ, LONG_READ, Deadline.after(deadline_s))
+        reader.transport.start_read(1, "peer", 0, LONG_READ, LONG_READ, Deadline.after(deadline_s))
         yield reader, exporter
 
 
@@ -230,16 +266,15 @@ def test_a_peer_that_stands_still_does_not_hold_reads_beyond_their_deadline(name
         reader.transport.connect("peer", exporter.descriptor)
         assert reader.read(0, "peer", (0,), (8,)).error is None
         exporter.signal(signal.SIGSTOP)
-        reader.transport.start_read(1, "peer", (0, 1), (0, 1), Deadline.after(0.3))
+        reader.transport.start_read(1, "peer", 0, (0, 1), (0, 1), Deadline.after(0.3))
         (stopped,) = wait_for(reader.transport, 1, timeout_s=5)
         if stopped.error is not None:  # shared memory can be read all the same
-            for region in reader.regions:
-                region.blocks[:2] = 0
+            reader.regions[0].blocks[:2] = 0
         exporter.signal(signal.SIGCONT)
         assert reader.read(2, "peer", (5,), (9,)).error is None
-        for target, origin in zip(reader.regions, exporter.regions, strict=True):
-            expected = origin.blocks[:2] if stopped.error is None else torch.zeros_like(origin.blocks[:2])
-            assert torch.equal(target.blocks[:2], expected)
+        written = exporter.regions[0].blocks[:2]
+        expected = written if stopped.error is None else torch.zeros_like(written)
+        assert torch.equal(reader.regions[0].blocks[:2], expected)
 
 
 def test_closing_abandons_reads_writes_nothing_afterwards_and_may_be_repeated(name: str) -> None:

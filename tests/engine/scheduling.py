@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from atom_cluster.config.scheduler import SchedulerConfig
-from atom_cluster.engine.request import Phase, Request
+from atom_cluster.engine.request import Request
+from atom_cluster.engine.results import append_tokens, confirm_row
 from atom_cluster.engine.scheduler import ScheduledStep, Scheduler
 from atom_cluster.kv_cache.block_manager import BlockManager
+from atom_cluster.kv_cache.layout import PageGroup
+from atom_cluster.messages.steps import SampledTokens
 from atom_cluster.observability.memory import MemoryMetrics
-from tests.factories import make_scheduler
+from tests.factories import MAX_MODEL_LEN, make_scheduler
 from tests.fakes import VirtualClock
 
 TOKEN = 7
@@ -24,6 +28,10 @@ class Loop:
     num_blocks: int = 64
     num_rows: int = 8
     depth: int = 1
+    other_groups: tuple[PageGroup, ...] = ()
+    max_drafts: int = 0
+    num_kept: Callable[[int], int] = lambda num_drafts: num_drafts
+    """How many of a row's drafts are right."""
     metrics: MemoryMetrics = field(default_factory=MemoryMetrics)
     clock: VirtualClock = field(default_factory=VirtualClock)
     steps: list[ScheduledStep] = field(default_factory=list)
@@ -35,7 +43,13 @@ class Loop:
 
     def __post_init__(self) -> None:
         self.scheduler, self.blocks = make_scheduler(
-            self.config, num_blocks=self.num_blocks, num_rows=self.num_rows, metrics=self.metrics, clock=self.clock
+            self.config,
+            num_blocks=self.num_blocks,
+            num_rows=self.num_rows,
+            other_groups=self.other_groups,
+            max_drafts=self.max_drafts,
+            metrics=self.metrics,
+            clock=self.clock,
         )
 
     def add(self, *requests: Request) -> None:
@@ -50,7 +64,7 @@ class Loop:
         self.in_flight.append(step)
         while self.in_flight and (len(self.in_flight) >= self.depth or not step.rows):
             self._apply(self.in_flight.popleft())
-        self.blocks.pool.check_integrity()
+        self.blocks.check_integrity()
         return step
 
     def run(self, max_steps: int = 2000) -> None:
@@ -64,8 +78,8 @@ class Loop:
     def _check(self, step: ScheduledStep) -> None:
         assert sum(row.num_tokens for row in step.rows) <= self.config.max_num_batched_tokens
         assert [row.num_tokens for row in step.steps] == [row.num_tokens for row in step.rows]
-        is_chunk = [row.num_tokens > 1 for row in step.steps]
-        assert is_chunk == sorted(is_chunk), "rows of one token come first"
+        kinds = [0 if row.num_tokens == 1 else 1 if row.num_drafts else 2 for row in step.steps]
+        assert kinds == sorted(kinds), "rows of one token come first, then those with drafts"
         assert len({row.row for row in step.steps}) == len(step.steps), "a row appears at most once"
         assert set(step.freed_rows) <= self.used_rows
         self.used_rows -= set(step.freed_rows)
@@ -76,7 +90,8 @@ class Loop:
         for scheduled in step.rows:
             request = scheduled.request
             assert request.num_computed <= len(request.tokens) + request.num_sampling
-            assert len(request.table.block_ids) * self.blocks.block_size >= request.num_computed
+            room = request.num_computed + scheduled.num_drafts + scheduled.samples * max(0, self.max_drafts - 1)
+            assert len(request.table.block_ids) * self.blocks.block_size >= room
 
     def _apply(self, step: ScheduledStep) -> None:
         for row in step.rows:
@@ -85,10 +100,12 @@ class Loop:
             request.num_sampling -= row.samples
             if request.is_done:
                 continue
-            if row.residence == request.residence and request.phase is Phase.RUNNING:
-                request.num_confirmed = row.end
-            request.tokens.extend([TOKEN] * row.samples)
-            self.blocks.offer(request.table, request.tokens, request.num_confirmed)
+            tokens = (TOKEN,) * (1 + self.num_kept(row.num_drafts))
+            sampled = SampledTokens(0, tokens, None, (TOKEN,) * self.max_drafts) if row.samples else None
+            confirm_row(row, sampled)
+            if sampled is not None:
+                append_tokens(request, tokens, None, max_model_len=MAX_MODEL_LEN)
+            self.blocks.confirm(request.table, request.tokens, request.num_confirmed)
             if request.num_output == request.sampling.max_tokens:
                 self.scheduler.remove(request)
                 self.blocks.release(request.table)

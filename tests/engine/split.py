@@ -5,23 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import msgspec
+
 from atom_cluster.config.scheduler import SchedulerConfig
 from atom_cluster.config.transfer import KvTransferConfig
 from atom_cluster.engine.core import EngineCore
 from atom_cluster.engine.protocols import EngineOutput
 from atom_cluster.engine.sim_runner import SimulatedRunner
+from atom_cluster.kv_cache.layout import PageGroup
 from atom_cluster.messages.cluster import PeerAddress
 from atom_cluster.messages.requests import CancelRequest
+from atom_cluster.messages.transfer import KvPublication
 from atom_cluster.observability.memory import MemoryMetrics
 from tests.factories import (
     TRANSFER,
     assert_clean,
+    check_integrity,
     expected_tokens,
     make_engine,
     make_message,
     make_prompt,
     make_runner,
-    pool_of,
 )
 from tests.fakes import Answer, Network, RecordingRunner, VirtualClock
 
@@ -39,6 +43,8 @@ class Split:
     num_prefill_blocks: int = 64
     num_decode_blocks: int = 64
     prefill_policy: SchedulerConfig | None = None
+    other_groups: tuple[PageGroup, ...] = ()
+    max_drafts: int = 0
     metrics: MemoryMetrics = field(default_factory=MemoryMetrics)
     """Of the decode engine."""
     prompts: dict[str, tuple[tuple[int, ...], int]] = field(default_factory=dict)
@@ -57,6 +63,8 @@ class Split:
             self.network.clock,
             num_blocks=self.num_prefill_blocks if is_prefill else self.num_decode_blocks,
             kv_bytes_per_s=self.kv_bytes_per_s,
+            other_groups=self.other_groups,
+            max_drafts=self.max_drafts,
         )
         scheduler = SchedulerConfig(max_num_batched_tokens=self.prefill_budget) if is_prefill else SchedulerConfig()
         recording = RecordingRunner(runner)
@@ -101,12 +109,24 @@ class Split:
     def cancel(self, request_id: str = "r") -> None:
         self.decode.put(CLIENT, CancelRequest(request_id))
 
+    def damage(self, group: int) -> None:
+        """Let the first pages of a group that arrive on decode have been damaged on the way."""
+
+        def alter(source: str, target: str, message: EngineOutput) -> EngineOutput:
+            if not isinstance(message, KvPublication) or message.group != group or not message.block_ids:
+                return message
+            self.network.alter = lambda source, target, message: message
+            (tags,) = message.tags
+            return msgspec.structs.replace(message, tags=((tags[0] ^ 1, *tags[1:]),))
+
+        self.network.alter = alter
+
     def answer(self, request_id: str = "r") -> Answer:
         return self.network.answers.setdefault(request_id, Answer())
 
     def check_integrity(self) -> None:
         for engine in self.network.engines.values():
-            pool_of(engine).check_integrity()
+            check_integrity(engine)
 
     def turns_until(self, condition: Callable[[], bool], max_turns: int = 500) -> None:
         for _ in range(max_turns):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from atom_cluster.config.scheduler import SchedulerConfig
 from atom_cluster.engine.protocols import EngineOutput
 from atom_cluster.engine.sim_runner import SimulatedRunner
+from atom_cluster.kv_cache.layout import PageGroup
 from atom_cluster.messages.requests import CancelRequest
 from atom_cluster.messages.transfer import (
     KvPublication,
@@ -20,15 +21,19 @@ from atom_cluster.messages.transfer import (
     TicketRelease,
     TicketRenew,
 )
+from atom_cluster.units import ceil_div
 from tests.factories import (
+    BLOCK_SIZE,
     TRANSFER,
     assert_clean,
+    check_integrity,
     expected_tokens,
     make_engine,
     make_message,
     make_prompt,
     make_runner,
-    pool_of,
+    states,
+    window,
 )
 from tests.fakes import Network, VirtualClock
 
@@ -48,6 +53,23 @@ class Sizes:
     kv_bytes_per_s: float
     chunk: int
     policy: Literal["mixed", "prefill_first", "decode_only"] = "mixed"
+    windows: tuple[int, ...] = ()
+    has_states: bool = False
+    page_share: float = 1.0
+    """Pages of other groups, relative to what lets all rows run."""
+    num_drafts: int = 0
+    acceptance: float = 0.7
+
+    @property
+    def other_groups(self) -> tuple[PageGroup, ...]:
+        groups = []
+        for size in self.windows:
+            fewest = ceil_div(size + 2 * self.num_drafts, BLOCK_SIZE) + 2
+            groups.append(window(size, fewest + int(self.page_share * self.num_rows * fewest)))
+        if self.has_states:
+            fewest = self.num_drafts + 2
+            groups.append(states(fewest + int(self.page_share * self.num_rows * fewest)))
+        return tuple(groups)
 
 
 SIZES = st.builds(
@@ -59,6 +81,11 @@ SIZES = st.builds(
     kv_bytes_per_s=st.sampled_from((1e7, 1e8, 1e11)),
     chunk=st.sampled_from((0, 0, 5)),
     policy=st.sampled_from(("mixed", "mixed", "prefill_first", "decode_only")),
+    windows=st.sampled_from(((), (), (5,), (1, 11))),
+    has_states=st.booleans(),
+    page_share=st.sampled_from((0.0, 0.3, 1.0, 2.0)),
+    num_drafts=st.sampled_from((0, 0, 1, 2, 3)),
+    acceptance=st.sampled_from((0.0, 0.7, 1.0)),
 )
 
 _who = st.sampled_from(NAMES)
@@ -74,6 +101,7 @@ _send = st.tuples(
 ACTION = st.one_of(
     _send,
     _send,
+    st.tuples(st.just("follow"), _who, st.sampled_from((None, *NAMES)), st.integers(0, 60), st.integers(1, 12)),
     st.tuples(st.just("step"), _who),
     st.tuples(st.just("step"), _who),
     st.tuples(st.just("deliver"), st.integers(1, 4)),
@@ -128,6 +156,9 @@ class Storm:
             num_blocks=sizes.num_blocks,
             num_rows=sizes.num_rows,
             kv_bytes_per_s=sizes.kv_bytes_per_s,
+            other_groups=sizes.other_groups,
+            max_drafts=sizes.num_drafts,
+            draft_acceptance=sizes.acceptance,
         )
         scheduler = SchedulerConfig(
             max_num_batched_tokens=sizes.budget,
@@ -151,15 +182,24 @@ class Storm:
 
     def _check_integrity(self) -> None:
         for engine in self.network.engines.values():
-            pool_of(engine).check_integrity()
+            check_integrity(engine)
 
     # --- actions
 
     def _do_send(
         self, name: str, prefill: str | None, family: int, num_tokens: int, max_tokens: int, priority: int
     ) -> None:
-        request_id = f"r{len(self.sent)}"
         prompt = (*make_prompt(num_tokens, seed=family), len(self.sent) % 3)
+        self._send(name, prefill, prompt, max_tokens, priority)
+
+    def _do_follow(self, name: str, prefill: str | None, number: int, max_tokens: int) -> None:
+        """The next turn of a chat: an earlier prompt with its answer so far, and something new."""
+        sent, answer = self.sent.get(f"r{number}"), self.network.answers.get(f"r{number}")
+        if sent is not None and answer is not None:
+            self._send(name, prefill, (*sent.prompt, *answer.tokens)[:30] + (7,), max_tokens, 0)
+
+    def _send(self, name: str, prefill: str | None, prompt: tuple[int, ...], max_tokens: int, priority: int) -> None:
+        request_id = f"r{len(self.sent)}"
         self.sent[request_id] = _Sent(name, prompt, max_tokens)
         address = None if prefill is None or prefill == name else self.network.addresses[prefill]
         message = make_message(request_id, prompt, max_tokens, prefill=address, priority=priority)

@@ -134,8 +134,8 @@ def test_kv_commands_of_a_plan_run_after_its_forward_pass() -> None:
         finished = wait_for_report(target)
         assert isinstance(finished, ReadFinished)
         assert (finished.error, finished.bad_blocks) == (None, ())
-        assert torch.equal(target_memory.blocks[[8, 20]], source_memory.blocks[[3, 1]])
-        assert bool(source_memory.blocks[3].any())
+        assert torch.equal(target_memory.regions[0].blocks[[8, 20]], source_memory.regions[0].blocks[[3, 1]])
+        assert bool(source_memory.regions[0].blocks[3].any())
     finally:
         source.close()
         target.close()

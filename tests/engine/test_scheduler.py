@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -7,9 +9,10 @@ from hypothesis import strategies as st
 from atom_cluster.config.scheduler import SchedulerConfig
 from atom_cluster.engine.request import Phase
 from atom_cluster.errors import Overloaded
+from atom_cluster.kv_cache.layout import PageGroup
 from atom_cluster.observability.metrics import PREEMPTIONS
 from tests.engine.scheduling import TOKEN, Loop, shape
-from tests.factories import make_request
+from tests.factories import make_request, states, window
 
 
 def test_decodes_come_before_prompts_and_share_the_budget_with_them() -> None:
@@ -182,6 +185,71 @@ def test_prompt_tokens_still_to_be_computed_are_counted() -> None:
     assert loop.scheduler.count_waiting_tokens() == 19
 
 
+def test_chunks_of_a_model_with_states_end_at_block_boundaries_and_before_the_last_one() -> None:
+    loop = Loop(SchedulerConfig(max_num_batched_tokens=11), other_groups=(states(),))
+    loop.add(make_request(0, 22, 3))
+    assert [shape(loop.step())[0][1] for _ in range(4)] == [8, 8, 4, 2]
+    again = make_request(1, 22)
+    again.tokens = make_request(0, 22).tokens
+    loop.add(again)
+    assert ("r1", 2) in shape(loop.step())
+    assert again.num_cached == 20
+
+
+def test_a_budget_below_a_block_still_moves_prompts_of_models_with_states() -> None:
+    loop = Loop(SchedulerConfig(max_num_batched_tokens=3), other_groups=(states(),))
+    loop.add(make_request(0, 10, 2))
+    assert [shape(loop.step())[0][1] for _ in range(5)] == [3, 1, 3, 1, 2]
+
+
+def test_a_prompt_whose_next_chunk_lacks_pages_of_a_window_waits_for_its_own_results() -> None:
+    config = SchedulerConfig(max_num_batched_tokens=16, long_prefill_tokens=8)
+    loop = Loop(config, other_groups=(window(6, 5),), depth=2)
+    loop.add(make_request(0, 40, 2))
+    assert shape(loop.step()) == [("r0", 8)]
+    loop.run()
+    assert loop.metrics.value(PREEMPTIONS) == 0
+    assert sum(row.num_tokens for step in loop.steps for row in step.rows) == 41
+
+
+def test_whoever_goes_last_makes_way_when_any_group_runs_out() -> None:
+    loop = Loop(other_groups=(states(3),), max_drafts=1)
+    first, second = make_request(0, 10, 30), make_request(1, 10, 3)
+    loop.add(second)
+    loop.step()
+    loop.add(first)
+    loop.step()
+    assert [request.phase for request in (first, second)] == [Phase.WAITING, Phase.RUNNING]
+    loop.run()
+    assert len(loop.finished) == 2
+
+
+def test_a_prompt_that_lacks_pages_does_not_keep_others_from_decoding() -> None:
+    config = SchedulerConfig(max_num_batched_tokens=5, long_prefill_tokens=3, policy="prefill_first")
+    loop = Loop(config, num_rows=3, other_groups=(window(5, 6),))
+    loop.add(*(make_request(number, 1, 6) for number in range(2)), make_request(2, 9, 1))
+    loop.run()
+    assert len(loop.finished) == 3
+
+
+def test_only_a_prompt_for_another_engine_that_nothing_can_help_is_called_starved() -> None:
+    config = SchedulerConfig(max_num_batched_tokens=8, long_prefill_tokens=4)
+    loop = Loop(config, other_groups=(window(20, 10),))
+    first, second = (make_request(number, 40, 1, ticket_id=f"t{number}") for number in range(2))
+    loop.add(first, second)
+    while loop.step().rows:
+        assert loop.steps[-1].starved is None
+    assert loop.steps[-1].starved is second
+    table = loop.blocks.match((1, 2, 3), "arriving", in_first_group=True)
+    loop.scheduler.remove(second)
+    loop.blocks.rename(second.table, "leased")
+    assert loop.step().starved is None, "what is leased comes back"
+    loop.blocks.release(second.table)
+    loop.blocks.release(table)
+    loop.run()
+    assert loop.finished == [first]
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     requests=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 16), st.integers(0, 2)), min_size=1, max_size=15),
@@ -196,6 +264,9 @@ def test_prompt_tokens_still_to_be_computed_are_counted() -> None:
         policy=st.sampled_from(("mixed", "prefill_first", "decode_only")),
         max_num_requests=st.integers(1, 6),
     ),
+    other_groups=st.sampled_from(((), (window(5, 6),), (window(3, 9), window(8, 14), states(9)), (states(5),))),
+    max_drafts=st.sampled_from((0, 0, 1, 3)),
+    num_kept=st.functions(like=lambda num_drafts: 0, returns=st.integers(0, 3), pure=True),
 )
 def test_every_request_of_a_random_trace_finishes_and_gives_back_what_it_held(
     requests: list[tuple[int, int, int]],
@@ -204,14 +275,25 @@ def test_every_request_of_a_random_trace_finishes_and_gives_back_what_it_held(
     num_rows: int,
     depth: int,
     config: SchedulerConfig,
+    other_groups: tuple[PageGroup, ...],
+    max_drafts: int,
+    num_kept: Callable[[int], int],
 ) -> None:
-    loop = Loop(config, num_blocks=num_blocks, num_rows=num_rows, depth=depth)
+    loop = Loop(
+        config,
+        num_blocks=num_blocks,
+        num_rows=num_rows,
+        depth=depth,
+        other_groups=other_groups,
+        max_drafts=max_drafts,
+        num_kept=lambda num_drafts: min(num_drafts, num_kept(num_drafts)),
+    )
     for number, (num_tokens, max_tokens, priority) in enumerate(requests):
         loop.add(make_request(number, num_tokens, max_tokens, priority=priority))
         for _ in range(gaps[number]):
             loop.step()
     loop.run()
     assert len(loop.finished) == len(requests)
-    counts = loop.blocks.pool.counts()
-    assert counts["free"] + counts["cached"] == num_blocks
+    for counts in (loop.blocks.pool.counts_by_name(), *loop.blocks.other_counts().values()):
+        assert counts["free"] + counts["cached"] == sum(counts.values())
     assert all(request.num_in_flight == request.num_sampling == 0 for request in loop.finished)

@@ -341,7 +341,8 @@ def test_info_tells_the_simulated_sizes_and_what_must_be_equal_to_exchange_block
     info = make_runner().info
     assert (info.num_blocks, info.vocab_size, info.block_size, info.world_size) == (64, 1000, BLOCK_SIZE, 1)
     assert info.kv_transports == ("sim",)
-    assert info.fingerprint_fields == {"model": "simulated", "block_size": "4", "vocab_size": "1000"}
+    fields = {"model": "simulated", "block_size": "4", "vocab_size": "1000", "groups": ""}
+    assert info.fingerprint_fields == fields
     assert make_runner().info.kv_offers != info.kv_offers
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -29,8 +30,16 @@ BLOCK_SIZE = 8
 class Pair:
     """A prefill and a decode engine in this process, each with its own runner and KV memory."""
 
-    def __init__(self, model: str, *, transport: str, num_decode_blocks: int = 128, max_num_batched_tokens: int = 1024):
-        self.model = model
+    def __init__(
+        self,
+        model_dir: Path,
+        *,
+        transport: str,
+        num_decode_blocks: int = 128,
+        max_num_batched_tokens: int = 1024,
+        max_model_len: int = 256,
+        num_drafts: int = 0,
+    ) -> None:
         self.tokens: dict[str, list[int]] = {}
         self.finish_reasons: dict[str, str] = {}
         self.metrics = {name: MemoryMetrics() for name in ("prefill", "decode")}
@@ -39,13 +48,14 @@ class Pair:
         self.cores: dict[str, EngineCore] = {}
         for name, num_blocks in (("prefill", 128), ("decode", num_decode_blocks)):
             options = RunnerOptions(
-                model_dir=str(tiny_model_dir(model)),
+                model_dir=str(model_dir),
                 dtype="float64",
                 device="cpu",
                 block_size=BLOCK_SIZE,
                 num_blocks=num_blocks,
                 max_num_requests=16,
-                max_model_len=256,
+                max_model_len=max_model_len,
+                num_drafts=num_drafts,
                 num_threads=1,
                 kv_transport=transport,
                 secret=b"0123456789abcdef",
@@ -127,10 +137,10 @@ def pairs() -> Iterator[list[Pair]]:
         pair.close()
 
 
-def assert_kv_came_from_prefill(pair: Pair, requests: list[Request]) -> None:
+def assert_kv_came_from_prefill(pair: Pair, model: str, requests: list[Request]) -> None:
     """Every prompt's blocks were transferred, and nothing is held afterwards."""
     num_blocks = sum(-(-len(prompt) // BLOCK_SIZE) for prompt, _ in requests)
-    spec = read_spec(tiny_model_dir(pair.model))
+    spec = read_spec(tiny_model_dir(model))
     bytes_per_block = BLOCK_SIZE * spec.num_layers * spec.num_kv_heads * 2 * spec.head_dim * 8
     assert pair.metrics["decode"].value(KV_TRANSFER_BYTES) == num_blocks * bytes_per_block
     for core in pair.cores.values():
@@ -142,20 +152,20 @@ def assert_kv_came_from_prefill(pair: Pair, requests: list[Request]) -> None:
 def test_a_pair_gives_what_one_engine_gives(
     model: str, expected: list[list[int]], pairs: list[Pair], transport: str
 ) -> None:
-    pair = Pair(model, transport=transport)
+    pair = Pair(tiny_model_dir(model), transport=transport)
     pairs.append(pair)
     assert pair.generate(mixed_requests()) == expected
-    assert_kv_came_from_prefill(pair, mixed_requests())
+    assert_kv_came_from_prefill(pair, model, mixed_requests())
 
 
 def test_chunks_published_one_by_one_give_the_same(model: str, expected: list[list[int]], pairs: list[Pair]) -> None:
-    pair = Pair(model, transport="shm", max_num_batched_tokens=20)
+    pair = Pair(tiny_model_dir(model), transport="shm", max_num_batched_tokens=20)
     pairs.append(pair)
     assert pair.generate(mixed_requests()) == expected
 
 
 def test_prefixes_cached_on_either_side_give_the_same(model: str, expected: list[list[int]], pairs: list[Pair]) -> None:
-    pair = Pair(model, transport="shm")
+    pair = Pair(tiny_model_dir(model), transport="shm")
     pairs.append(pair)
     assert pair.generate(mixed_requests()) == expected
     first_bytes = pair.metrics["decode"].value(KV_TRANSFER_BYTES)
@@ -167,6 +177,6 @@ def test_prefixes_cached_on_either_side_give_the_same(model: str, expected: list
 def test_a_decode_engine_short_of_blocks_gives_the_same(
     model: str, expected: list[list[int]], pairs: list[Pair]
 ) -> None:
-    pair = Pair(model, transport="shm", num_decode_blocks=16)
+    pair = Pair(tiny_model_dir(model), transport="shm", num_decode_blocks=16)
     pairs.append(pair)
     assert pair.generate(mixed_requests()) == expected

@@ -16,10 +16,11 @@ from atom_cluster.engine.protocols import StepRunner
 from atom_cluster.gang.gang_runner import GangRunner
 from atom_cluster.gang.shm_sender import ShmPlanSender
 from atom_cluster.messages.requests import SamplingParams
-from atom_cluster.messages.steps import NewRow, RowStep, StepPlan
+from atom_cluster.messages.steps import NewRow, RowStep, StepPlan, StepResult
 from atom_cluster.runner.build import build_model_runner
 from atom_cluster.runner.options import RunnerOptions
 from tests.equivalence.follower_process import run_follower
+from tests.models.test_mtp import checkpoint_with_draft_layers
 from tests.tiny_models import random_tokens, tiny_model_dir
 
 NUM_STEPS = 12
@@ -35,6 +36,7 @@ SAMPLINGS = (
 class Model:
     directory: Path
     dtype: Literal["float64", "float32"]
+    num_drafts: int = 0
 
 
 def make_options(model: Model, *, rank: int, world_size: int, init_method: str) -> RunnerOptions:
@@ -49,6 +51,7 @@ def make_options(model: Model, *, rank: int, world_size: int, init_method: str) 
         num_blocks=64,
         max_num_requests=4,
         max_model_len=128,
+        num_drafts=model.num_drafts,
         num_threads=1,
     )
 
@@ -118,12 +121,36 @@ def run(runner: StepRunner) -> dict[int, list[int]]:
     return tokens
 
 
+def run_with_drafts(runner: StepRunner) -> list[StepResult]:
+    """Results of steps, each of which verifies all drafts of the one before."""
+    plan = make_plans()[0]
+    lengths = {row.row: len(row.token_ids) for row in plan.new_rows}
+    rows = tuple(RowStep(row, 0, length, True) for row, length in lengths.items())
+    plan = StepPlan(step_id=0, new_rows=plan.new_rows, rows=rows)
+    results = []
+    for step in range(NUM_STEPS):
+        runner.submit(plan)
+        result = runner.collect(60.0)
+        assert result is not None
+        results.append(StepResult(step_id=step, sampled=result.sampled))
+        rows = ()
+        for one in result.sampled:
+            lengths[one.row] += len(one.token_ids)
+            rows += (RowStep(one.row, lengths[one.row] - 1, 1 + len(one.drafts), True, num_drafts=len(one.drafts)),)
+        plan = StepPlan(step_id=step + 1, rows=rows)
+    assert any(len(one.token_ids) > 1 for result in results for one in result.sampled)
+    return results
+
+
 def assert_split_equals_whole(model: Model, world_size: int, meeting_point: Path) -> None:
     whole = LocalRunner(build_model_runner(make_options(model, rank=0, world_size=1, init_method="")))
     split = open_gang(model, world_size, meeting_point)
     try:
         assert split.info.world_size == world_size
         assert split.info.vocab_size == whole.info.vocab_size
+        if model.num_drafts:
+            assert run_with_drafts(split) == run_with_drafts(whole)
+            return
         expected = run(whole)
         assert [len(expected[row]) for row in range(3)] == [NUM_STEPS, NUM_STEPS, NUM_STEPS - 1]
         assert run(split) == expected
@@ -135,6 +162,11 @@ def assert_split_equals_whole(model: Model, world_size: int, meeting_point: Path
 @pytest.mark.parametrize("name", ["llama", "llama_tied_bias", "qwen2", "qwen3"])
 def test_two_ranks_give_the_tokens_of_one(name: str, tmp_path: Path) -> None:
     assert_split_equals_whole(Model(tiny_model_dir(name), "float64"), 2, tmp_path / "meeting_point")
+
+
+def test_two_ranks_draft_and_verify_as_one_does(tmp_path: Path) -> None:
+    directory = checkpoint_with_draft_layers(tmp_path)
+    assert_split_equals_whole(Model(directory, "float64", num_drafts=3), 2, tmp_path / "meeting_point")
 
 
 @pytest.mark.demo_model

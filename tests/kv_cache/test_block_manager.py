@@ -17,7 +17,7 @@ def compute(manager: BlockManager, tokens: tuple[int, ...]) -> BlockTable:
     """A table whose tokens have all been computed and offered."""
     table = manager.match(tokens, "running")
     assert manager.extend(table, len(tokens)) is not None
-    manager.offer(table, tokens, len(tokens))
+    manager.confirm(table, tokens, len(tokens))
     manager.pool.check_integrity()
     return table
 
@@ -25,11 +25,11 @@ def compute(manager: BlockManager, tokens: tuple[int, ...]) -> BlockTable:
 def test_a_table_grows_by_whole_blocks() -> None:
     manager = make_manager()
     table = manager.match(PROMPT, "running")
-    assert [manager.blocks_missing(table, num_tokens) for num_tokens in (0, 1, 4, 5)] == [0, 1, 1, 2]
-    assert manager.extend(table, 5) == tuple(table.block_ids)
+    assert [manager.missing(table, num_tokens) for num_tokens in (0, 1, 4, 5)] == [(0,), (1,), (1,), (2,)]
+    assert manager.extend(table, 5) == (tuple(table.block_ids),)
     assert len(table.block_ids) == 2
     assert manager.extend(table, 8) == ()
-    assert len(manager.extend(table, 9) or ()) == 1
+    assert manager.extend(table, 9) == ((table.block_ids[2],),)
 
 
 def test_a_table_that_cannot_grow_stays_as_it_is() -> None:
@@ -63,7 +63,7 @@ def test_only_full_blocks_of_computed_tokens_are_offered() -> None:
     table = manager.match(PROMPT, "running")
     manager.extend(table, len(PROMPT))
     for num_computed, num_offered in ((3, 0), (4, 1), (7, 1), (10, 2), (12, 2)):
-        manager.offer(table, PROMPT, num_computed)
+        manager.confirm(table, PROMPT, num_computed)
         assert len(manager.pool.cached_hashes) == num_offered
     assert manager.pool.cached_hashes == hash_blocks(PROMPT, 4, SEED)
 
@@ -72,7 +72,7 @@ def test_blocks_that_fill_while_decoding_are_offered_too() -> None:
     manager = make_manager()
     table = compute(manager, PROMPT)
     longer = (*PROMPT, 1, 2)
-    manager.offer(table, longer, 12)
+    manager.confirm(table, longer, 12)
     assert manager.match((*longer, 3), "running").block_ids == table.block_ids
 
 
@@ -101,7 +101,7 @@ def test_released_blocks_are_found_again_and_an_evicted_parent_hides_its_childre
     manager.pool.release([parent, partial], "leased")
     again = manager.match(PROMPT[:5], "running")
     manager.extend(again, 5)
-    manager.offer(again, PROMPT, 4)
+    manager.confirm(again, PROMPT, 4)
     found = manager.match(PROMPT, "running")
     assert found.block_ids == [again.block_ids[0], child]
     manager.pool.check_integrity()
@@ -128,7 +128,7 @@ def test_releasing_a_table_twice_gives_back_nothing_the_second_time() -> None:
 def test_a_copied_claim_cannot_be_released_twice() -> None:
     manager = make_manager()
     table = compute(manager, PROMPT)
-    copy = BlockTable("running", list(table.block_ids))
+    copy = BlockTable("running", list(table.groups))
     manager.release(table)
     with pytest.raises(AssertionError, match="not running"):
         manager.release(copy)

@@ -135,13 +135,13 @@ class Traces(RuleBasedStateMachine):
         request = self.pick(data)
         tokens = request.tokens + new_tokens
         missing = max(0, -(-len(tokens) // BLOCK_SIZE) - len(request.blocks))
-        assert self.manager.blocks_missing(request.table, len(tokens)) == missing
+        assert self.manager.missing(request.table, len(tokens)) == (missing,)
         blocks = self.model.acquire(missing)
         found = self.manager.extend(request.table, len(tokens))
         if blocks is None:
             assert found is None
         else:
-            assert found == tuple(blocks)
+            assert found == ((tuple(blocks),) if blocks else ())
             request.blocks += blocks
             request.tokens = tokens
         assert request.table.block_ids == request.blocks
@@ -152,7 +152,7 @@ class Traces(RuleBasedStateMachine):
         request = self.pick(data)
         room = min(len(request.tokens), len(request.blocks) * BLOCK_SIZE)
         request.num_computed = data.draw(st.integers(min(request.num_computed, room), room))
-        self.manager.offer(request.table, request.tokens, request.num_computed)
+        self.manager.confirm(request.table, request.tokens, request.num_computed)
         for index in range(request.num_named, request.num_computed // BLOCK_SIZE):
             tokens = request.tokens[: (index + 1) * BLOCK_SIZE]
             self.model.cached.setdefault(self.hash_of(tokens), (request.blocks[index], tokens))

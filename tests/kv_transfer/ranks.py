@@ -20,12 +20,12 @@ from atom_cluster.units import Deadline
 
 SECRET = b"a secret of the cluster"
 SMALL = (64, 200, 4096)
-"""Bytes per block of the regions of a small rank."""
+"""Bytes per block of the cache groups of a small rank."""
 LARGE = (1 << 20,)
 
 
 def make_regions(*, num_blocks: int, block_bytes: tuple[int, ...], seed: int | None) -> tuple[KvRegion, ...]:
-    """Regions in shared memory; random with a seed, else zero. The last two interleave, as layers of one block do."""
+    """A region per cache group in shared memory; random with a seed, else zero. The last two interleave."""
     *alone, last = block_bytes
     regions = []
     for index, size in enumerate(alone[:-1]):
@@ -51,8 +51,10 @@ class Rank:
     regions: tuple[KvRegion, ...]
     descriptor: bytes
 
-    def read(self, read_id: int, peer: str, remote: tuple[int, ...], local: tuple[int, ...]) -> ReadCompletion:
-        self.transport.start_read(read_id, peer, remote, local, Deadline.after(20))
+    def read(
+        self, read_id: int, peer: str, remote: tuple[int, ...], local: tuple[int, ...], group: int = 0
+    ) -> ReadCompletion:
+        self.transport.start_read(read_id, peer, group, remote, local, Deadline.after(20))
         (completion,) = wait_for(self.transport, 1)
         return completion
 

@@ -50,10 +50,11 @@ class Engine:
         wait_until(has_all, timeout_s)
         return found
 
-    def tags(self, block_ids: tuple[int, ...]) -> tuple[int, ...]:
-        self.agent.execute([TagBlocks(ticket_id="t", epoch=EPOCH, first_block=0, block_ids=block_ids)])
+    def tags(self, block_ids: tuple[int, ...], group: int = 0) -> tuple[int, ...]:
+        self.agent.execute([TagBlocks(ticket_id="t", epoch=EPOCH, first_block=0, block_ids=block_ids, group=group)])
         (report,) = self.reports(1)
         assert isinstance(report, BlocksTagged)
+        assert report.group == group
         return report.tags[0]
 
     def read(self, command: ReadBlocks) -> ReadFinished:
@@ -96,9 +97,10 @@ def connect(prefill: Engine, peer: str = "peer") -> ConnectPeer:
     return ConnectPeer(peer=peer, transport=name, descriptors=(prefill.agent.descriptors[name],))
 
 
-def read_blocks(remote: tuple[int, ...], local: tuple[int, ...], tags: tuple[int, ...]) -> ReadBlocks:
+def read_blocks(remote: tuple[int, ...], local: tuple[int, ...], tags: tuple[int, ...], group: int = 0) -> ReadBlocks:
     return ReadBlocks(
         read_id=1,
+        group=group,
         peer="peer",
         epoch=EPOCH,
         remote_block_ids=remote,
@@ -108,22 +110,27 @@ def read_blocks(remote: tuple[int, ...], local: tuple[int, ...], tags: tuple[int
     )
 
 
-def test_blocks_are_tagged_read_and_found_good(prefill: Engine, decode: Engine) -> None:
-    tags = prefill.tags((2, 3, 7))
-    decode.agent.execute([connect(prefill), read_blocks((2, 3, 7), (0, 1, 9), tags)])
+@pytest.mark.parametrize("group", range(len(SIZES)))
+def test_blocks_are_tagged_read_and_found_good(prefill: Engine, decode: Engine, group: int) -> None:
+    tags = prefill.tags((2, 3, 7), group)
+    decode.agent.execute([connect(prefill), read_blocks((2, 3, 7), (0, 1, 9), tags, group)])
     (report,) = decode.reports(1)
     assert isinstance(report, ReadFinished)
-    assert (report.error, report.bad_blocks, report.num_bytes) == (None, (), 3 * sum(SIZES))
-    for target, origin in zip(decode.regions, prefill.regions, strict=True):
-        assert torch.equal(target.blocks[[0, 1, 9]], origin.blocks[[2, 3, 7]])
+    assert (report.error, report.bad_blocks, report.num_bytes) == (None, (), 3 * SIZES[group])
+    for index, (target, origin) in enumerate(zip(decode.regions, prefill.regions, strict=True)):
+        if index == group:
+            assert torch.equal(target.blocks[[0, 1, 9]], origin.blocks[[2, 3, 7]])
+        else:
+            assert not target.blocks.any()
 
 
 def test_blocks_that_changed_after_they_were_tagged_are_reported(prefill: Engine, decode: Engine) -> None:
-    tags = prefill.tags((2, 3, 7, 8))
+    tags = prefill.tags((2, 3, 7, 8), 1)
     prefill.regions[1].blocks[3, 17] ^= 1
-    prefill.regions[2].blocks[8, 0] ^= 128
+    prefill.regions[1].blocks[8, 0] ^= 128
+    prefill.regions[2].blocks[7, 0] ^= 1
     decode.agent.execute([connect(prefill)])
-    report = decode.read(read_blocks((2, 3, 7, 8), (0, 1, 2, 3), tags))
+    report = decode.read(read_blocks((2, 3, 7, 8), (0, 1, 2, 3), tags, 1))
     assert (report.error, report.bad_blocks) == (None, (1, 3))
 
 
@@ -149,6 +156,7 @@ def test_without_tags_nothing_is_checked(prefill: Engine, decode: Engine) -> Non
         ({"tags": ((1,),)}, "one tag per block"),
         ({"remote_block_ids": (2, 16)}, "outside"),
         ({"local_block_ids": (-1, 3)}, "outside"),
+        ({"group": 3}, "no group 3"),
         ({"timeout_s": 0.0}, "deadline"),
     ],
 )
@@ -200,7 +208,7 @@ def test_reports_name_their_rank_and_each_rank_uses_its_own_descriptor_and_tags(
         report = found[0].report
         assert isinstance(report, ReadFinished)
         assert found[0].rank == 1
-        assert (report.error, report.bad_blocks, report.num_bytes) == (None, (), sum(SIZES))
+        assert (report.error, report.bad_blocks, report.num_bytes) == (None, (), SIZES[0])
     finally:
         one.agent.close()
         two.agent.close()
@@ -223,7 +231,13 @@ class ScriptedTransport:
         pass
 
     def start_read(
-        self, read_id: int, peer: str, remote_blocks: tuple[int, ...], local_blocks: tuple[int, ...], deadline: Deadline
+        self,
+        read_id: int,
+        peer: str,
+        group: int,
+        remote_blocks: tuple[int, ...],
+        local_blocks: tuple[int, ...],
+        deadline: Deadline,
     ) -> None:
         self.started.append(read_id)
 

@@ -28,23 +28,24 @@ SIZES = (64, 200, (1 << 20) + 4096)
 def test_what_goes_out_of_some_blocks_lands_in_others(device: str, order: list[int]) -> None:
     source = regions_on(device, seed=3)
     target = regions_on(device, seed=None)
-    chunks: list[bytes] = []
-    for views in block_memory(source).outgoing(order):
-        assert all(len(view) <= VIEW_BYTES for view in views)
-        chunks.extend(bytes(view) for view in views)
-    data = b"".join(chunks)
-    assert data == b"".join(region.blocks[order].cpu().numpy().tobytes() for region in source)
     local = [(block + 5) % 12 for block in order]
-    landing = block_memory(target).landing(local)
-    offset = 0
-    for view in landing.views():
-        view[:] = data[offset : offset + len(view)]
-        offset += len(view)
-    landing.commit()
     others = [block for block in range(12) if block not in local]
-    for before, after in zip(source, target, strict=True):
+    for group, (before, after) in enumerate(zip(source, target, strict=True)):
+        chunks: list[bytes] = []
+        for views in block_memory(source).outgoing(group, order):
+            assert all(len(view) <= VIEW_BYTES for view in views)
+            chunks.extend(bytes(view) for view in views)
+        data = b"".join(chunks)
+        assert data == before.blocks[order].cpu().numpy().tobytes()
+        landing = block_memory(target).landing(group, local)
+        offset = 0
+        for view in landing.views():
+            view[:] = data[offset : offset + len(view)]
+            offset += len(view)
+        landing.commit()
         assert torch.equal(after.blocks[local], before.blocks[order])
         assert not after.blocks[others].any()
+        assert not any(region.blocks.any() for region in target[group + 1 :])
 
 
 def regions_on(device: str, seed: int | None) -> tuple[KvRegion, ...]:
@@ -79,7 +80,7 @@ def test_agents_move_blocks_between_device_memories_in_order_with_the_work_issue
         torch.cuda._sleep(200_000_000)  # type: ignore[no-untyped-call]  # the forward pass is still running when the command is given
         for region, content in zip(prefill, truth, strict=True):
             region.blocks.copy_(content.blocks)
-        agents[0].execute([TagBlocks(ticket_id="t", epoch=1, first_block=0, block_ids=(1, 2, 7))])
+        agents[0].execute([TagBlocks(ticket_id="t", epoch=1, first_block=0, block_ids=(1, 2, 7), group=2)])
         tagged = report_of(agents[0])
         assert isinstance(tagged, BlocksTagged)
 
@@ -90,6 +91,7 @@ def test_agents_move_blocks_between_device_memories_in_order_with_the_work_issue
             read_id=1,
             peer="p",
             epoch=1,
+            group=2,
             remote_block_ids=(1, 2, 7),
             local_block_ids=(4, 5, 0),
             tags=tagged.tags,
@@ -99,9 +101,8 @@ def test_agents_move_blocks_between_device_memories_in_order_with_the_work_issue
         agents[1].execute([ConnectPeer(peer="p", transport="tcp", descriptors=(descriptor,)), read])
         finished = report_of(agents[1])
         assert isinstance(finished, ReadFinished)
-        assert (finished.error, finished.bad_blocks, finished.num_bytes) == (None, (), 3 * sum(SIZES))
-        for region, content in zip(decode, truth, strict=True):
-            assert torch.equal(region.blocks[[4, 5, 0]], content.blocks[[1, 2, 7]])
+        assert (finished.error, finished.bad_blocks, finished.num_bytes) == (None, (), 3 * SIZES[2])
+        assert torch.equal(decode[2].blocks[[4, 5, 0]], truth[2].blocks[[1, 2, 7]])
     finally:
         for agent in agents:
             agent.close()

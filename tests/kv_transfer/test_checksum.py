@@ -11,7 +11,7 @@ from atom_cluster.kv_transfer.protocol import KvRegion
 
 NUM_BLOCKS = 6
 SHAPES = ((2, 4), (3, 8))
-"""float32 dims of one block per region: 4 + 12 words."""
+"""float32 dims of one block per cache group: 4 and 12 words."""
 
 
 def make_regions(seed: int = 0) -> tuple[KvRegion, ...]:
@@ -22,19 +22,12 @@ def make_regions(seed: int = 0) -> tuple[KvRegion, ...]:
     )
 
 
-def words_of(regions: tuple[KvRegion, ...], block: int) -> list[int]:
-    words: list[int] = []
-    for region in regions:
-        words.extend(region.blocks[block].reshape(-1).view(torch.int64).tolist())
-    return words
-
-
-def test_a_tag_is_the_weighted_sum_of_words_modulo_two_to_the_64_mixed_one_to_one() -> None:
+@pytest.mark.parametrize("group", [0, 1])
+def test_a_tag_is_the_weighted_sum_of_words_modulo_two_to_the_64_mixed_one_to_one(group: int) -> None:
     regions = make_regions()
-    sums = [
-        sum(word * weight for word, weight in zip(words_of(regions, block), odd_weights(16).tolist(), strict=True))
-        for block in range(NUM_BLOCKS)
-    ]
+    blocks = regions[group].blocks.view(NUM_BLOCKS, -1).view(torch.int64).tolist()
+    weights = odd_weights(len(blocks[0])).tolist()
+    sums = [sum(word * weight for word, weight in zip(words, weights, strict=True)) for words in blocks]
     shifted = 12345 * 0x9E3779B97F4A7C15
     from_sums = []
     for value in sums:
@@ -42,7 +35,7 @@ def test_a_tag_is_the_weighted_sum_of_words_modulo_two_to_the_64_mixed_one_to_on
         mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
         mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB % 2**64
         from_sums.append(mixed ^ (mixed >> 31))
-    assert list(BlockTagger(regions).tags(range(NUM_BLOCKS), epoch=12345)) == from_sums
+    assert list(BlockTagger(regions).tags(group, range(NUM_BLOCKS), epoch=12345)) == from_sums
 
 
 def test_weights_are_odd_distinct_and_never_change() -> None:
@@ -56,46 +49,44 @@ def test_weights_are_odd_distinct_and_never_change() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    region=st.integers(0, 1),
+    group=st.integers(0, 1),
     block=st.integers(0, NUM_BLOCKS - 1),
     word=st.integers(0, 3),
     change=st.integers(1, 2**63 - 1),
 )
-def test_a_change_of_any_word_changes_the_tag_of_its_block_only(
-    region: int, block: int, word: int, change: int
-) -> None:
+def test_a_change_of_any_word_changes_the_tag_of_its_block_only(group: int, block: int, word: int, change: int) -> None:
     regions = make_regions()
     tagger = BlockTagger(regions)
-    before = tagger.tags(range(NUM_BLOCKS), epoch=1)
-    regions[region].blocks[block].view(-1).view(torch.int64)[word] ^= change
-    after = tagger.tags(range(NUM_BLOCKS), epoch=1)
-    assert [i for i in range(NUM_BLOCKS) if before[i] != after[i]] == [block]
+    before = [tagger.tags(g, range(NUM_BLOCKS), epoch=1) for g in (0, 1)]
+    regions[group].blocks[block].view(-1).view(torch.int64)[word] ^= change
+    after = [tagger.tags(g, range(NUM_BLOCKS), epoch=1) for g in (0, 1)]
+    assert [(g, i) for g in (0, 1) for i in range(NUM_BLOCKS) if before[g][i] != after[g][i]] == [(group, block)]
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, NUM_BLOCKS - 1), max_size=12))
 def test_the_tag_of_a_block_does_not_depend_on_its_company(block_ids: list[int]) -> None:
     tagger = BlockTagger(make_regions())
-    everything = tagger.tags(range(NUM_BLOCKS), epoch=9)
-    assert tagger.tags(block_ids, epoch=9) == tuple(everything[block] for block in block_ids)
+    everything = tagger.tags(1, range(NUM_BLOCKS), epoch=9)
+    assert tagger.tags(1, block_ids, epoch=9) == tuple(everything[block] for block in block_ids)
 
 
 def test_swapped_words_and_another_epoch_change_the_tag() -> None:
     regions = make_regions()
     tagger = BlockTagger(regions)
-    (before,) = tagger.tags([2], epoch=1)
-    assert tagger.tags([2], epoch=2) != (before,)
+    (before,) = tagger.tags(0, [2], epoch=1)
+    assert tagger.tags(0, [2], epoch=2) != (before,)
     words = regions[0].blocks[2].view(-1).view(torch.int64)
     words[[0, 1]] = words[[1, 0]].clone()
-    assert tagger.tags([2], epoch=1) != (before,)
+    assert tagger.tags(0, [2], epoch=1) != (before,)
 
 
 def test_tags_do_not_depend_on_how_blocks_lie_in_memory() -> None:
     regions = make_regions()
     joint = torch.cat([region.blocks.reshape(NUM_BLOCKS, -1) for region in regions], dim=1)
     strided = (KvRegion("a", joint[:, :8]), KvRegion("b", joint[:, 8:]))
-    assert BlockTagger(strided).tags([5, 0, 1], epoch=3) == BlockTagger(regions).tags([5, 0, 1], epoch=3)
-    assert BlockTagger((KvRegion("all", joint),)).tags([4], epoch=3) == BlockTagger(regions).tags([4], epoch=3)
+    for group in (0, 1):
+        assert BlockTagger(strided).tags(group, [5, 0], epoch=3) == BlockTagger(regions).tags(group, [5, 0], epoch=3)
 
 
 def test_blocks_that_are_not_whole_words_are_refused() -> None:
@@ -103,9 +94,10 @@ def test_blocks_that_are_not_whole_words_are_refused() -> None:
         BlockTagger((KvRegion("odd", torch.zeros(4, 6, dtype=torch.bfloat16)),))
 
 
-def test_blocks_out_of_range_are_refused() -> None:
-    with pytest.raises(TransferError, match="outside"):
-        BlockTagger(make_regions()).tags([NUM_BLOCKS], epoch=0)
+@pytest.mark.parametrize(("group", "block", "message"), [(1, NUM_BLOCKS, "outside"), (2, 0, "no group 2")])
+def test_what_is_not_there_is_refused(group: int, block: int, message: str) -> None:
+    with pytest.raises(TransferError, match=message):
+        BlockTagger(make_regions()).tags(group, [block], epoch=0)
 
 
 @pytest.mark.gpu
@@ -114,4 +106,6 @@ def test_tags_are_the_same_on_a_device() -> None:
     regions = make_regions()
     on_device = tuple(KvRegion(region.name, region.blocks.cuda()) for region in regions)
     block_ids = [3, 1, 2, 5]
-    assert BlockTagger(on_device).tags(block_ids, epoch=77) == BlockTagger(regions).tags(block_ids, epoch=77)
+    for group in (0, 1):
+        found, expected = (BlockTagger(memory).tags(group, block_ids, epoch=77) for memory in (on_device, regions))
+        assert found == expected

@@ -11,8 +11,9 @@ def read(rank: int, **fields: object) -> RankReport:
     return RankReport(rank=rank, report=ReadFinished(read_id=5, **fields))  # type: ignore[arg-type]
 
 
-def tagged(rank: int, first_block: int, *tags: int) -> RankReport:
-    return RankReport(rank=rank, report=BlocksTagged(ticket_id="t", first_block=first_block, tags=(tags,)))
+def tagged(rank: int, first_block: int, *tags: int, group: int = 0) -> RankReport:
+    report = BlocksTagged(ticket_id="t", first_block=first_block, tags=(tags,), group=group)
+    return RankReport(rank=rank, report=report)
 
 
 def test_a_read_is_over_only_when_every_rank_said_so_and_its_parts_add_up() -> None:
@@ -37,8 +38,12 @@ def test_tags_come_in_order_of_ranks_and_commands_do_not_mix() -> None:
     combiner = ReportCombiner(2)
     assert combiner.add(tagged(1, 0, 30, 40)) is None
     assert combiner.add(tagged(0, 2, 50)) is None
+    assert combiner.add(tagged(1, 0, 7, group=1)) is None
     assert combiner.add(tagged(0, 0, 10, 20)) == BlocksTagged(ticket_id="t", first_block=0, tags=((10, 20), (30, 40)))
     assert combiner.add(tagged(1, 2, 60)) == BlocksTagged(ticket_id="t", first_block=2, tags=((50,), (60,)))
+    assert combiner.add(tagged(0, 0, 6, group=1)) == BlocksTagged(
+        ticket_id="t", first_block=0, tags=((6,), (7,)), group=1
+    )
 
 
 def test_an_id_can_be_used_again_once_it_is_over() -> None:

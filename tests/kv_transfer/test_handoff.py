@@ -31,7 +31,7 @@ def address(peer_id: str = "p") -> PeerAddress:
 
 
 def publication(
-    first_block: int, num_blocks: int, *, epoch: int = EPOCH, first_token: TokenDelta | None = None
+    first_block: int, num_blocks: int, *, epoch: int = EPOCH, first_token: TokenDelta | None = None, group: int = 0
 ) -> KvPublication:
     return KvPublication(
         ticket_id="t",
@@ -40,10 +40,17 @@ def publication(
         block_ids=tuple(range(num_blocks)),
         tags=(),
         first_token=first_token,
+        group=group,
     )
 
 
-def open_ticket(tickets: DecodeTickets[str], *, num_tokens: int = 20, num_held: int = 0) -> DecodeTicket[str]:
+def open_ticket(
+    tickets: DecodeTickets[str],
+    *,
+    num_tokens: int = 20,
+    num_held: int = 0,
+    other_columns: dict[int, range] | None = None,
+) -> DecodeTicket[str]:
     return tickets.open(
         "request",
         request_id="r",
@@ -51,13 +58,20 @@ def open_ticket(tickets: DecodeTickets[str], *, num_tokens: int = 20, num_held: 
         num_tokens=num_tokens,
         block_size=4,
         num_blocks_held=num_held,
+        other_columns=other_columns or {},
         timeout_s=3.0,
         now_s=0.0,
     )
 
 
-def receiving(tickets: DecodeTickets[str], **values: int) -> DecodeTicket[str]:
-    ticket = open_ticket(tickets, **values)
+def receiving(
+    tickets: DecodeTickets[str],
+    *,
+    num_tokens: int = 20,
+    num_held: int = 0,
+    other_columns: dict[int, range] | None = None,
+) -> DecodeTicket[str]:
+    ticket = open_ticket(tickets, num_tokens=num_tokens, num_held=num_held, other_columns=other_columns)
     tickets.accept(ticket, peer="p/9", epoch=EPOCH, now_s=0.0)
     return ticket
 
@@ -143,7 +157,42 @@ def test_bad_blocks_are_counted_from_the_start_of_the_prompt() -> None:
     read_id = tickets.take(ticket, publication(2, 3), now_s=0.0)
     assert read_id is not None
     tickets.finish_read(ReadFinished(read_id=read_id, bad_blocks=(0, 2)), now_s=0.0)
-    assert ticket.bad_blocks == [2, 4]
+    assert ticket.bad_pages == [(0, 2), (0, 4)]
+
+
+def test_other_groups_are_published_once_each_before_or_with_the_first_token() -> None:
+    tickets = DecodeTickets[str](1)
+    ticket = receiving(tickets, other_columns={1: range(3, 5), 2: range(1)})
+    reads = [tickets.take(ticket, publication(3, 2, group=1), now_s=0.0)]
+    reads.append(tickets.take(ticket, publication(0, 5), now_s=0.0))
+    reads.append(tickets.take(ticket, publication(0, 1, group=2, first_token=FIRST_TOKEN), now_s=0.0))
+    for read_id in reads:
+        assert not ticket.is_complete
+        assert read_id is not None
+        tickets.finish_read(ReadFinished(read_id=read_id, bad_blocks=(0,)), now_s=0.0)
+    assert ticket.is_complete
+    assert ticket.bad_pages == [(1, 3), (0, 0), (2, 0)]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        publication(2, 3, group=1),
+        publication(3, 1, group=1),
+        publication(0, 1, group=3),
+        publication(0, 5, first_token=FIRST_TOKEN),
+    ],
+    ids=["other columns", "too few columns", "no such group", "first token before the other groups"],
+)
+def test_a_publication_of_other_groups_that_cannot_be_right_is_refused(bad: KvPublication) -> None:
+    tickets = DecodeTickets[str](1)
+    ticket = receiving(tickets, other_columns={1: range(3, 5), 2: range(1)})
+    with pytest.raises(ProtocolError):
+        tickets.take(ticket, bad, now_s=5.0)
+    assert (ticket.next_block, ticket.progress_s, tickets.num_reads) == (0, 0.0, 0)
+    tickets.take(ticket, publication(3, 2, group=1), now_s=0.0)
+    with pytest.raises(ProtocolError, match="0:0 expected"):
+        tickets.take(ticket, publication(3, 2, group=1), now_s=0.0)
 
 
 def test_a_last_publication_without_blocks_needs_no_read() -> None:

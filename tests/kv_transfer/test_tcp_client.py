@@ -48,7 +48,10 @@ class FakeServer:
 
     def receive_request(self, sequence: int = 0) -> tuple[int, ...]:
         header = self.receive(wire.REQUEST_HEADER_BYTES)
-        return wire.decode_request(self.key, header, self.receive(wire.request_body_bytes(header, sequence)))
+        body = self.receive(wire.request_body_bytes(header, sequence))
+        group, block_ids = wire.decode_request(self.key, header, body)
+        assert group == 0
+        return block_ids
 
     def close(self) -> None:
         self._listener.close()
@@ -75,7 +78,7 @@ REGIONS = make_regions(num_blocks=8, block_bytes=(BLOCK_BYTES,), seed=None)
 
 
 def start(reader: BlockReader, read_id: int, blocks: tuple[int, ...], deadline_s: float = 20) -> None:
-    reader.start(ReadOrder(read_id, "peer", blocks, blocks, Deadline.after(deadline_s)))
+    reader.start(ReadOrder(read_id, "peer", 0, blocks, blocks, Deadline.after(deadline_s)))
 
 
 def finish(reader: BlockReader) -> ReadCompletion:

@@ -16,7 +16,7 @@ from atom_cluster.kv_transfer.tcp_server import BlockServer
 from tests.kv_transfer.ranks import SECRET, make_regions, wait_until
 
 REGIONS = make_regions(num_blocks=8, block_bytes=(64, 200, 4096), seed=1)
-BLOCK_BYTES = 64 + 200 + 4096
+GROUP, BLOCK_BYTES = 2, 4096
 KEY = wire.WireKey(SECRET)
 
 
@@ -63,11 +63,10 @@ def is_cut_off(sock: socket.socket) -> bool:
 def assert_serves(server: BlockServer) -> None:
     sock, key = member(server)
     with sock:
-        sock.sendall(wire.encode_request(key, 0, [3, 4]))
+        sock.sendall(wire.encode_request(key, 0, GROUP, [3, 4]))
         header = receive(sock, wire.RESPONSE_HEADER_BYTES)
         assert wire.decode_response(key, header, 0, 2 * BLOCK_BYTES) == wire.STATUS_OK
-        expected = b"".join(region.blocks[[3, 4]].numpy().tobytes() for region in REGIONS)
-        assert receive(sock, 2 * BLOCK_BYTES) == expected
+        assert receive(sock, 2 * BLOCK_BYTES) == REGIONS[GROUP].blocks[[3, 4]].numpy().tobytes()
 
 
 def test_noise_from_strangers_is_cut_off_and_hurts_nobody(server: BlockServer) -> None:
@@ -104,7 +103,7 @@ def test_malformed_requests_of_members_are_cut_off_and_hurt_nobody(server: Block
     sock.close()
     for attempt in range(60):
         sock, key = member(server)
-        frame = bytearray(wire.encode_request(key, 0, [1, 2, 3]))
+        frame = bytearray(wire.encode_request(key, 0, GROUP, [1, 2, 3]))
         frame[attempt % len(frame)] ^= 1 << noise.randrange(8)
         sock.sendall(bytes(frame) + bytes(4 * wire.MAX_REQUEST_BLOCKS))
         assert is_cut_off(sock)
@@ -113,7 +112,7 @@ def test_malformed_requests_of_members_are_cut_off_and_hurt_nobody(server: Block
 
 def test_a_request_cannot_be_sent_twice_nor_on_another_connection(server: BlockServer) -> None:
     sock, key = member(server)
-    request = wire.encode_request(key, 0, [1])
+    request = wire.encode_request(key, 0, GROUP, [1])
     sock.sendall(request)
     receive(sock, wire.RESPONSE_HEADER_BYTES + BLOCK_BYTES)
     sock.sendall(request)
@@ -123,10 +122,11 @@ def test_a_request_cannot_be_sent_twice_nor_on_another_connection(server: BlockS
     assert is_cut_off(other)
 
 
-def test_blocks_out_of_range_are_refused_and_the_connection_goes_on(server: BlockServer) -> None:
+@pytest.mark.parametrize(("group", "block"), [(GROUP, 8), (3, 0)])
+def test_what_is_not_there_is_refused_and_the_connection_goes_on(server: BlockServer, group: int, block: int) -> None:
     sock, key = member(server)
     with sock:
-        sock.sendall(wire.encode_request(key, 0, [7, 8]) + wire.encode_request(key, 1, [7]))
+        sock.sendall(wire.encode_request(key, 0, group, [block]) + wire.encode_request(key, 1, GROUP, [7]))
         refusal = receive(sock, wire.RESPONSE_HEADER_BYTES)
         assert wire.decode_response(key, refusal, 0, BLOCK_BYTES) == wire.STATUS_BAD_BLOCKS
         answer = receive(sock, wire.RESPONSE_HEADER_BYTES)
@@ -156,7 +156,7 @@ def test_a_member_that_takes_nothing_is_cut_off(server: BlockServer, monkeypatch
     sock, key = member(server)
     with sock:
         num_bytes = wire.MAX_REQUEST_BLOCKS * BLOCK_BYTES  # more than all the buffers between us
-        sock.sendall(wire.encode_request(key, 0, [1] * wire.MAX_REQUEST_BLOCKS))
+        sock.sendall(wire.encode_request(key, 0, GROUP, [1] * wire.MAX_REQUEST_BLOCKS))
         wait_until(lambda: not server._clients)
         assert len(receive(sock, num_bytes)) < num_bytes
 
@@ -164,7 +164,7 @@ def test_a_member_that_takes_nothing_is_cut_off(server: BlockServer, monkeypatch
 def test_no_request_is_looked_at_before_the_answer_to_the_last_one_is_out(server: BlockServer) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX)
     with ours, theirs:
-        request = wire.encode_request(b"key", 0, [1, 2])
+        request = wire.encode_request(b"key", 0, GROUP, [1, 2])
         session = server._answer(Channel(ours, is_connecting=True), b"key", 0)
         for part in (request[: wire.REQUEST_HEADER_BYTES], request[wire.REQUEST_HEADER_BYTES :]):
             view = next(session)

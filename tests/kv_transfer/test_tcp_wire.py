@@ -47,16 +47,23 @@ def test_session_keys_differ_between_connections() -> None:
     assert key.session_key(EXPORT, hello, proofs[0]) != key.session_key(EXPORT, hello, proofs[1])
 
 
-@given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=20), st.integers(0, 2**40), st.integers(0, 10_000))
-def test_requests_round_trip_and_any_flipped_bit_is_noticed(block_ids: list[int], sequence: int, bit: int) -> None:
-    def decode(data: bytes) -> tuple[int, ...]:
+@given(
+    st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=20),
+    st.integers(0, 2**40),
+    st.integers(0, 9),
+    st.integers(0, 10_000),
+)
+def test_requests_round_trip_and_any_flipped_bit_is_noticed(
+    block_ids: list[int], sequence: int, group: int, bit: int
+) -> None:
+    def decode(data: bytes) -> tuple[int, tuple[int, ...]]:
         header, body = data[: wire.REQUEST_HEADER_BYTES], data[wire.REQUEST_HEADER_BYTES :]
         if wire.request_body_bytes(header, sequence) != len(body):
             raise ProtocolError("another length")
         return wire.decode_request(KEY, header, body)
 
-    data = wire.encode_request(KEY, sequence, block_ids)
-    assert decode(data) == tuple(block_ids)
+    data = wire.encode_request(KEY, sequence, group, block_ids)
+    assert decode(data) == (group, tuple(block_ids))
     with pytest.raises(ProtocolError):
         decode(flipped(data, bit))
 
@@ -80,7 +87,7 @@ def test_responses_out_of_order_or_of_another_length_are_refused() -> None:
 
 @pytest.mark.parametrize("num_blocks", [0, wire.MAX_REQUEST_BLOCKS + 1])
 def test_requests_without_blocks_or_with_too_many_are_refused(num_blocks: int) -> None:
-    data = wire.encode_request(KEY, 0, [0] * num_blocks)
+    data = wire.encode_request(KEY, 0, 0, [0] * num_blocks)
     with pytest.raises(ProtocolError, match="blocks"):
         wire.request_body_bytes(data[: wire.REQUEST_HEADER_BYTES], 0)
 

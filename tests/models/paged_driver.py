@@ -45,6 +45,7 @@ class PagedDriver:
         self._free = [torch.randperm(num_blocks, generator=generator).tolist() for _ in self._groups]
         self._pages: dict[int, list[list[int]]] = {}
         self._length: dict[int, int] = {}
+        self._num_freed: dict[tuple[int, int], int] = {}
 
     @torch.inference_mode()
     def step(self, rows: Sequence[tuple[int, Sequence[int]]]) -> list[torch.Tensor] | None:
@@ -83,7 +84,7 @@ class PagedDriver:
         end = self._length[row] = start + num_tokens
         pages = self._pages.setdefault(row, [[] for _ in self._groups])
         state = (-1, -1)
-        for group, held, free in zip(self._groups, pages, self._free):
+        for index, (group, held, free) in enumerate(zip(self._groups, pages, self._free)):
             if group.kind == "state":
                 state = (held[0] if held else -1, free.pop())
                 free[:0] = held
@@ -92,9 +93,9 @@ class PagedDriver:
             while len(held) * self._block_size < end:
                 held.append(free.pop())
             if group.window is not None:
-                for column in range(max(0, start - group.window + 1) // self._block_size):
-                    if held[column] not in free:
-                        free.append(held[column])
+                num_behind = max(0, start - group.window + 1) // self._block_size
+                free += held[self._num_freed.get((row, index), 0) : num_behind]
+                self._num_freed[row, index] = num_behind
         return state
 
     def _metadata(

@@ -54,6 +54,20 @@ def test_families_differ_in_biases_norms_and_head_size() -> None:
     assert (qwen3.has_qkv_bias, qwen3.has_qk_norm, qwen3.head_dim) == (False, True, 128)
 
 
+def test_windows_are_of_the_layers_that_each_family_says() -> None:
+    def windows(architecture: str, **values: object) -> tuple[int | None, ...]:
+        return read({**LLAMA, "architectures": [architecture], **values}).windows
+
+    assert windows("LlamaForCausalLM", sliding_window=8) == (None, None)
+    assert windows("MistralForCausalLM") == (4096, 4096)
+    assert windows("MistralForCausalLM", sliding_window=None) == (None, None)
+    mixed = ["sliding_attention", "full_attention"]
+    assert windows("MinistralForCausalLM", sliding_window=8, layer_types=mixed) == (8, None)
+    assert windows("Qwen2ForCausalLM", sliding_window=8, max_window_layers=1) == (None, None)
+    assert windows("Qwen2ForCausalLM", sliding_window=8, max_window_layers=1, use_sliding_window=True) == (None, 8)
+    assert windows("Qwen3ForCausalLM", sliding_window=8, use_sliding_window=True) == (None, None)
+
+
 def test_end_tokens_may_be_one_several_or_none() -> None:
     assert read(LLAMA).eos_token_ids == ()
     assert read({**LLAMA, "eos_token_id": 2}).eos_token_ids == (2,)
@@ -71,9 +85,9 @@ def test_yarn_extends_the_stated_context() -> None:
         ({"hidden_size": None}, "hidden_size"),
         ({"num_hidden_layers": "two"}, "num_hidden_layers"),
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
-        ({"use_sliding_window": True}, "use_sliding_window"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "use_sliding_window"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"layer_types": ["full_attention"]}, "layer_types"),
+        ({"layer_types": ["full_attention", "chunked_attention"]}, "layer_types"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"rope_scaling": {"type": "longrope"}}, "longrope"),
         ({"rope_scaling": {"type": "linear"}}, "factor"),

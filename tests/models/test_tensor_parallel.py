@@ -14,7 +14,58 @@ from tests.models.paged_driver import make_context
 from tests.models.tensor_parallel_worker import run_model, run_rank
 from tests.tiny_models import random_tokens, tiny_model_dir
 
-NAMES = ["llama", "llama_tied_bias", "llama_one_kv_head", "qwen2", "qwen3", "llama_one_kv_head/dummy"]
+NAMES = [
+    "llama",
+    "llama_tied_bias",
+    "llama_one_kv_head",
+    "qwen2",
+    "qwen3",
+    "deepseek_v2",
+    "deepseek_v2_lite",
+    "deepseek_v3",
+    "kimi_k2",
+    "glm4_moe_lite",
+    "deepseek_v32",
+    "glm_moe_dsa",
+    "qwen3_next",
+    "qwen3_5",
+    "qwen3_5_moe_vision",
+    "qwen2_moe",
+    "qwen3_moe",
+    "mixtral",
+    "minimax_m2",
+    "glm4_moe",
+    "qwen2_moe/experts",
+    "qwen3_moe/experts",
+    "mixtral/experts",
+    "minimax_m2/experts",
+    "glm4_moe/experts",
+    "qwen3_next/experts",
+    "qwen3_5_moe_vision/experts",
+    "gpt_oss/experts",
+    "deepseek_v2/experts",
+    "deepseek_v3/experts",
+    "deepseek_v32/experts",
+    "glm_moe_dsa/experts",
+    "mistral",
+    "gemma3",
+    "gemma3_vision",
+    "olmo2",
+    "olmo3",
+    "gpt_oss",
+    "mimo_v2",
+    "llama_one_kv_head/dummy",
+    "qwen3_moe/experts/dummy",
+    "glm4_moe/draft/dummy",
+    "glm4_moe/experts/draft/dummy",
+    "deepseek_v32/dummy",
+    "gpt_oss/dummy",
+    "mimo_v2/experts",
+    "mimo_v2/dummy",
+    "mimo_v2/draft/dummy",
+    "qwen3_next/dummy",
+    "qwen3_next/experts/draft/dummy",
+]
 TOKENS = random_tokens(30)
 
 
@@ -30,13 +81,13 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tenso
 @pytest.mark.parametrize("name", NAMES)
 def test_two_ranks_equal_one(name: str, two_ranks: dict[str, torch.Tensor]) -> None:
     directory = tiny_model_dir(name.split("/")[0])
-    one_rank = run_model(directory, TOKENS, ProcessGroups.single(), is_dummy=name.endswith("dummy"))
+    one_rank = run_model(name, directory, TOKENS, ProcessGroups.single())
     assert one_rank is not None and one_rank.std() > 0.1
     torch.testing.assert_close(two_ranks[name], one_rank, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize(("num_ranks", "reason"), [(3, "4 attention heads"), (8, "4 attention heads")])
-def test_heads_that_do_not_divide_are_refused(num_ranks: int, reason: str) -> None:
+@pytest.mark.parametrize(("num_ranks", "reason"), [(3, "3 does not divide"), (8, "4 attention heads")])
+def test_sizes_that_do_not_divide_are_refused(num_ranks: int, reason: str) -> None:
     groups = ProcessGroups(Group(rank=0, size=num_ranks, handle=None))
     spec = read_spec(Path(tiny_model_dir("llama")))
     with pytest.raises(ConfigError, match=reason):

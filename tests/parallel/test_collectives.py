@@ -13,7 +13,12 @@ CPU = torch.device("cpu")
 
 def run_rank(rank: int, folder: str) -> None:
     groups = ProcessGroups.connect(
-        rank=rank, world_size=2, init_method=f"file://{folder}/meeting", device=CPU, timeout_s=60
+        rank=rank,
+        world_size=2,
+        init_method=f"file://{folder}/meeting",
+        device=CPU,
+        divides_experts=True,
+        timeout_s=60,
     )
     group = groups.tensor
     mine = torch.full((2, 3), float(rank + 1))
@@ -23,6 +28,7 @@ def run_rank(rank: int, folder: str) -> None:
         "sum": all_reduce_sum(mine.clone(), group).tolist(),
         "first": broadcast_from_first(mine.clone(), group).tolist(),
         "smallest": smallest(5 - rank, group, CPU),
+        "sum over experts": all_reduce_sum(mine.clone(), groups.expert).tolist(),
     }
     groups.close()
     groups.close()
@@ -38,6 +44,7 @@ def test_two_ranks_agree(tmp_path: Path) -> None:
         assert found["sum"] == [[3.0] * 3] * 2
         assert found["first"] == [[1.0] * 3] * 2
         assert found["smallest"] == 4
+        assert found["sum over experts"] == found["sum"]
 
 
 def test_a_group_of_one_returns_what_it_is_given() -> None:

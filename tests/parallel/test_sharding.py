@@ -5,7 +5,7 @@ import torch
 
 from atom_cluster.errors import ConfigError
 from atom_cluster.parallel.groups import Group, ProcessGroups
-from atom_cluster.parallel.sharding import Span, even_span, kv_head_span
+from atom_cluster.parallel.sharding import Span, even_span, expert_span, kv_head_span
 
 
 def group(rank: int, size: int) -> Group:
@@ -30,6 +30,12 @@ def test_key_value_heads_are_divided_or_shared() -> None:
     assert [kv_head_span(2, 8, group(rank, 4)) for rank in range(4)] == [Span(0, 8)] * 2 + [Span(8, 8)] * 2
     with pytest.raises(ConfigError, match="key/value heads"):
         kv_head_span(3, 8, group(0, 4))
+
+
+def test_experts_are_divided_whole() -> None:
+    assert [expert_span(6, group(rank, 3)) for rank in range(3)] == [Span(0, 2), Span(2, 2), Span(4, 2)]
+    with pytest.raises(ConfigError, match=r"parallel\.expert = 4 does not divide the model's 6 experts"):
+        expert_span(6, group(0, 4))
 
 
 def test_a_gang_of_one_connects_to_nothing() -> None:

@@ -12,6 +12,7 @@ from atom_cluster.messages.requests import SamplingParams
 from atom_cluster.messages.steps import NewRow, RowStep, StepPlan
 from atom_cluster.runner.build import build_model_runner
 from atom_cluster.runner.options import RunnerOptions
+from tests.models.test_mtp import checkpoint_with_draft_layers
 from tests.tiny_models import VOCAB_SIZE, random_tokens, tiny_model_dir
 
 SAMPLINGS = (SamplingParams(temperature=0.0, seed=0), SamplingParams(temperature=1.0, top_p=0.9, seed=5))
@@ -80,6 +81,34 @@ def test_info_tells_sizes_choices_and_identity() -> None:
     assert info.choices["dtype"].startswith("float32 (auto")
     assert "cpu_cache_gib" in info.choices["kv_blocks"]
     assert {"config", "weights", "kv_layout", "block_size", "tensor_parallel", "code"} <= set(info.fingerprint_fields)
+
+
+def test_a_model_with_states_has_pages_for_them_and_says_how_many() -> None:
+    settings = options(model_dir=str(tiny_model_dir("qwen3_next")), num_blocks=None, cpu_cache_gib=0.01)
+    runner = build_model_runner(settings)
+    info = runner.info
+    runner.close()
+    (states,) = info.other_groups
+    assert (states.kind, states.window) == ("state", None)
+    assert states.num_pages >= 4 * 2 + 16
+    assert info.choices["kv_blocks"].startswith(f"{info.num_blocks}, state: {states.num_pages} (auto: cpu_cache_gib")
+
+
+def test_drafts_without_layers_for_them_are_an_error_that_names_the_setting() -> None:
+    with pytest.raises(ConfigError, match=r"speculative: 2 tokens .*LlamaForCausalLM"):
+        build_model_runner(options(num_drafts=2))
+
+
+def test_no_more_drafting_layers_are_loaded_than_drafts_are_wanted(tmp_path: Path) -> None:
+    """As their caches tell: prefill and decode with other drafting layers must not exchange pages."""
+    directory = str(checkpoint_with_draft_layers(tmp_path))
+    layouts = []
+    for num_drafts in (0, 1, 2, 5):
+        runner = build_model_runner(options(model_dir=directory, num_drafts=num_drafts))
+        assert runner.info.max_drafts == num_drafts
+        layouts.append(runner.info.fingerprint_fields["kv_layout"])
+        runner.close()
+    assert [layout.count(",") + 1 for layout in layouts] == [3, 4, 5, 5]
 
 
 def test_the_context_is_the_checkpoints_unless_configured() -> None:

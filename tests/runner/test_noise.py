@@ -1,11 +1,17 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atom_cluster.runner.noise import exponential_noise, noise_key
+from atom_cluster.runner.noise import exponential_noise, noise_keys
+
+
+def keys_of(*draws: tuple[int, int]) -> torch.Tensor:
+    """Keys of draws given as (seed, position), [R, 2]."""
+    return noise_keys([seed for seed, _ in draws], np.array([[position] for _, position in draws]))[:, 0]
 
 
 def token_ids(num_tokens: int) -> torch.Tensor:
@@ -13,23 +19,23 @@ def token_ids(num_tokens: int) -> torch.Tensor:
 
 
 def test_noise_of_a_row_does_not_depend_on_the_other_rows() -> None:
-    keys = [noise_key(seed, position) for seed, position in [(1, 0), (2, 5), (3, 9)]]
+    keys = keys_of((1, 0), (2, 5), (3, 9))
     together = exponential_noise(keys, token_ids(1000))
     for key, row in zip(keys, together):
-        assert torch.equal(exponential_noise([key], token_ids(1000))[0], row)
+        assert torch.equal(exponential_noise(key[None], token_ids(1000))[0], row)
 
 
 def test_noise_of_a_token_does_not_depend_on_the_other_tokens() -> None:
-    keys = [noise_key(1, 2), noise_key(3, 4)]
+    keys = keys_of((1, 2), (3, 4))
     chosen = torch.tensor([[5, 900, 17], [3, 5, 0]], dtype=torch.int32)
     everything = exponential_noise(keys, token_ids(1000))
     assert torch.equal(exponential_noise(keys, chosen), everything.gather(-1, chosen.long()))
 
 
 def test_noise_equals_its_definition_in_plain_integers() -> None:
-    low, high = (key & 0xFFFFFFFF for key in noise_key(42, 7))
+    low, high = (key & 0xFFFFFFFF for key in keys_of((42, 7))[0].tolist())
     assert (low, high) == (0x89F83DF6, 0xFE2F1081)
-    found = exponential_noise([noise_key(42, 7)], token_ids(1000))[0].tolist()
+    found = exponential_noise(keys_of((42, 7)), token_ids(1000))[0].tolist()
     for token_id, value in enumerate(found):
         x = (token_id * 0x9E3779B1 + low) & 0xFFFFFFFF
         x = ((x ^ x >> 16) * 0x85EBCA6B & 0xFFFFFFFF) ^ high
@@ -40,14 +46,14 @@ def test_noise_equals_its_definition_in_plain_integers() -> None:
 
 @given(st.integers(-(2**70), 2**70), st.integers(0, 2**31))
 def test_any_seed_and_position_give_valid_keys_and_positive_noise(seed: int, position: int) -> None:
-    noise = exponential_noise([noise_key(seed, position)], token_ids(64))
+    noise = exponential_noise(keys_of((seed, position)), token_ids(64))
     assert bool((noise > 0).all())
 
 
 def test_noise_is_exponentially_distributed_over_tokens_and_over_positions() -> None:
-    over_tokens = exponential_noise([noise_key(1, 0)], token_ids(200_000))[0]
-    over_positions = exponential_noise([noise_key(1, p) for p in range(200_000)], token_ids(1))[:, 0]
-    over_seeds = exponential_noise([noise_key(s, 3) for s in range(200_000)], token_ids(2))[:, 1]
+    over_tokens = exponential_noise(keys_of((1, 0)), token_ids(200_000))[0]
+    over_positions = exponential_noise(keys_of(*((1, p) for p in range(200_000))), token_ids(1))[:, 0]
+    over_seeds = exponential_noise(keys_of(*((s, 3) for s in range(200_000))), token_ids(2))[:, 1]
     for sample in (over_tokens, over_positions, over_seeds):
         counts = torch.histc(1.0 - torch.exp(-sample), bins=100, min=0.0, max=1.0)
         chi_square = float(((counts - 2000) ** 2 / 2000).sum())
@@ -55,8 +61,14 @@ def test_noise_is_exponentially_distributed_over_tokens_and_over_positions() -> 
 
 
 def test_noise_of_neighbouring_positions_is_uncorrelated_at_every_shift() -> None:
-    uniform = [1.0 - torch.exp(-exponential_noise([noise_key(5, p)], token_ids(20_000))[0]) - 0.5 for p in range(3)]
+    uniform = [1.0 - torch.exp(-exponential_noise(keys_of((5, p)), token_ids(20_000))[0]) - 0.5 for p in range(3)]
     for a, b in [(0, 1), (1, 2), (0, 2)]:
         for shift in range(-3, 4):
             correlation = float((uniform[a] * uniform[b].roll(shift)).mean()) * 12
             assert abs(correlation) < 5 / math.sqrt(20_000)
+
+
+def test_keys_of_several_positions_are_those_of_each() -> None:
+    together = noise_keys([4, -9], np.array([[0, 1, 2], [7, 8, 9]]))
+    assert torch.equal(together[1, 2], keys_of((-9, 9))[0])
+    assert torch.equal(together[0], keys_of((4, 0), (4, 1), (4, 2)))

@@ -56,6 +56,7 @@ def test_runner_options_come_from_the_configuration() -> None:
         cache={"block_size": 32, "num_blocks": 99, "cpu_cache_gib": 1.5},
         scheduler={"max_num_requests": 11, "max_num_batched_tokens": 123},
         ops={"backend": "torch"},
+        speculative={"num_tokens": 3},
     )
     assert options_of(config) == RunnerOptions(
         model_dir="owner/model",
@@ -68,6 +69,7 @@ def test_runner_options_come_from_the_configuration() -> None:
         max_num_requests=11,
         max_model_len=777,
         max_num_batched_tokens=123,
+        num_drafts=3,
         num_threads=3,
         ops_backend="torch",
         load_format="dummy",
@@ -85,6 +87,12 @@ def test_a_gpu_group_has_a_rank_per_gpu() -> None:
     assert isinstance(spec.ranks, ModelRanks) and spec.ranks.num_ranks == 4
     assert (spec.device, spec.resources_per_rank) == ("cuda", {"mi300": 1})
     assert (spec.ranks.options.device, spec.ranks.options.memory_fraction) == ("cuda", 0.7)
+
+
+def test_ranks_divide_experts_when_told() -> None:
+    parallels = [{"tensor": 2}, {"tensor": 2, "expert": 2}]
+    divides = [options_of(config_of(unified={"device": "cpu", "parallel": p})).divides_experts for p in parallels]
+    assert divides == [False, True]
 
 
 def test_only_engines_that_hand_over_have_a_transport() -> None:

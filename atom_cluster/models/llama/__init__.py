@@ -1,1 +1,1 @@
-"""The Llama family: Llama 2 and 3, Qwen2, Qwen3."""
+"""The Llama family: Llama 2 and 3, Mistral, Ministral, Qwen2, Qwen3."""

@@ -1,4 +1,4 @@
-"""Reads the configuration of Llama 2 and 3, Qwen2 and Qwen3. Knows no tensors."""
+"""Reads the configuration of Llama 2 and 3, Mistral, Ministral, Qwen2 and Qwen3. Knows no tensors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from atom_cluster.layers.rope_spec import RopeSpec
 from atom_cluster.models.hf_config import HfConfig
+from atom_cluster.models.layer_types import LayerWindows, read_windows
 from atom_cluster.models.rope_config import read_rope
 from atom_cluster.models.spec import ModelSpec, common_fields, read_max_positions
 
@@ -24,11 +25,12 @@ class LlamaSpec(ModelSpec):
     has_mlp_bias: bool
     has_qk_norm: bool
     """RMS norm over each query and key head before rotation."""
+    windows: LayerWindows
 
 
 def read_llama_spec(config: HfConfig) -> LlamaSpec:
     """Raises ConfigError naming the key that is missing, wrong or unsupported."""
-    _refuse_unsupported(config)
+    config.require("hidden_act", "silu", default="silu")
     num_heads = config.integer("num_attention_heads")
     is_qwen2, is_qwen3 = (config.architecture.startswith(name) for name in ("Qwen2", "Qwen3"))
     head_dim = config.integer("head_dim", 128 if is_qwen3 else config.integer("hidden_size") // num_heads)
@@ -45,11 +47,19 @@ def read_llama_spec(config: HfConfig) -> LlamaSpec:
         has_attention_output_bias=has_attention_bias,
         has_mlp_bias=config.flag("mlp_bias"),
         has_qk_norm=is_qwen3,
+        windows=_read_windows(config),
     )
 
 
-def _refuse_unsupported(config: HfConfig) -> None:
-    config.require("hidden_act", "silu", default="silu")
-    layer_types = config.strings("layer_types") or ()
-    if config.flag("use_sliding_window") or any(kind != "full_attention" for kind in layer_types):
-        raise config.error("use_sliding_window", "and sliding layer_types are not supported for this family")
+def _read_windows(config: HfConfig) -> LayerWindows:
+    num_layers, default = config.integer("num_hidden_layers"), 4096
+    window, first_sliding = None, 0
+    if config.architecture.startswith("Qwen"):
+        if config.flag("use_sliding_window"):
+            window = config.integer("sliding_window", default)
+        first_sliding = config.integer("max_window_layers", 28, least=0)
+    elif config.architecture.startswith(("Mistral", "Ministral")):
+        # Null means none here, and absent means the default.
+        window = config.optional_integer("sliding_window") if "sliding_window" in config.values else default
+    is_sliding = [window is not None and index >= first_sliding for index in range(num_layers)]
+    return read_windows(config, window=window, is_sliding=is_sliding)

@@ -2,8 +2,23 @@
 
 from atom_cluster.ops.cpu.activation import silu_and_mul
 from atom_cluster.ops.cpu.attention import attention_planner
+from atom_cluster.ops.cpu.gated_delta import gated_rms_norm, plan_gated_delta
 from atom_cluster.ops.cpu.linear import can_pack, prepare_linear
+from atom_cluster.ops.cpu.mla import mla_planner
+from atom_cluster.ops.cpu.moe import prepare_experts
 from atom_cluster.ops.cpu.norm import add_rms_norm, rms_norm
 from atom_cluster.ops.cpu.rotary import rotary
 
-__all__ = ["add_rms_norm", "attention_planner", "can_pack", "prepare_linear", "rms_norm", "rotary", "silu_and_mul"]
+__all__ = [
+    "add_rms_norm",
+    "attention_planner",
+    "can_pack",
+    "gated_rms_norm",
+    "mla_planner",
+    "plan_gated_delta",
+    "prepare_experts",
+    "prepare_linear",
+    "rms_norm",
+    "rotary",
+    "silu_and_mul",
+]

@@ -8,11 +8,16 @@ from atom_cluster.ops.torch_ref.rotary import rotary as rotary_reference
 
 
 def rotary(
-    query_THD: torch.Tensor, key_TKD: torch.Tensor, cos_T1P: torch.Tensor, sin_T1P: torch.Tensor
+    query_THD: torch.Tensor,
+    key_TKD: torch.Tensor,
+    cos_T1P: torch.Tensor,
+    sin_T1P: torch.Tensor,
+    *,
+    is_interleaved: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotated queries and keys. Heads that rotate in part, or in another dtype than the angles, take the reference."""
-    if query_THD.shape[-1] != cos_T1P.shape[-1] or query_THD.dtype != cos_T1P.dtype:
-        return rotary_reference(query_THD, key_TKD, cos_T1P, sin_T1P)
+    """Rotated queries and keys. All but whole heads, rotated by halves in the angles' dtype, take the reference."""
+    if is_interleaved or query_THD.shape[-1] != cos_T1P.shape[-1] or query_THD.dtype != cos_T1P.dtype:
+        return rotary_reference(query_THD, key_TKD, cos_T1P, sin_T1P, is_interleaved=is_interleaved)
     return _rotate(query_THD, cos_T1P, sin_T1P), _rotate(key_TKD, cos_T1P, sin_T1P)
 
 

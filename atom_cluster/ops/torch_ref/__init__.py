@@ -2,18 +2,31 @@
 
 from atom_cluster.ops.torch_ref.activation import gelu_tanh_and_mul, silu_and_mul
 from atom_cluster.ops.torch_ref.attention import plan_attention
+from atom_cluster.ops.torch_ref.gated_delta import gated_rms_norm, plan_gated_delta
 from atom_cluster.ops.torch_ref.linear import prepare_linear
+from atom_cluster.ops.torch_ref.mla import plan_mla, prepare_latent_weights
 from atom_cluster.ops.torch_ref.moe import prepare_experts
 from atom_cluster.ops.torch_ref.norm import add_rms_norm, rms_norm
+from atom_cluster.ops.torch_ref.quantized import prepare_quantized_experts, prepare_quantized_linear
 from atom_cluster.ops.torch_ref.rotary import rotary
+from atom_cluster.ops.torch_ref.routing import route
+from atom_cluster.ops.torch_ref.sparse_index import plan_index
 
 __all__ = [
     "add_rms_norm",
+    "gated_rms_norm",
     "gelu_tanh_and_mul",
     "plan_attention",
+    "plan_gated_delta",
+    "plan_index",
+    "plan_mla",
     "prepare_experts",
+    "prepare_latent_weights",
     "prepare_linear",
+    "prepare_quantized_experts",
+    "prepare_quantized_linear",
     "rms_norm",
     "rotary",
+    "route",
     "silu_and_mul",
 ]

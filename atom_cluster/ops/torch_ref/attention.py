@@ -18,8 +18,8 @@ class RowByRowAttention:
 
     def store(self, key_TKD: torch.Tensor, value_TKD: torch.Tensor, kv: KvLayerCache) -> None:
         """Write the step's keys and values to their slots."""
-        kv.key[self._block_T, self._offset_T] = key_TKD
-        kv.value[self._block_T, self._offset_T] = value_TKD
+        kv.key[self._block_T, self._offset_T] = as_stored(key_TKD, kv.key.dtype, kv.key_scale)
+        kv.value[self._block_T, self._offset_T] = as_stored(value_TKD, kv.value.dtype, kv.value_scale)
 
     def attend(
         self, query_THD: torch.Tensor, kv: KvLayerCache, *, scale: float, sink_H: torch.Tensor | None = None
@@ -31,8 +31,8 @@ class RowByRowAttention:
             query = query_THD[starts[row] : starts[row + 1]]
             first = self._first_position(len(query), context_len)
             key, value = (self._gather(row, first, context_len, paged) for paged in (kv.key, kv.value))
-            outputs.append(_attend_row(query, key, value, scale, self._metadata.window, sink_H))
-        return torch.cat(outputs)
+            outputs.append(_attend_row(query, key, value, scale * kv.key_scale, self._metadata.window, sink_H))
+        return torch.cat(outputs) * kv.value_scale
 
     def _first_position(self, num_queries: int, context_len: int) -> int:
         """The first position that any of a row's queries sees, rounded down to a block."""
@@ -46,6 +46,15 @@ class RowByRowAttention:
         columns = slice(first // block_size, ceil_div(context_len, block_size))
         blocks = paged[self._metadata.block_table[row, columns].long()]
         return blocks.flatten(0, 1)[: context_len - first]
+
+
+def as_stored(x: torch.Tensor, dtype: torch.dtype, scale: float) -> torch.Tensor:
+    """x / scale in `dtype`: rounded, and in eight bits kept within what they hold."""
+    scaled = x if scale == 1.0 else x / scale
+    if dtype.itemsize == 1:
+        limit = torch.finfo(dtype).max
+        scaled = scaled.clamp(-limit, limit)
+    return scaled.to(dtype)
 
 
 def plan_attention(metadata: AttentionMetadata) -> AttentionPlan:

@@ -25,8 +25,8 @@ class PlainExperts:
 
     @property
     def name(self) -> str:
-        """How many, and their dtype."""
-        return f"{len(self._down_EDI)} experts {str(self._down_EDI.dtype).removeprefix('torch.')}"
+        """Their dtype, and how many."""
+        return f"{str(self._down_EDI.dtype).removeprefix('torch.')} x {len(self._down_EDI)} experts"
 
     def __call__(self, x_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
         """[T, D] -> [T, D]"""

@@ -1,0 +1,57 @@
+"""What a sampling row's result does to its request: tokens appended up to the one that ends the output, KV confirmed.
+
+Knows nothing of who hears of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from atom_cluster.engine.request import Phase, Request
+from atom_cluster.engine.scheduler import ScheduledRow
+from atom_cluster.engine.stopping import finish_reason
+from atom_cluster.messages.requests import FinishReason, TokenLogprobs
+from atom_cluster.messages.steps import SampledTokens
+
+
+class NewTokens(NamedTuple):
+    """Tokens that a request's `tokens` end with now, for its client."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] | None
+    finish_reason: FinishReason | None
+
+
+def append_tokens(
+    request: Request, token_ids: Sequence[int], logprobs: tuple[TokenLogprobs, ...] | None, *, max_model_len: int
+) -> NewTokens:
+    """Append at least one token, and no more than the output takes: what follows its end is dropped."""
+    count, reason = 0, None
+    for token_id in token_ids:
+        request.tokens.append(token_id)
+        count += 1
+        reason = finish_reason(
+            token_id,
+            num_output=request.num_output,
+            num_known=len(request.tokens),
+            max_model_len=max_model_len,
+            sampling=request.sampling,
+            eos=request.eos,
+        )
+        if reason is not None:
+            break
+    return NewTokens(tuple(token_ids[:count]), None if logprobs is None else logprobs[:count], reason)
+
+
+def confirm_row(row: ScheduledRow, sampled: SampledTokens | None) -> None:
+    """The row's tokens are computed, and as many of its drafts as were kept. Says nothing of an earlier residence."""
+    request = row.request
+    if row.residence != request.residence or request.phase is not Phase.RUNNING:
+        return
+    num_kept = 0 if sampled is None else len(sampled.token_ids) - 1
+    request.num_confirmed = row.end + num_kept
+    # Rows with drafts are alone with their request; others keep none.
+    request.num_computed += num_kept
+    if sampled is not None:
+        request.drafts = sampled.drafts

@@ -1,0 +1,61 @@
+"""Mixture of experts in place of a decoder layer's MLP: router, experts, shared expert. Knows no models.
+
+Shape suffixes: T tokens, D hidden dims.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from atom_cluster.layers.context import LayerContext
+from atom_cluster.layers.experts import Experts, ExpertsSpec
+from atom_cluster.layers.linear import ColumnLinear, Output
+from atom_cluster.layers.mlp import GatedMlp
+from atom_cluster.layers.module import Module
+from atom_cluster.layers.router import Router, RouterSpec
+from atom_cluster.parallel.collectives import all_reduce_sum
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoeSpec(ExpertsSpec):
+    """Sizes over all ranks, and names behind that of the block."""
+
+    router: RouterSpec
+    shared_size: int | None = None
+    """Intermediate dims of the expert that every token goes through; None: there is none."""
+    shared_name: str = "shared_experts"
+    shared_gate_name: str | None = None
+    """Of a projection to one logit, whose sigmoid multiplies the shared expert's output."""
+
+
+class SparseMoe(Module):
+    """Sum of each token's experts, weighted by the router, and of the shared expert."""
+
+    def __init__(self, context: LayerContext, spec: MoeSpec) -> None:
+        self.router = Router(context, spec.router, hidden_size=spec.hidden_size, num_experts=spec.num_experts)
+        self.experts = Experts(context, spec)
+        self.shared: GatedMlp | None = None
+        self.shared_gate: ColumnLinear | None = None
+        if spec.shared_size is not None:
+            self.shared = GatedMlp(
+                context.at(spec.shared_name),
+                hidden_size=spec.hidden_size,
+                intermediate_size=spec.shared_size,
+                sums=False,
+            )
+        if spec.shared_gate_name is not None:
+            outputs = [Output(spec.shared_gate_name, 1)]
+            self.shared_gate = ColumnLinear(context.unquantized, num_in=spec.hidden_size, outputs=outputs)
+        self._group = context.groups.tensor
+
+    def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """[T, D] -> [T, D]"""
+        y_TD = self.experts(x_TD, *self.router(x_TD))
+        if self.shared is not None:
+            shared_TD = self.shared(x_TD)
+            if self.shared_gate is not None:
+                shared_TD = shared_TD * torch.sigmoid(self.shared_gate(x_TD))
+            y_TD = y_TD + shared_TD
+        return all_reduce_sum(y_TD, self._group)

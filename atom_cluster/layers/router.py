@@ -1,0 +1,58 @@
+"""The router of a mixture of experts, replicated on every rank and computed in float32. Knows no experts and no models.
+
+Shape suffixes: T tokens, D hidden dims, E experts over all ranks, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from atom_cluster.layers.context import LayerContext
+from atom_cluster.layers.linear import ColumnLinear, Output
+from atom_cluster.layers.module import Module
+from atom_cluster.ops.moe import RoutingRule
+from atom_cluster.parallel.sharding import WeightParts, whole
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterSpec(RoutingRule):
+    """The rule, and which tensors the router has."""
+
+    gate_name: str = "gate"
+    """Of the projection from hidden dims to logits."""
+    has_logit_bias: bool = False
+    """The projection has a bias."""
+    bias_name: str | None = None
+    """Of the tensor [E] that counts for the choice of experts alone; None: there is none."""
+
+
+class Router(Module):
+    """Chooses each token's experts. Its tensors are named behind those of the block it is in."""
+
+    def __init__(self, context: LayerContext, spec: RouterSpec, *, hidden_size: int, num_experts: int) -> None:
+        # Which experts are best is decided by small differences, which half precision would blur.
+        self._dtype = torch.promote_types(context.dtype, torch.float32)
+        self.gate = ColumnLinear(
+            replace(context.unquantized, dtype=self._dtype, weight_dtype=None),
+            num_in=hidden_size,
+            outputs=[Output(spec.gate_name, num_experts)],
+            has_bias=spec.has_logit_bias,
+        )
+        self._bias_E: torch.Tensor | None = None
+        self._bias_part: dict[str, WeightParts] = {}
+        if spec.bias_name is not None:
+            self._bias_E = torch.empty(num_experts, dtype=self._dtype, device=context.device)
+            self._bias_part[context.full_name(spec.bias_name)] = whole(self._bias_E)
+        self._spec = spec
+        self._ops = context.ops
+
+    def weight_parts(self) -> Mapping[str, WeightParts]:
+        """Where the checkpoint's tensors go, by their full names."""
+        return {**super().weight_parts(), **self._bias_part}
+
+    def __call__(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[T, D] -> (expert_TK int64, weight_TK float32)"""
+        return self._ops.route(self.gate(x_TD.to(self._dtype)), self._bias_E, self._spec)

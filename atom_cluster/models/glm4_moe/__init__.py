@@ -1,0 +1,1 @@
+"""GLM-4.5 and GLM-4.6 (GLM-4-MoE)."""

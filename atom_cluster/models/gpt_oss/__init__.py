@@ -1,0 +1,1 @@
+"""gpt-oss: layers with windows and sinks, and experts."""

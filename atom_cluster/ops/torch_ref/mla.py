@@ -1,0 +1,86 @@
+"""Reference latent attention: row by row, keys and values expanded, softmax written out. Any device."""
+
+from __future__ import annotations
+
+import torch
+
+from atom_cluster.ops.attention import AttentionMetadata, KvLayerCache
+from atom_cluster.ops.mla import LatentWeights, MlaDims, MlaPlan
+from atom_cluster.ops.torch_ref.paged import PagedRows
+
+
+class PlainLatentWeights:
+    """Views of one weight, in the dtype of the activations."""
+
+    def __init__(self, weight_HOL: torch.Tensor, nope_dim: int) -> None:
+        self._key_HNL, self._value_HVL = weight_HOL[:, :nope_dim], weight_HOL[:, nope_dim:]
+
+    def absorb(self, query_THN: torch.Tensor) -> torch.Tensor:
+        """W_K^T q of each head."""
+        return torch.matmul(query_THN.transpose(0, 1), self._key_HNL).transpose(0, 1)
+
+    def expand(self, latent_CL: torch.Tensor, heads: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """(W_K c, W_V c) of some heads."""
+        key_HCN = torch.matmul(latent_CL, self._key_HNL[heads].transpose(1, 2))
+        value_HCV = torch.matmul(latent_CL, self._value_HVL[heads].transpose(1, 2))
+        return key_HCN.transpose(0, 1), value_HCV.transpose(0, 1)
+
+    def project_values(self, mixed_THL: torch.Tensor) -> torch.Tensor:
+        """W_V of each head times its mixture of latents."""
+        return torch.matmul(mixed_THL.transpose(0, 1), self._value_HVL.transpose(1, 2)).transpose(0, 1)
+
+
+class RowByRowMla:
+    """Latent attention of one step."""
+
+    def __init__(self, metadata: AttentionMetadata, dims: MlaDims) -> None:
+        self._rows = PagedRows(metadata)
+        self._latent_dim = dims.latent_dim
+
+    def store(self, latent_TL: torch.Tensor, rope_TP: torch.Tensor, kv: KvLayerCache) -> None:
+        """Write the step's latents and positional keys to their slots."""
+        self._rows.store(torch.cat((latent_TL, rope_TP), dim=-1), kv)
+
+    def attend(
+        self,
+        query_THN: torch.Tensor,
+        rope_THP: torch.Tensor,
+        weights: LatentWeights,
+        kv: KvLayerCache,
+        *,
+        scale: float,
+        selected_TK: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Causal attention of the step's queries over their rows' latents."""
+        outputs = []
+        for row, tokens in enumerate(self._rows.tokens):
+            stored_CS = self._rows.gather(row, kv, query_THN.dtype)
+            latent_CL, rope_CP = stored_CS.tensor_split([self._latent_dim], dim=-1)
+            key_CHN, value_CHV = weights.expand(latent_CL, slice(None))
+            query_QHN, rope_QHP = query_THN[tokens], rope_THP[tokens]
+            wide = torch.promote_types(query_THN.dtype, torch.float32)
+            scores = torch.einsum("qhn,chn->hqc", query_QHN.to(wide), key_CHN.to(wide))
+            scores = (scores + torch.einsum("qhp,cp->hqc", rope_QHP.to(wide), rope_CP.to(wide))) * scale
+            is_visible_QC = self._rows.visible(row)
+            if selected_TK is not None:
+                is_visible_QC = is_visible_QC & _selected(selected_TK[tokens], is_visible_QC.shape[1])
+            weight_HQC = scores.masked_fill(~is_visible_QC, float("-inf")).softmax(dim=-1)
+            outputs.append(torch.einsum("hqc,chv->qhv", weight_HQC, value_CHV.to(wide)).to(query_THN.dtype))
+        return torch.cat(outputs)
+
+
+def prepare_latent_weights(weight_HOL: torch.Tensor, dims: MlaDims, *, dtype: torch.dtype) -> LatentWeights:
+    """Convert to `dtype`."""
+    return PlainLatentWeights(weight_HOL.to(dtype), dims.nope_dim)
+
+
+def plan_mla(metadata: AttentionMetadata, dims: MlaDims) -> MlaPlan:
+    """The plan of one step."""
+    return RowByRowMla(metadata, dims)
+
+
+def _selected(position_QK: torch.Tensor, num_keys: int) -> torch.Tensor:
+    """Whether each of a row's positions was selected, [Q, C]; -1 marks the column behind the last, which is cut off."""
+    is_selected = torch.zeros(len(position_QK), num_keys + 1, dtype=torch.bool, device=position_QK.device)
+    columns = position_QK.long().masked_fill(position_QK < 0, num_keys)
+    return is_selected.scatter_(1, columns, value=True)[:, :num_keys]

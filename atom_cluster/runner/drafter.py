@@ -1,0 +1,122 @@
+"""Drafter: what proposes tokens behind the sampled ones; and the one that uses a model's own layers for it.
+
+Drafts need not be right, only likely: verification (runner/speculation.py) makes the output exact whatever they are.
+Shape suffixes: T tokens of the step, D hidden dims, S rows that sample, V vocabulary, K drafts.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from atom_cluster.layers.forward_batch import ForwardBatch
+from atom_cluster.models.protocol import CausalLM
+from atom_cluster.parallel.collectives import broadcast_from_first
+from atom_cluster.parallel.groups import Group
+from atom_cluster.runner.host_tensors import send
+from atom_cluster.runner.inputs import InputBuilder, StepInputs
+from atom_cluster.runner.noise import noise_keys
+from atom_cluster.runner.row_state import RowTable
+from atom_cluster.runner.sampler import choose
+
+
+class Drafter(Protocol):
+    """Proposes tokens after every step. All ranks of a gang call it alike."""
+
+    def draft(self, inputs: StepInputs, hidden_TD: torch.Tensor, num_kept_S: torch.Tensor) -> torch.Tensor:
+        """Tokens proposed behind the newest one of each row that sampled, [S, K] int64, equal on all ranks.
+
+        The row table has the sampled tokens already, and gets the drafts behind them. Steps in which no row samples
+        are given too, since what drafts are made from may have to be computed for their tokens.
+
+        hidden_TD: the model's hidden states of the step's tokens; num_kept_S: how many drafts each row just kept.
+        """
+        ...
+
+
+class LayerDrafter:
+    """Drafts with a model's own drafting layers (multi-token prediction); the last one goes on if more are wanted.
+
+    Layer i sees the step's tokens with, for each, the token i + 1 behind it, and the hidden states of the layer before.
+    Going on, the last layer sees its own draft and hidden state, one token per row.
+    """
+
+    def __init__(
+        self, *, model: CausalLM, num_drafts: int, table: RowTable, builder: InputBuilder, group: Group
+    ) -> None:
+        self._model = model
+        self._num_drafts = num_drafts
+        self._table = table
+        self._builder = builder
+        self._group = group
+
+    def draft(self, inputs: StepInputs, hidden_TD: torch.Tensor, num_kept_S: torch.Tensor) -> torch.Tensor:
+        """See `Drafter`."""
+        batch, num_layers = inputs.batch, self._model.num_draft_layers
+        rows = _DraftingRows(inputs, num_kept_S, self._table, self._num_drafts)
+        last_S = batch.sample_index[inputs.first_sample + num_kept_S]
+        hidden_SD = hidden_TD[last_S]
+        drafts: list[torch.Tensor] = []
+        for layer in range(num_layers):
+            next_T = self._table.tokens_at(inputs.token_row, self._behind(batch.positions, 1 + layer))
+            hidden_TD = self._model.forward_draft(layer, next_T, hidden_TD, batch)
+            hidden_SD = hidden_TD[last_S]
+            if inputs.sampling:
+                drafts.append(self._choose(layer, hidden_SD, rows, len(drafts)))
+        while inputs.sampling and len(drafts) < self._num_drafts:
+            alone = self._one_token_each(inputs, rows, drafts[-1], len(drafts) - num_layers + 1)
+            hidden_SD = self._model.forward_draft(num_layers - 1, drafts[-1], hidden_SD, alone)
+            drafts.append(self._choose(num_layers - 1, hidden_SD, rows, len(drafts)))
+        return torch.stack(drafts, dim=1) if drafts else batch.positions.new_empty(0, self._num_drafts)
+
+    def _one_token_each(
+        self, inputs: StepInputs, rows: _DraftingRows, token_S: torch.Tensor, num_behind: int
+    ) -> ForwardBatch:
+        """A pass at `num_behind` behind the last position that the step computed for good.
+
+        Near the end of a row's context it stays at the last position: what it writes there is overwritten before it is
+        read by anything but drafts.
+        """
+        limit = self._table.max_model_len
+        longest = tuple(min(step.position + step.num_drafts + num_behind + 1, limit) for step in inputs.sampling)
+        position_S = (rows.position_S + num_behind).clamp(max=limit - 1)
+        return self._builder.build_single(inputs.sampling_row, position_S, token_S, longest=longest)
+
+    def _choose(self, layer: int, hidden_SD: torch.Tensor, rows: _DraftingRows, number: int) -> torch.Tensor:
+        """The draft with this number, from 0, for each row; also in the table."""
+        logits_SV = self._model.compute_draft_logits(layer, hidden_SD)
+        draft_S = torch.empty_like(rows.position_S) if logits_SV is None else rows.choose(logits_SV, number)
+        broadcast_from_first(draft_S, self._group)
+        self._table.append(rows.row_S, self._behind(rows.position_S, 2 + number), draft_S)
+        return draft_S
+
+    def _behind(self, positions: torch.Tensor, distance: int) -> torch.Tensor:
+        """Positions so far behind; never outside of the table, whose last column no row's own tokens reach."""
+        return (positions + distance).clamp(max=self._table.tokens.shape[1] - 1)
+
+
+class _DraftingRows:
+    """The rows to draft for, and how a draft is drawn: with the noise that verification will use for its position.
+
+    So drafts agree with what the model draws there as often as the two distributions, under the row's temperature,
+    min-p, top-k and top-p, allow.
+    """
+
+    def __init__(self, inputs: StepInputs, num_kept_S: torch.Tensor, table: RowTable, num_drafts: int) -> None:
+        self.row_S = inputs.sampling_row
+        self.position_S = inputs.newest_position + num_kept_S
+        """The last position that the step computed for good. Its sampled token lies behind it, then come drafts."""
+        self._num_kept_S = num_kept_S
+        rows = [table.get(step.row) for step in inputs.sampling]
+        self._samplings = [row.sampling for row in rows]
+        first = [step.position + 2 - row.num_prompt_tokens for step, row in zip(inputs.sampling, rows)]
+        # How many drafts were kept is known on the device only: keys for all that may have been.
+        positions = np.array(first, dtype=np.int64)[:, None] + np.arange(inputs.max_drafts + num_drafts)
+        self._key_SJ2 = send(noise_keys([row.seed for row in rows], positions), num_kept_S.device)
+
+    def choose(self, logits_SV: torch.Tensor, number: int) -> torch.Tensor:
+        """The draft with this number of each row."""
+        index_S11 = (self._num_kept_S + number)[:, None, None].expand(-1, 1, 2)
+        return choose(logits_SV, self._samplings, self._key_SJ2.gather(1, index_S11)[:, 0])

@@ -1,0 +1,140 @@
+"""Perplexity of a model over a text, as it is stored or quantized while it is loaded.
+
+    python -m benchmarks.perplexity --model demo:smollm2-135m-instruct --text LICENSE --online none fp8 int4
+
+The first tokens of the text are computed as one prompt, without special tokens; the result is exp of the mean negative
+log likelihood of each token but the first. A relative path that does not exist is looked for in the model's directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+
+from atom_cluster.api.tokenizer import Tokenizer
+from atom_cluster.config.model_path import resolve_model_path
+from atom_cluster.config.ops import OpsConfig
+from atom_cluster.config.quantization import OnlineFormat, QuantizationConfig
+from atom_cluster.layers.context import LayerContext
+from atom_cluster.layers.forward_batch import AttentionMetadata, ForwardBatch
+from atom_cluster.models.protocol import CausalLM
+from atom_cluster.models.registry import describe_weights, load_model
+from atom_cluster.ops.select import select_ops
+from atom_cluster.parallel.groups import ProcessGroups
+from atom_cluster.platform.detect import detect_platform
+from atom_cluster.platform.device import select_device
+from atom_cluster.runner.kv_memory import allocate_kv_memory
+from atom_cluster.units import ceil_div
+from benchmarks.report import RESULTS_DIR, cpu_name, current_commit
+
+BLOCK_SIZE = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One way to store the model."""
+
+    online: str
+    kv_dtype: str
+    num_tokens: int
+    perplexity: float
+    load_s: float
+    forward_s: float
+    weights: str
+    """What the op backend made of the matrices."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure each format, print a line each, and save them if asked to."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    args = parse_arguments(arguments)
+    torch.set_num_threads(args.threads)
+    model_dir = resolve_model_path(args.model)
+    text = args.text if args.text.exists() else model_dir / args.text
+    results = []
+    for num_tokens in args.tokens:
+        for online in args.online:
+            results.append(
+                measure(
+                    model_dir,
+                    text,
+                    num_tokens=num_tokens,
+                    quantization=QuantizationConfig(online=None if online == "none" else online),
+                    kv_dtype=args.kv_dtype,
+                    dtype=getattr(torch, args.dtype),
+                    device=args.device,
+                )
+            )
+            relative = results[-1].perplexity / results[0].perplexity if args.online[0] == "none" else math.nan
+            print(f"{num_tokens:6} tokens  {online:10} {results[-1].perplexity:9.4f}  {relative:7.4f}", flush=True)
+    if args.save:
+        print(f"saved {save(results, arguments, model_dir.name)}")
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="directory, hub id or demo:NAME")
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512], help="of the text, from its start")
+    parser.add_argument("--online", choices=["none", *get_args(OnlineFormat)], nargs="+", default=["none"])
+    parser.add_argument("--kv-dtype", choices=["auto", "fp8"], default="auto")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--save", action="store_true", help=f"write JSON to {RESULTS_DIR}")
+    return parser.parse_args(arguments)
+
+
+@torch.inference_mode()
+def measure(
+    model_dir: Path,
+    text: Path,
+    *,
+    num_tokens: int,
+    quantization: QuantizationConfig | None = None,
+    kv_dtype: Literal["auto", "fp8"] = "auto",
+    dtype: torch.dtype = torch.float32,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+) -> Result:
+    """Perplexity over the first `num_tokens` tokens of a text."""
+    quantization = QuantizationConfig() if quantization is None else quantization
+    tokens = Tokenizer.from_directory(model_dir).encode(text.read_text(encoding="utf-8"))[:num_tokens]
+    if len(tokens) < num_tokens:
+        raise ValueError(f"{text} has {len(tokens)} tokens")
+    detected = detect_platform(device)
+    ops = select_ops(OpsConfig(), detected, dtype)
+    context = LayerContext(
+        ops=ops,
+        groups=ProcessGroups.single(),
+        dtype=dtype,
+        device=select_device(detected),
+        kv_dtype=None if kv_dtype == "auto" else str(ops.float8_dtype).removeprefix("torch."),
+    )
+    started = time.perf_counter()
+    model = load_model(model_dir, context=context, max_model_len=num_tokens, quantization=quantization)
+    loaded = time.perf_counter()
+    logits = prompt_logits(model, tokens, context.device)
+    target = torch.tensor(tokens[1:], device=logits.device)
+    loss = float(F.cross_entropy(logits[:-1].float(), target))
+    return Result(
+        online=quantization.online or "none",
+        kv_dtype=kv_dtype,
+        num_tokens=num_tokens,
+        perplexity=math.exp(loss),
+        load_s=loaded - started,
+        forward_s=time.perf_counter() - loaded,
+        weights=describe_weights(model),
+    )

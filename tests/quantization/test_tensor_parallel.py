@@ -1,0 +1,65 @@
+"""Quantized models split over two ranks compute what they compute on one, in formats whose inputs round alike there."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing
+
+from atom_cluster.errors import ConfigError
+from atom_cluster.models.registry import load_model
+from atom_cluster.ops.select import torch_table
+from atom_cluster.parallel.groups import Group, ProcessGroups
+from tests.models.paged_driver import make_context
+from tests.models.tensor_parallel_worker import run_model, run_rank
+from tests.quantization.checkpoints import write_gpt_oss_pair, write_pair
+from tests.quantization.formats import FORMATS
+from tests.tiny_models import random_tokens
+
+LLAMA_FORMATS = [
+    "fp8_block_ue8m0",
+    "ct_fp8_block",
+    "ct_fp8_static",
+    "ct_mxfp8",
+    "ct_int4_reordered",
+    "ct_int8_packed",
+    "ct_mxfp4",
+    "quark_mxfp4",
+    "awq",
+    "gptq",
+    "gptq_reordered",
+    "gptq_channel",
+]
+MOE_FORMATS = ["ct_fp8_static", "gptq_reordered", "awq"]
+TOKENS = random_tokens(30)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    found = {"gpt_oss/experts": write_gpt_oss_pair(tmp_path_factory.mktemp("gpt_oss"))[0]}
+    found["gpt_oss/experts/dummy"] = found["gpt_oss/experts"]
+    for name, forms in (("llama", LLAMA_FORMATS), ("qwen3_moe", MOE_FORMATS)):
+        for form in forms:
+            directory = write_pair(name, FORMATS[form], tmp_path_factory.mktemp(form))[0]
+            found[f"{name}/{form}" if name == "llama" else f"{name}/experts/{form}"] = directory
+    found["llama/awq/dummy"] = found["llama/awq"]
+    found["llama/ct_fp8_block/dummy"] = found["llama/ct_fp8_block"]
+    return found
+
+
+def test_two_ranks_equal_one(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    directories = {name: str(directory) for name, directory in checkpoints.items()}
+    args = (2, f"file://{tmp_path}/meeting", directories, TOKENS, f"{tmp_path}/logits.pt")
+    torch.multiprocessing.spawn(run_rank, args=args, nprocs=2)
+    two_ranks = torch.load(tmp_path / "logits.pt")
+    for name, directory in checkpoints.items():
+        one_rank = run_model(name, directory, TOKENS, ProcessGroups.single())
+        assert one_rank is not None and one_rank.isfinite().all() and one_rank.std() > 0.1, name
+        torch.testing.assert_close(two_ranks[name], one_rank, atol=1e-6, rtol=0, msg=lambda text: f"{name}: {text}")
+
+
+def test_a_split_within_a_group_is_refused_by_name(tmp_path: Path) -> None:
+    quantized, _ = write_pair("llama", FORMATS["awq"], tmp_path)
+    groups = ProcessGroups(Group(rank=1, size=4, handle=None))
+    with pytest.raises(ConfigError, match="16 inputs of a projection are not a multiple of 32"):
+        load_model(quantized, context=make_context(torch_table("test"), groups=groups), max_model_len=16)
