@@ -28,7 +28,7 @@ from atom_cluster.config.model_path import resolve_model_path
 from atom_cluster.config.ops import OpsConfig
 from atom_cluster.config.quantization import OnlineFormat, QuantizationConfig
 from atom_cluster.layers.context import LayerContext
-from atom_cluster.layers.forward_batch import AttentionMetadata, ForwardBatch
+from atom_cluster.layers.forward_batch import AttentionMetadata, ForwardBatch, StateMetadata
 from atom_cluster.models.protocol import CausalLM
 from atom_cluster.models.registry import describe_weights, load_model
 from atom_cluster.ops.select import select_ops
@@ -111,7 +111,9 @@ def measure(
 ) -> Result:
     """Perplexity over the first `num_tokens` tokens of a text."""
     quantization = QuantizationConfig() if quantization is None else quantization
-    tokens = Tokenizer.from_directory(model_dir).encode(text.read_text(encoding="utf-8"))[:num_tokens]
+    tokens = Tokenizer.from_directory(model_dir).encode(text.read_text(encoding="utf-8"), add_special_tokens=False)[
+        :num_tokens
+    ]
     if len(tokens) < num_tokens:
         raise ValueError(f"{text} has {len(tokens)} tokens")
     detected = detect_platform(device)
@@ -138,3 +140,66 @@ def measure(
         forward_s=time.perf_counter() - loaded,
         weights=describe_weights(model),
     )
+
+
+def prompt_logits(model: CausalLM, tokens: list[int], device: torch.device) -> torch.Tensor:
+    """Logits of every token of one prompt, computed as a step of its own."""
+    num_tokens = len(tokens)
+    num_blocks = ceil_div(num_tokens, BLOCK_SIZE)
+    groups = model.kv_layout.groups
+    pages = [2 if group.kind == "state" else num_blocks for group in groups]
+    memory = allocate_kv_memory(model.kv_layout, num_pages=pages, block_size=BLOCK_SIZE, device=device)
+    positions = torch.arange(num_tokens, device=device)
+    attention = {
+        group.window: AttentionMetadata(
+            block_size=BLOCK_SIZE,
+            window=group.window,
+            num_decode_rows=0,
+            query_start=torch.tensor([0, num_tokens], dtype=torch.int32, device=device),
+            context_len=torch.tensor([num_tokens], dtype=torch.int32, device=device),
+            block_table=torch.arange(num_blocks, dtype=torch.int32, device=device)[None],
+            slot=positions,
+            query_start_cpu=(0, num_tokens),
+            context_len_cpu=(num_tokens,),
+        )
+        for group in groups
+        if group.kind != "state"
+    }
+    state = StateMetadata(
+        read_page=torch.tensor([-1], device=device),
+        write_page=torch.tensor([[1]], device=device),
+        keeps_all_cpu=(False,),
+    )
+    batch = ForwardBatch(
+        token_ids=torch.tensor(tokens, device=device),
+        positions=positions,
+        attention=attention,
+        caches=memory.layers,
+        sample_index=positions,
+        state=state if groups[-1].kind == "state" else None,
+    )
+    logits = model.compute_logits(model.forward(batch))
+    assert logits is not None, "there is one rank"
+    return logits
+
+
+def save(results: list[Result], arguments: list[str], model: str) -> Path:
+    """Write the results with what is needed to repeat them."""
+    record = {
+        "benchmark": "perplexity",
+        "command": f"python -m benchmarks.perplexity {shlex.join(arguments)}",
+        "commit": current_commit(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "hardware": {"cpu": cpu_name(), "num_cpus": os.cpu_count(), "load_average": os.getloadavg()[0]},
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "results": [asdict(result) for result in results],
+    }
+    RESULTS_DIR.mkdir(exist_ok=True)
+    path = RESULTS_DIR / f"perplexity_{model}_{time.strftime('%Y%m%d_%H%M%S', time.gmtime())}.json"
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+if __name__ == "__main__":
+    main()

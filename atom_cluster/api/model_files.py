@@ -61,12 +61,12 @@ class ServedModel:
         outer_config = read_json(path / "config.json")
         config = _text_config(outer_config)
         generation = read_json(path / "generation_config.json", default={})
-        end_tokens = (generation, config, outer_config, {"eos_token_id": _tokenizer_eos_id(path)})
+        from_tokenizer: JsonObject = {"eos_token_id": _tokenizer_eos_id(path)}
         return cls(
             name=served_name or path.name,
             max_model_len=max_model_len or _required_int(config, "max_position_embeddings", path),
             vocab_size=_required_int(config, "vocab_size", path),
-            eos_token_ids=_eos_token_ids(*end_tokens),
+            eos_token_ids=_eos_token_ids(generation, config, outer_config, from_tokenizer),
             defaults=_defaults(generation, path) if uses_recommendations else GenerationDefaults(),
             created=int(time.time()),
         )

@@ -66,7 +66,7 @@ class Tokenizer:
         config = read_json(Path(directory) / "tokenizer_config.json", default={})
         named = special_tokens(directory)
         _add_tokens(backend, config, named)
-        _set_ends(backend, config, named)
+        _add_ends(backend, config, named)
         return cls(backend, special_tokens=named)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -262,13 +262,26 @@ def _add_tokens(backend: tokenizers.Tokenizer, config: dict[str, object], named:
     backend.add_special_tokens([text for text in named.values() if backend.token_to_id(text) is None])
 
 
-def _set_ends(backend: tokenizers.Tokenizer, config: dict[str, object], named: dict[str, str]) -> None:
-    """What goes around a text, if `add_bos_token` or `add_eos_token` say so; else `tokenizer.json` does."""
-    if "add_bos_token" not in config and "add_eos_token" not in config:
+def _add_ends(backend: tokenizers.Tokenizer, config: dict[str, object], named: dict[str, str]) -> None:
+    """What `add_bos_token` and `add_eos_token` want around a text, where `tokenizer.json` does not put it.
+
+    DeepSeek's files are so: their tokenizer class adds the token. That a key is false takes nothing away.
+    """
+    adds_bos, adds_eos = config.get("add_bos_token") is True, config.get("add_eos_token") is True
+    if not adds_bos and not adds_eos:
         return
-    bos = named.get("bos_token") if config.get("add_bos_token") else None
-    eos = named.get("eos_token") if config.get("add_eos_token") else None
-    backend.post_processor = tokenizers.processors.TemplateProcessing(
-        single=[token for token in (bos, "$A", eos) if token is not None],
-        special_tokens=[(token, backend.token_to_id(token)) for token in {bos, eos} if token is not None],
-    )
+    plain, full = (backend.encode("a", add_special_tokens=adds).ids for adds in (False, True))
+    num_before = next(start for start in range(len(full) + 1) if full[start : start + len(plain)] == plain)
+    before, after = full[:num_before], full[num_before + len(plain) :]
+    bos = backend.token_to_id(named.get("bos_token", ""))
+    eos = backend.token_to_id(named.get("eos_token", ""))
+    first = [bos] if adds_bos and bos is not None and bos not in before else []
+    last = [eos] if adds_eos and eos is not None and eos not in after else []
+    if first or last:
+        # One template for all: the library applies only the first of several.
+        before, after = [*first, *before], [*after, *last]
+        texts = {token_id: backend.id_to_token(token_id) for token_id in (*before, *after)}
+        backend.post_processor = tokenizers.processors.TemplateProcessing(
+            single=[*map(texts.__getitem__, before), "$A", *map(texts.__getitem__, after)],
+            special_tokens=[(text, token_id) for token_id, text in texts.items()],
+        )

@@ -94,7 +94,7 @@ class Scheduler:
         self._budget = 0
         self._step = ScheduledStep()
         self._starved: list[Request] = []
-        self._preempted: set[Request] = set()
+        self._has_preempted = False
 
     @property
     def num_waiting(self) -> int:
@@ -155,7 +155,7 @@ class Scheduler:
     def schedule(self) -> ScheduledStep:
         """Fill the next step. What it returns must be run, in order of the calls."""
         self._step = ScheduledStep()
-        self._preempted.clear()
+        self._has_preempted = False
         self._budget = self._config.max_num_batched_tokens
         policy = self._config.policy
         if policy == "prefill_first":
@@ -255,7 +255,7 @@ class Scheduler:
         self._blocks.release(request.table)
         request.num_computed = request.num_confirmed = 0
         request.drafts = ()
-        self._preempted.add(request)
+        self._has_preempted = True
         self._metrics.inc(PREEMPTIONS)
         if request.phase is Phase.RUNNING:
             self._running.remove(request)
@@ -287,6 +287,8 @@ class Scheduler:
     # --- admission
 
     def _admit(self, *, takes_prompts: bool = True) -> None:
+        if self._has_preempted:
+            return  # pages are short; prompts coming back for a first chunk again and again would keep others waiting
         is_blocked = False
         for request in list(self._waiting):
             if not self._free_rows or not self._budget:
@@ -295,8 +297,6 @@ class Scheduler:
                 continue
             if request.num_sampling or request.num_in_flight:
                 continue  # preempted a moment ago; what is in flight still belongs to its last stay
-            if request in self._preempted:
-                continue  # else, coming back for its first chunk again and again, it would keep others from decoding
             # In order, but for requests that came from prefill: their blocks come free when they have run.
             if is_blocked and not request.table.block_ids:
                 continue

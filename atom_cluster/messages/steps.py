@@ -35,8 +35,8 @@ class NewRow(Struct, frozen=True, kw_only=True, array_like=True):
     """All tokens known so far: prompt, then any output tokens already produced (preemption, remote prefill)."""
     num_prompt_tokens: int
     pages: tuple[tuple[int, ...], ...]
-    """Per cache group. Window groups: columns that no step of the row reads name page 0. State group: empty, or the page
-    that holds the state before the row's first step, which the step only reads; it brings its own pages to write to."""
+    """Per cache group. Window groups: columns that no step of the row reads name page 0. State group: empty, or the
+    page that holds the state before the row's first step, which only reads it; it brings its own pages to write to."""
     sampling: SamplingParams
     """With an integer seed."""
     eos_token_ids: tuple[int, ...] = ()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from atom_cluster.api.tokenizer import IncrementalDetokenizer, Tokenizer, TokenizerService
 from atom_cluster.errors import ConfigError, Overloaded
@@ -114,34 +115,54 @@ def test_missing_or_broken_files_are_named(tmp_path: Path) -> None:
         Tokenizer.from_directory(tmp_path)
 
 
+def tokenizer_directory(directory: Path, config: dict[str, object], *, prescribes_bos: bool) -> Path:
+    backend = byte_level()
+    if prescribes_bos:
+        backend.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 256)])
+    backend.save(str(directory / "tokenizer.json"))
+    names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (directory / "tokenizer_config.json").write_text(json.dumps({**names, **config}))
+    return directory
+
+
 @pytest.mark.parametrize(
     "config",
     [
         {},
-        {"add_bos_token": True},
-        {"add_bos_token": True, "add_eos_token": True},
         {"add_bos_token": False},
         {"added_tokens_decoder": {"259": {"content": "<b>"}, "258": {"content": "<a>", "special": True}}},
-        {"eos_token": "</s>", "add_eos_token": True},
+        {"eos_token": "</s>"},
     ],
 )
 @pytest.mark.parametrize("prescribes_bos", [False, True])
 def test_tokens_are_those_of_transformers(tmp_path: Path, config: dict[str, object], prescribes_bos: bool) -> None:
     from transformers import PreTrainedTokenizerFast
 
-    backend = byte_level()
-    if prescribes_bos:
-        backend.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 256)])
-    backend.save(str(tmp_path / "tokenizer.json"))
-    names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "tokenizer_class": "PreTrainedTokenizerFast"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**names, **config}))
-    reference = PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    tokenizer = Tokenizer.from_directory(tmp_path)
+    directory = tokenizer_directory(tmp_path, config, prescribes_bos=prescribes_bos)
+    reference = PreTrainedTokenizerFast.from_pretrained(directory)
+    tokenizer = Tokenizer.from_directory(directory)
     for text in ("a <a><b></s>", "<|im_start|>a", ""):
         assert tokenizer.encode(text) == reference(text)["input_ids"]
         ids = reference(text, add_special_tokens=False)["input_ids"]
         assert tokenizer.encode(text, add_special_tokens=False) == ids
         assert tokenizer.decode(ids) == reference.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("prescribes_bos", [False, True])
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        ({"add_bos_token": True}, [256, 64]),
+        ({"add_bos_token": True, "add_eos_token": True}, [256, 64, 257]),
+        ({"add_bos_token": True, "bos_token": None}, [64]),
+    ],
+)
+def test_a_token_that_the_config_wants_around_texts_is_there_once(
+    tmp_path: Path, wanted: dict[str, object], expected: list[int], prescribes_bos: bool
+) -> None:
+    tokenizer = Tokenizer.from_directory(tokenizer_directory(tmp_path, wanted, prescribes_bos=prescribes_bos))
+    assert tokenizer.encode("a") == ([256, *expected] if prescribes_bos and expected[0] != 256 else expected)
+    assert tokenizer.encode("a", add_special_tokens=False) == [64]
 
 
 def test_names_of_special_tokens_may_be_in_the_older_file_and_models_may_have_their_own(tmp_path: Path) -> None:

@@ -227,9 +227,9 @@ def test_whoever_goes_last_makes_way_when_any_group_runs_out() -> None:
 def test_a_prompt_that_lacks_pages_does_not_keep_others_from_decoding() -> None:
     config = SchedulerConfig(max_num_batched_tokens=5, long_prefill_tokens=3, policy="prefill_first")
     loop = Loop(config, num_rows=3, other_groups=(window(5, 6),))
-    loop.add(*(make_request(number, 1, 6) for number in range(2)), make_request(2, 9, 1))
+    loop.add(*(make_request(number, 5, 2) for number in range(2)), *(make_request(number, 9, 1) for number in (2, 3)))
     loop.run()
-    assert len(loop.finished) == 3
+    assert len(loop.finished) == 4
 
 
 def test_only_a_prompt_for_another_engine_that_nothing_can_help_is_called_starved() -> None:

@@ -60,6 +60,18 @@ def test_the_next_step_starts_behind_the_last_kept_token(num_kept: int) -> None:
     assert request.tokens[5:] == [TOKEN] * 20
 
 
+def test_a_block_whose_last_token_is_not_computed_is_not_offered_whatever_was_drafted_there() -> None:
+    loop = Loop(max_drafts=2, num_kept=lambda _: 0)
+    request = make_request(0, 6, max_tokens=9)
+    loop.add(request)
+    loop.step()
+    loop.step()
+    assert (len(request.tokens), request.num_confirmed) == (8, 7)
+    assert request.table.num_named == 1
+    loop.step()
+    assert request.table.num_named == 2
+
+
 def test_no_more_is_drafted_than_there_is_left_to_sample() -> None:
     loop = Loop(max_drafts=3, num_kept=lambda _: 0)
     loop.add(make_request(0, 5, max_tokens=4))

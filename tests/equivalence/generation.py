@@ -8,9 +8,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from atom_cluster import LLMEngine, SamplingParams
-from tests.tiny_models import random_tokens, tiny_model_dir
+from tests.tiny_models import TINY_MODELS, random_tokens, tiny_model_dir
 
-MODELS = ("llama", "qwen3")
+_VARIANTS = {
+    "llama_tied_bias",
+    "llama_linear",
+    "llama_yarn",
+    "llama_one_kv_head",
+    "qwen2_windows",
+    "gemma3_vision",
+    "qwen3_5_vision",
+    "qwen3_5_moe_vision",
+}
+
+FAMILIES = tuple(name for name in TINY_MODELS if name not in _VARIANTS)
+"""One tiny model of every kind that is computed in its own way."""
 
 GREEDY = SamplingParams(temperature=0.0, seed=0, max_tokens=24, ignore_eos=True)
 SAMPLED = SamplingParams(temperature=1.0, top_p=0.95, seed=3, max_tokens=24)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from atom_cluster.config.scheduler import SchedulerConfig
 from atom_cluster.config.transfer import KvTransferConfig
@@ -14,13 +15,15 @@ from atom_cluster.engine.local_runner import LocalRunner
 from atom_cluster.engine.protocols import EngineOutput
 from atom_cluster.messages.cluster import PeerAddress
 from atom_cluster.messages.requests import EngineRequest, TokenBatch
-from atom_cluster.models.registry import read_spec
+from atom_cluster.models.registry import build_model, read_spec
 from atom_cluster.observability.memory import MemoryMetrics
 from atom_cluster.observability.metrics import KV_TRANSFER_BYTES, PREFIX_CACHE_HITS
+from atom_cluster.ops.select import torch_table
 from atom_cluster.runner.build import build_model_runner
 from atom_cluster.runner.options import RunnerOptions
 from atom_cluster.units import Deadline
-from tests.equivalence.generation import MODELS, Request, generate, mixed_requests
+from tests.equivalence.generation import FAMILIES, Request, generate, mixed_requests
+from tests.models.paged_driver import make_context
 from tests.tiny_models import tiny_model_dir
 
 CLIENT = "client"
@@ -118,7 +121,7 @@ class _Wire:
                     self._pair.finish_reasons[delta.request_id] = delta.finish_reason
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=FAMILIES)
 def model(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -138,14 +141,25 @@ def pairs() -> Iterator[list[Pair]]:
 
 
 def assert_kv_came_from_prefill(pair: Pair, model: str, requests: list[Request]) -> None:
-    """Every prompt's blocks were transferred, and nothing is held afterwards."""
-    num_blocks = sum(-(-len(prompt) // BLOCK_SIZE) for prompt, _ in requests)
-    spec = read_spec(tiny_model_dir(model))
-    bytes_per_block = BLOCK_SIZE * spec.num_layers * spec.num_kv_heads * 2 * spec.head_dim * 8
-    assert pair.metrics["decode"].value(KV_TRANSFER_BYTES) == num_blocks * bytes_per_block
+    """Every prompt's pages were transferred, no more of a window than its end; and nothing is held afterwards."""
+    num_bytes = sum(num_bytes_needed(model, len(prompt)) for prompt, _ in requests)
+    assert pair.metrics["decode"].value(KV_TRANSFER_BYTES) == num_bytes
     for core in pair.cores.values():
         held = {state: count for state, count in core.stats().blocks_by_state.items() if count}
         assert set(held) <= {"free", "cached"}
+
+
+def num_bytes_needed(model: str, num_tokens: int) -> int:
+    """Size of the pages that the tokens behind a prompt need."""
+    context = make_context(torch_table("test"), dtype=torch.float64)
+    layout = build_model(read_spec(tiny_model_dir(model)), context, max_model_len=256).kv_layout
+    num_columns = -(-num_tokens // BLOCK_SIZE)
+    num_bytes = 0
+    for group in layout.groups:
+        num_behind = max(0, num_tokens - group.window + 1) // BLOCK_SIZE if group.window else 0
+        num_pages = 1 if group.kind == "state" else num_columns - num_behind
+        num_bytes += num_pages * layout.page_bytes(group, BLOCK_SIZE)
+    return num_bytes
 
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])

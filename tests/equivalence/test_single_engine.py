@@ -6,10 +6,10 @@ import pytest
 
 from atom_cluster.observability.memory import MemoryMetrics
 from atom_cluster.observability.metrics import PREEMPTIONS
-from tests.equivalence.generation import MODELS, generate, make_engine, mixed_requests
+from tests.equivalence.generation import FAMILIES, generate, make_engine, mixed_requests
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=FAMILIES)
 def model(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from atom_cluster import LLMEngine, SamplingParams
-from tests.equivalence.generation import MODELS
+from tests.equivalence.generation import FAMILIES
 from tests.tiny_models import random_tokens, reference_model, tiny_model_dir
 
 PROMPTS = (
@@ -47,11 +47,11 @@ def most_likely_continuation(model: PreTrainedModel, prompt: list[int], output: 
     return tokens
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 def test_tiny_models_continue_prompts_as_transformers_does(name: str, backend: str) -> None:
     prompts = [random_tokens(length, seed=length) for length in (1, 7, 16, 33, 90)]
-    params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+    params = SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True)
     with LLMEngine(
         tiny_model_dir(name), device="cpu", dtype="float32", num_blocks=64, num_threads=1, ops_backend=backend
     ) as engine:

@@ -14,7 +14,12 @@ from tests.tiny_models import tiny_model_dir
 
 GPT_OSS_CONFIG = {
     "quant_method": "mxfp4",
-    "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"],
+    "modules_to_not_convert": [
+        "model.layers.*.self_attn",
+        "model.layers.*.mlp.router",
+        "model.embed_tokens",
+        "lm_head",
+    ],
 }
 QUANTIZED = re.compile(r"model\.layers\.\d+\.(?:self_attn|mlp)\..*_proj(?:_with_mqa)?\.weight")
 

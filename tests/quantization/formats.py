@@ -44,7 +44,7 @@ def groups_of(x: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def power_of_two(max_abs: torch.Tensor, exponent_of_largest: int) -> torch.Tensor:
-    """OCP microscaling: the largest power of two below, less that of the format's largest number, rounded up from 1.75."""
+    """OCP microscaling: the power of two below, less that of the format's largest number; up from 1.75 times it."""
     exponent = max_abs.clamp(min=1e-30).log2().floor()
     exponent += (max_abs / 2**exponent > 1.75).double()
     return torch.where(max_abs > 0, 2 ** (exponent - exponent_of_largest), 1.0)
@@ -360,9 +360,7 @@ FORMATS = {
         mxfp4("weight", "weight_scale"),
         per_group_fp4,
     ),
-    "awq": Format(
-        {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}, awq(32)
-    ),
+    "awq": Format({"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}, awq(32)),
     "gptq": Format(_GPTQ, gptq(4, 32)),
     "gptq_reordered": Format({**_GPTQ, "desc_act": True}, gptq(4, 32, is_reordered=True)),
     "gptq_v2_int8": Format({**_GPTQ, "bits": 8, "checkpoint_format": "gptq_v2"}, gptq(8, 32, offset=0)),

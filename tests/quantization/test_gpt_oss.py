@@ -11,6 +11,7 @@ from tests.models.paged_driver import PagedDriver, make_context
 from tests.quantization.checkpoints import write_gpt_oss_pair
 from tests.tiny_models import random_tokens, tiny_model_dir
 
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return write_gpt_oss_pair(tmp_path_factory.mktemp("gpt_oss"))
@@ -25,5 +26,3 @@ def test_experts_stand_for_what_transformers_says(pair: tuple[Path, Path]) -> No
     found, expected = logits(pair[0]), logits(pair[1])
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
     assert (expected - logits(tiny_model_dir("gpt_oss"))).abs().max() > 1e-3
-
-

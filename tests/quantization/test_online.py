@@ -75,9 +75,7 @@ def test_int4_is_exact_on_sixteen_equal_steps_and_better_than_rounding_within_th
     ("name", "online", "form"),
     [("llama", "fp8", "ct_fp8_channel"), ("qwen3_moe", "int8", "ct_int8"), ("llama", "mxfp4", "ct_mxfp4")],
 )
-def test_a_model_computes_what_the_quantized_checkpoint_does(
-    name: str, online: str, form: str, tmp_path: Path
-) -> None:
+def test_a_model_computes_what_the_quantized_checkpoint_does(name: str, online: str, form: str, tmp_path: Path) -> None:
     quantized, _ = write_pair(name, FORMATS[form], tmp_path)
     found = logits(load(tiny_model_dir(name), online=online))
     # Scales of checkpoints are computed in another precision; a handful of codes differ by it.
@@ -88,7 +86,9 @@ def test_a_model_computes_what_the_quantized_checkpoint_does(
 def test_excluded_layers_the_head_and_routers_stay_as_they_are() -> None:
     # 3 layers of query-key-value, output and router, one dense MLP, two stacks of experts, the head
     found = describe_weights(load(tiny_model_dir("qwen3_moe"), online="fp8", exclude=["model.layers.1", "mlp.experts"]))
-    counts = {name: int(count) for count, name in (part.split(" ", 1) for part in found.split(", ") if part[0].isdigit())}
+    counts = {
+        name: int(count) for count, name in (part.split(" ", 1) for part in found.split(", ") if part[0].isdigit())
+    }
     assert counts["float8 per channel"] == 6
     assert counts["float64"] == 2 + 1 + 2
 

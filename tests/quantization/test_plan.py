@@ -73,7 +73,11 @@ def test_a_layer_that_is_stored_as_floats_is_plain_though_no_list_says_so() -> N
 def test_groups_by_name_come_before_the_class_and_may_have_formats_of_their_own() -> None:
     config = compressed("mixed-precision", {}, None)
     config["config_groups"] = {
-        "group_0": {"targets": ["Linear"], "format": "pack-quantized", "weights": number(4, "int", "group", group_size=32)},
+        "group_0": {
+            "targets": ["Linear"],
+            "format": "pack-quantized",
+            "weights": number(4, "int", "group", group_size=32),
+        },
         "group_1": {
             "targets": ["re:.*self_attn.*"],
             "format": "float-quantized",
@@ -88,7 +92,9 @@ def test_groups_by_name_come_before_the_class_and_may_have_formats_of_their_own(
 def test_layers_of_quark_and_gptq_may_differ() -> None:
     base = quark({"dtype": "fp8_e4m3", "qscheme": "per_tensor"}, {"dtype": "fp8_e4m3", "is_dynamic": False})
     assert isinstance(base["global_quant_config"], dict)
-    base["layer_quant_config"] = {"*.up_proj": {**base["global_quant_config"], "weight": {"dtype": "int8", "qscheme": "per_channel"}}}
+    base["layer_quant_config"] = {
+        "*.up_proj": {**base["global_quant_config"], "weight": {"dtype": "int8", "qscheme": "per_channel"}}
+    }
     assert plan(base).linear(QKV).name.startswith("float8 per tensor")
     assert plan(base).linear(UP).name.startswith("int8 per channel")
     found = plan(with_changes("gptq", dynamic={r"+:.*\.up_proj": {"bits": 8, "group_size": 64}}))

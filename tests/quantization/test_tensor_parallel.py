@@ -55,7 +55,7 @@ def test_two_ranks_equal_one(checkpoints: dict[str, Path], tmp_path: Path) -> No
     for name, directory in checkpoints.items():
         one_rank = run_model(name, directory, TOKENS, ProcessGroups.single())
         assert one_rank is not None and one_rank.isfinite().all() and one_rank.std() > 0.1, name
-        torch.testing.assert_close(two_ranks[name], one_rank, atol=1e-6, rtol=0, msg=lambda text: f"{name}: {text}")
+        assert (two_ranks[name] - one_rank).abs().max() < 1e-6, name
 
 
 def test_a_split_within_a_group_is_refused_by_name(tmp_path: Path) -> None:
