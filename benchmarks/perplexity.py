@@ -77,8 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
                     device=args.device,
                 )
             )
-            relative = results[-1].perplexity / results[0].perplexity if args.online[0] == "none" else math.nan
-            print(f"{num_tokens:6} tokens  {online:10} {results[-1].perplexity:9.4f}  {relative:7.4f}", flush=True)
+            print(f"{num_tokens:6} tokens  {online:10} {results[-1].perplexity:9.4f}", flush=True)
     if args.save:
         print(f"saved {save(results, arguments, model_dir.name)}")
 

@@ -368,7 +368,7 @@ def _build(tiny: TinyModel) -> PreTrainedModel:
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.is_floating_point() and tensor.numel() > 1 and tensor.std() == 0:
                 tensor.add_(torch.randn(tensor.shape, generator=generator) * 0.1)
-        # The padding token's row is zero: all its scores in an index would be, and ties are not broken alike everywhere.
+        # The row of padding is zero, and so are its scores in an index: ties, which are not broken alike everywhere.
         embedding = model.get_input_embeddings().weight
         embedding[_COMMON["pad_token_id"]] = torch.randn(embedding.shape[1], generator=generator) * 0.08
     return model

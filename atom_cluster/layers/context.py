@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -28,12 +28,12 @@ class LayerContext:
     quantization: QuantizationPlan = NOTHING_QUANTIZED
     """How linear layers store their weights, by name."""
     weight_dtype: torch.dtype | None = None
-    """Dtype that unquantized weights are loaded in; None: `dtype`. Narrower than `dtype` for a bfloat16 checkpoint
-    computed in float32: embeddings stay that small, linear weights go through `ops.prepare_linear`."""
+    """Dtype of unquantized weights that no checkpoint has; None: `dtype`."""
     kv_dtype: str | None = None
     """Dtype of keys and values in the cache, as `kv_cache.layout` spells it; None: `dtype`."""
-    stored_names: frozenset[str] = frozenset()
-    """All tensors of the checkpoint, for layers that come in several forms (packed experts, say). Empty without one."""
+    stored_dtypes: Mapping[str, torch.dtype | None] = field(default_factory=dict)
+    """Dtype of each tensor of the checkpoint, None for what is no plain float. For weights that stay as narrow as they
+    are stored, and for layers that come in several forms (stacked experts, say). Empty without a checkpoint."""
 
     def at(self, name: str) -> LayerContext:
         """The same for a part with this name."""
@@ -56,10 +56,15 @@ class LayerContext:
             raise ConfigError(f"projections that are computed together are quantized differently: {described}")
         return next(iter(schemes.values()))
 
-    @property
-    def storage_dtype(self) -> torch.dtype:
-        """Dtype that weights are allocated in."""
-        return self.dtype if self.weight_dtype is None else self.weight_dtype
+    def storage_dtype(self, names: Sequence[str]) -> torch.dtype:
+        """Dtype to allocate unquantized tensors of these names in, which are held together.
+
+        The narrowest that loses nothing: that of the checkpoint, if it is one and `dtype` can hold all its values. So
+        a bfloat16 checkpoint computed in float32 stays small, as far as `ops.prepare_linear` leaves it so.
+        """
+        dtypes = {self.stored_dtypes.get(self.full_name(name), self.weight_dtype) for name in names}
+        dtype = dtypes.pop() if len(dtypes) == 1 else None
+        return dtype if dtype is not None and torch.promote_types(dtype, self.dtype) == self.dtype else self.dtype
 
     @property
     def cache_dtype(self) -> str:

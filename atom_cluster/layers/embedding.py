@@ -26,7 +26,8 @@ class VocabularyShard(Module):
         self._name = f"{context.name}.weight"
         self.vocab_size = vocab_size
         self.span = Span(start, min(num_rows, vocab_size - start))
-        self.rows_VD = torch.zeros(num_rows, hidden_size, dtype=context.storage_dtype, device=context.device)
+        dtype = context.storage_dtype(["weight"])
+        self.rows_VD = torch.zeros(num_rows, hidden_size, dtype=dtype, device=context.device)
 
     def weight_parts(self) -> dict[str, WeightPart]:
         """Where the checkpoint's tensor goes, by its full name."""

@@ -80,7 +80,7 @@ class Experts(Module):
         self._is_divided = expert.size > 1
         self._has_down_bias = self._is_divided or tensor.rank == 0
         self._is_interleaved = spec.stacked_layout == "interleaved"
-        self._is_stacked = self._is_interleaved or context.full_name(_STACKED_NAMES[0]) in context.stored_names
+        self._is_stacked = self._is_interleaved or context.full_name(_STACKED_NAMES[0]) in context.stored_dtypes
         self._scheme = context.scheme(self._layer_names())
         dims = Span(0, spec.expert_size)
         if not self._is_divided:
@@ -108,6 +108,7 @@ class Experts(Module):
         sizes = (out[1].length,) * len(names)
         shape = LinearShape(part_sizes=sizes, num_in=into[1].length, full_in=into[0], num_experts=self._span.length)
         context, bias = self._context, None
+        stored = [stacked_name] if self._is_stacked else [f"0.{name}.weight" for name in names]
         if self._spec.has_bias:
             zeros_EO = torch.zeros(*shape.stack, shape.num_out, dtype=context.dtype, device=context.device)
             bias = StoredTensor(tensor=zeros_EO, out_axis=0, in_axis=None)
@@ -121,7 +122,7 @@ class Experts(Module):
                 for index in range(len(names))
             ),
             shape=shape,
-            tensors=self._scheme.create_tensors(shape, dtype=context.storage_dtype, device=context.device),
+            tensors=self._scheme.create_tensors(shape, dtype=context.storage_dtype(stored), device=context.device),
             bias=bias,
         )
 

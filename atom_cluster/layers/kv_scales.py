@@ -26,7 +26,7 @@ class KvScales(Module):
         """The largest number of that kind is about half as large, so scales are twice as large."""
         is_float8 = context.cache_dtype.startswith("float8")
         self._names = [
-            next((full for name in names if (full := context.full_name(name)) in context.stored_names), None)
+            next((full for name in names if (full := context.full_name(name)) in context.stored_dtypes), None)
             for names in (_KEY_NAMES, _VALUE_NAMES)
             if is_float8
         ]

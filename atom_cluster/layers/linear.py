@@ -55,7 +55,8 @@ class _Linear(Module):
         self._shape = LinearShape(
             part_sizes=tuple(output.local.length for output in outputs), num_in=in_span.length, full_in=full_in
         )
-        self._tensors = self._scheme.create_tensors(self._shape, dtype=context.storage_dtype, device=context.device)
+        dtype = context.storage_dtype([f"{output.name}.weight" if output.name else "weight" for output in outputs])
+        self._tensors = self._scheme.create_tensors(self._shape, dtype=dtype, device=context.device)
         self._bias_O = (
             torch.empty(self._shape.num_out, dtype=context.dtype, device=context.device) if has_bias else None
         )

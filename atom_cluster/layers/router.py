@@ -36,7 +36,7 @@ class Router(Module):
         # Which experts are best is decided by small differences, which half precision would blur.
         self._dtype = torch.promote_types(context.dtype, torch.float32)
         self.gate = ColumnLinear(
-            replace(context.unquantized, dtype=self._dtype, weight_dtype=None),
+            replace(context.unquantized, dtype=self._dtype),
             num_in=hidden_size,
             outputs=[Output(spec.gate_name, num_experts)],
             has_bias=spec.has_logit_bias,

@@ -21,7 +21,7 @@ from atom_cluster.ops.moe import ExpertsOp
 from atom_cluster.quantization.online import with_online
 from atom_cluster.quantization.plan import read_plan
 from atom_cluster.weights.dummy import fill_weights
-from atom_cluster.weights.loader import check_fit, load_weights, storage_dtype
+from atom_cluster.weights.loader import check_fit, load_weights
 from atom_cluster.weights.rules import CheckpointMap, LoadableModel
 from atom_cluster.weights.safetensors_reader import Checkpoint, open_checkpoint
 
@@ -144,8 +144,7 @@ def load_model(
         plan = with_online(read_plan(config, checkpoint.names), quantization, context.device)
         stored = replace(
             context,
-            weight_dtype=storage_dtype(checkpoint, context.dtype),
-            stored_names=checkpoint.names,
+            stored_dtypes={name: checkpoint.float_dtype(name) for name in checkpoint.names},
             quantization=plan,
         )
         model = build_model(spec, stored, **sizes)

@@ -72,6 +72,7 @@ def build_model_runner(options: RunnerOptions) -> ModelRunner:
             "device": f"{device} ({platform.arch})",
             "dtype": dtype_choice,
             "kv_blocks": blocks_choice,
+            "kv_dtype": f"{context.cache_dtype} ({'as computed' if context.kv_dtype is None else 'configured'})",
             "kv_memory": memory.choice,
             "kv_transport": transfer_choice,
             "speculative": f"{options.num_drafts} drafts by {num_draft_layers} of the checkpoint's layers",

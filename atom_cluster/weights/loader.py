@@ -47,19 +47,6 @@ def check_fit(checkpoint_map: CheckpointMap, checkpoint: Checkpoint) -> None:
         raise WeightsError("the checkpoint does not fit the model:\n" + "\n".join(problems))
 
 
-def storage_dtype(checkpoint: Checkpoint, compute_dtype: torch.dtype) -> torch.dtype:
-    """The narrowest dtype that loses nothing: that of the checkpoint, if `compute_dtype` can hold all its values.
-
-    A checkpoint that mixes float dtypes, or is wider than the model computes, is converted to `compute_dtype` while
-    loading. Quantized tensors have no say.
-    """
-    dtypes = {checkpoint.float_dtype(name) for name in checkpoint.names} - {None}
-    dtype = dtypes.pop() if len(dtypes) == 1 else None
-    if dtype is None or torch.promote_types(dtype, compute_dtype) != compute_dtype:
-        return compute_dtype
-    return dtype
-
-
 def _pieces(checkpoint_map: CheckpointMap, checkpoint: Checkpoint) -> list[Piece]:
     """In the order of the files, which disks like best."""
     pieces = [

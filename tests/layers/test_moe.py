@@ -35,7 +35,7 @@ def context_of(rank: int, num_ranks: int, *, divides_experts: bool, stored_names
         dtype=torch.float64,
         device=torch.device("cpu"),
         name="mlp",
-        stored_names=stored_names,
+        stored_dtypes=dict.fromkeys(stored_names, torch.float64),
     )
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from atom_cluster.errors import WeightsError
 from atom_cluster.parallel.sharding import WeightPart, WeightParts, whole
 from atom_cluster.weights import pieces
-from atom_cluster.weights.loader import load_weights, storage_dtype
+from atom_cluster.weights.loader import load_weights
 from atom_cluster.weights.rules import CheckpointMap
 from atom_cluster.weights.safetensors_reader import open_checkpoint
 
@@ -179,25 +179,6 @@ def test_progress_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     first, *_, last = [record.getMessage() for record in caplog.records]
     assert first == f"reading 0.04 GB in 1 files of {tmp_path}"
     assert last.startswith("finished: 0.04 of 0.04 GB in ")
-
-
-@pytest.mark.parametrize(
-    ("stored", "computed", "expected"),
-    [
-        ({torch.bfloat16}, torch.float32, torch.bfloat16),
-        ({torch.bfloat16}, torch.bfloat16, torch.bfloat16),
-        ({torch.float32}, torch.bfloat16, torch.bfloat16),
-        ({torch.float16}, torch.bfloat16, torch.bfloat16),
-        ({torch.bfloat16, torch.float32}, torch.float32, torch.float32),
-        ({torch.bfloat16, torch.float8_e4m3fn, torch.int32}, torch.float32, torch.bfloat16),
-    ],
-)
-def test_weights_stay_narrow_only_where_that_loses_nothing(
-    tmp_path: Path, stored: set[torch.dtype], computed: torch.dtype, expected: torch.dtype
-) -> None:
-    folder = save(tmp_path, {str(dtype): A.to(dtype) for dtype in stored})
-    with open_checkpoint(folder) as checkpoint:
-        assert storage_dtype(checkpoint, computed) == expected
 
 
 @pytest.mark.gpu
