@@ -24,6 +24,31 @@ class PlatformFacts:
     """True only if every replica is known to be on one host, now and later."""
 
 
+_UNEVEN_KEYS = (
+    "kv_lora_rank",
+    "sliding_window",
+    "sliding_window_size",
+    "hybrid_layer_pattern",
+    "full_attention_interval",
+    "linear_num_key_heads",
+)
+"""Keys of models whose layers keep something else than keys and values of all positions, equally many each."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvenKv:
+    """KV of a model whose layers all keep keys and values of every position, of the same sizes."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+
+    def bytes_per_token(self, *, element_bytes: int, num_ranks: int) -> int:
+        """KV bytes of one token on the rank that holds most. Heads that do not divide evenly are rounded up."""
+        heads_per_rank = -(-self.num_kv_heads // num_ranks)
+        return 2 * self.num_layers * heads_per_rank * self.head_dim * element_bytes
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
     """What config.json of a model says, as far as choices depend on it."""
@@ -32,29 +57,39 @@ class ModelFacts:
     """Precision of the checkpoint, such as `bfloat16`; None when not told."""
     max_positions: int
     """Longest context, in tokens, that the model was made for."""
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
+    kv: EvenKv | None
+    """None: only the engine can tell what its layers keep."""
 
     @classmethod
     def from_config(cls, config: dict[str, object]) -> ModelFacts:
-        """Facts in a parsed config.json, of both key spellings. Raises ConfigError naming a missing or wrong key."""
-        num_heads = _integer(config, "num_attention_heads")
-        has_head_dim = config.get("head_dim") is not None
-        has_kv_heads = config.get("num_key_value_heads") is not None
+        """Facts in a parsed config.json, of both key spellings. Raises ConfigError naming a missing or wrong key.
+
+        Of a model for more than text, those of its `text_config`.
+        """
+        text = config.get("text_config")
+        if isinstance(text, dict):
+            config = {**config, **text}
         dtype = config.get("dtype", config.get("torch_dtype"))
         return cls(
             dtype=dtype if isinstance(dtype, str) else None,
             max_positions=_integer(config, "max_position_embeddings"),
-            num_layers=_integer(config, "num_hidden_layers"),
-            num_kv_heads=_integer(config, "num_key_value_heads") if has_kv_heads else num_heads,
-            head_dim=_integer(config, "head_dim") if has_head_dim else _integer(config, "hidden_size") // num_heads,
+            kv=_even_kv(config),
         )
 
-    def kv_bytes_per_token(self, *, element_bytes: int, num_ranks: int) -> int:
-        """KV bytes of one token on the rank that holds most. Heads that do not divide evenly are rounded up."""
-        heads_per_rank = -(-self.num_kv_heads // num_ranks)
-        return 2 * self.num_layers * heads_per_rank * self.head_dim * element_bytes
+
+def _even_kv(config: dict[str, object]) -> EvenKv | None:
+    num_layers, num_heads = _integer(config, "num_hidden_layers"), _integer(config, "num_attention_heads")
+    layer_types = config.get("layer_types")
+    is_mixed = isinstance(layer_types, list) and any(kind != "full_attention" for kind in layer_types)
+    if is_mixed or any(config.get(key) is not None for key in _UNEVEN_KEYS):
+        return None
+    has_head_dim = config.get("head_dim") is not None
+    has_kv_heads = config.get("num_key_value_heads") is not None
+    return EvenKv(
+        num_layers=num_layers,
+        num_kv_heads=_integer(config, "num_key_value_heads") if has_kv_heads else num_heads,
+        head_dim=_integer(config, "head_dim") if has_head_dim else _integer(config, "hidden_size") // num_heads,
+    )
 
 
 def read_model_facts(model_dir: Path) -> ModelFacts:

@@ -1,6 +1,6 @@
 """Every `auto` becomes a value, once, purely, with the reason for it. Knows no torch, no Ray and no files: hardware and
 model come in as plain facts. Two things cannot be known before the engines run and stay `auto`, with a reason that says
-who decides: `cache.num_blocks` on GPUs and `kv_transfer.transport` between hosts."""
+who decides: `cache.num_blocks`, but of plain models on CPUs, and `kv_transfer.transport` between hosts."""
 
 from __future__ import annotations
 
@@ -136,9 +136,12 @@ class _Resolver:
         if "cuda" in devices:
             self._because(key, "each engine measures what `memory_fraction` leaves once its model is loaded")
             return "auto"
+        if self._model.kv is None or self._config.num_drafts:
+            self._because(key, "each engine sees what `cpu_cache_gib` holds once its model is loaded")
+            return "auto"
         num_ranks = min(group.parallel.tensor for group in self._config.groups().values())
         kv_dtype = dtype if cache.kv_dtype == "auto" else cache.kv_dtype
-        token_bytes = self._model.kv_bytes_per_token(element_bytes=_DTYPE_BYTES[kv_dtype], num_ranks=num_ranks)
+        token_bytes = self._model.kv.bytes_per_token(element_bytes=_DTYPE_BYTES[kv_dtype], num_ranks=num_ranks)
         num_blocks = int(cache.cpu_cache_gib * GiB) // (token_bytes * cache.block_size)
         if num_blocks < _MIN_BLOCKS:
             raise ConfigError(

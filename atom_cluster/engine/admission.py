@@ -41,22 +41,15 @@ def make_request(
 
 
 def _check_lengths(token_ids: tuple[int, ...], max_tokens: int | None, info: RunnerInfo) -> int:
-    """Output tokens that there is room for."""
-    num_prompt, limit = len(token_ids), info.max_model_len
+    """Output tokens that there is room for, in the model's context and in the KV cache."""
+    num_prompt, limit = len(token_ids), min(info.max_model_len, info.max_request_tokens)
     if not num_prompt:
         raise InvalidRequest("the prompt is empty", param="prompt")
     if max(token_ids) >= info.vocab_size or min(token_ids) < 0:
         raise InvalidRequest(f"token ids must be in [0, {info.vocab_size})", param="prompt")
     if num_prompt >= limit:
+        what = "context" if limit == info.max_model_len else "KV cache"
         raise ContextLengthExceeded(
-            f"the prompt has {num_prompt} tokens, the context holds {limit} with at least one of output",
-            param="prompt",
+            f"the prompt has {num_prompt} tokens, the {what} holds {limit} with at least one of output", param="prompt"
         )
-    num_output = min(max_tokens or limit, limit - num_prompt)
-    capacity = info.max_request_tokens
-    if num_prompt + num_output > capacity:
-        raise ContextLengthExceeded(
-            f"{num_prompt} prompt tokens and {num_output} of output exceed the KV cache of {capacity} tokens",
-            param="max_tokens",
-        )
-    return num_output
+    return min(max_tokens or limit, limit - num_prompt)

@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 
 from atom_cluster.config.cluster import ClusterConfig
-from atom_cluster.config.facts import ModelFacts, PlatformFacts
+from atom_cluster.config.facts import EvenKv, ModelFacts, PlatformFacts
 from atom_cluster.config.load import load_args
 from atom_cluster.config.resolve import resolve
 from atom_cluster.errors import ConfigError
 
 CPU = PlatformFacts(vendor="cpu", num_gpus=0, num_cores=9, is_single_host=False)
 GPU = PlatformFacts(vendor="rocm", num_gpus=8, num_cores=64, is_single_host=True)
-MODEL = ModelFacts(dtype="bfloat16", max_positions=8192, num_layers=30, num_kv_heads=3, head_dim=64)
+MODEL = ModelFacts(dtype="bfloat16", max_positions=8192, kv=EvenKv(num_layers=30, num_kv_heads=3, head_dim=64))
 
 PAIR: dict[str, object] = {"model": "demo:tiny", "prefill": {}, "decode": {"replicas": 3}}
 UNIFIED: dict[str, object] = {"model": "owner/Tiny-1B/", "unified": {}}

@@ -51,11 +51,12 @@ def test_a_prompt_that_fills_the_context_is_refused_and_one_that_leaves_a_token_
         admit(make_message("r", 32))
 
 
-def test_what_does_not_fit_the_cache_even_alone_is_refused() -> None:
+def test_output_is_cut_to_what_the_cache_leaves_and_a_prompt_that_fills_it_is_refused() -> None:
     info = RunnerInfo(num_blocks=3, block_size=4, max_num_requests=4, max_model_len=32, vocab_size=1000)
     assert admit(make_message("r", 10, 2), info).sampling.max_tokens == 2
-    with pytest.raises(ContextLengthExceeded, match="exceed the KV cache of 12 tokens"):
-        admit(make_message("r", 10, 3), info)
+    assert admit(make_message("r", 10, 3), info).sampling.max_tokens == 2
+    with pytest.raises(ContextLengthExceeded, match="the KV cache holds 12"):
+        admit(make_message("r", 12), info)
 
 
 @pytest.mark.parametrize("prompt", [(), (1, 1000), (1, -1)])
