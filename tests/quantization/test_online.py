@@ -112,9 +112,9 @@ def test_parts_are_quantized_before_the_next_one_is_read(monkeypatch: pytest.Mon
         built.append(build(*args, **kwargs))
         return built[0]
 
-    def load_weights(*args: object) -> None:
+    def load_weights(*args: object, **kwargs: object) -> None:
         num_finished.append(sum(is_finished(layer.linear_ops) for layer in built[0].layers))
-        read(*args)
+        read(*args, **kwargs)
 
     monkeypatch.setattr(registry, "build_model", build_model)
     monkeypatch.setattr(registry, "load_weights", load_weights)
