@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from atom_cluster.ops.attention import AttentionMetadata, KvLayerCache
-from atom_cluster.ops.torch_ref.attention import as_stored
+from atom_cluster.ops.torch_ref.attention import as_stored, visible
 from atom_cluster.units import ceil_div
 
 
@@ -33,7 +33,4 @@ class PagedRows:
 
     def visible(self, row: int, queries: slice = slice(None)) -> torch.Tensor:
         """Which positions some queries of a row see, [Q, C] bool."""
-        tokens, context_len = self.tokens[row], self._metadata.context_len_cpu[row]
-        position_C = torch.arange(context_len, device=self._metadata.block_table.device)
-        first = context_len - (tokens.stop - tokens.start)
-        return position_C <= position_C[first:][queries, None]
+        return visible(self._metadata, row, queries)
