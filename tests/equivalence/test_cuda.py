@@ -9,6 +9,7 @@ import torch
 
 from atom_cluster.observability.memory import MemoryMetrics
 from atom_cluster.observability.metrics import KV_TRANSFER_BYTES, SPEC_ACCEPTED_TOKENS, SPEC_DRAFT_TOKENS
+from tests.draft_models import NUM_DRAFT_LAYERS, draft_model_dir
 from tests.equivalence import test_speculation, test_tensor_parallel
 from tests.equivalence.generation import FAMILIES, generate, mixed_requests
 from tests.equivalence.test_prefill_decode import Pair
@@ -45,9 +46,9 @@ def test_bfloat16_runs_whatever_caches_hold(name: str, kv_dtype: str) -> None:
     ]
 
 
-@pytest.fixture(scope="module", params=test_speculation.CHECKPOINTS)
-def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return test_speculation.CHECKPOINTS[request.param](tmp_path_factory.getbasetemp())
+@pytest.fixture(scope="module", params=NUM_DRAFT_LAYERS)
+def directory(request: pytest.FixtureRequest) -> Path:
+    return draft_model_dir(request.param)
 
 
 @pytest.mark.parametrize("num_tokens", [2, 4])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,25 +10,14 @@ from atom_cluster import LLMEngine
 from atom_cluster.config.speculative import SpeculativeConfig
 from atom_cluster.observability.memory import MemoryMetrics
 from atom_cluster.observability.metrics import KV_TRANSFER_BYTES, PREEMPTIONS
+from tests.draft_models import NUM_DRAFT_LAYERS, draft_model_dir
 from tests.equivalence.generation import mixed_requests
 from tests.equivalence.test_prefill_decode import Pair
-from tests.models import test_deepseek_draft, test_hybrid_draft, test_mimo_v2, test_mtp
-
-CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
-    "deepseek_v3": lambda base: test_deepseek_draft.checkpoint_with_draft_layer("deepseek_v3", base),
-    "deepseek_v32": lambda base: test_deepseek_draft.checkpoint_with_draft_layer("deepseek_v32", base),
-    "glm_moe_dsa": lambda base: test_deepseek_draft.checkpoint_with_draft_layer("glm_moe_dsa", base),
-    "qwen3_next": lambda base: test_hybrid_draft.checkpoint_with_draft_layer("qwen3_next", base),
-    "qwen3_5": lambda base: test_hybrid_draft.checkpoint_with_draft_layer("qwen3_5", base),
-    "qwen3_5_moe_vision": lambda base: test_hybrid_draft.checkpoint_with_draft_layer("qwen3_5_moe_vision", base),
-    "glm4_moe, two layers": test_mtp.checkpoint_with_draft_layers,
-    "mimo_v2, three layers": test_mimo_v2.hub_checkpoint,
-}
 
 
-@pytest.fixture(scope="module", params=CHECKPOINTS)
-def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return CHECKPOINTS[request.param](tmp_path_factory.getbasetemp())
+@pytest.fixture(scope="module", params=NUM_DRAFT_LAYERS)
+def directory(request: pytest.FixtureRequest) -> Path:
+    return draft_model_dir(request.param)
 
 
 def generate(directory: Path, *, num_tokens: int = 0, **options: object) -> list[list[int]]:

@@ -19,8 +19,8 @@ from atom_cluster.messages.requests import SamplingParams
 from atom_cluster.messages.steps import NewRow, RowStep, StepPlan, StepResult
 from atom_cluster.runner.build import build_model_runner
 from atom_cluster.runner.options import RunnerOptions
+from tests.draft_models import draft_model_dir
 from tests.equivalence.follower_process import run_follower
-from tests.equivalence.test_speculation import CHECKPOINTS
 from tests.tiny_models import random_tokens, tiny_model_dir
 
 NUM_STEPS = 12
@@ -175,9 +175,9 @@ def test_two_ranks_give_the_tokens_of_one(name: str, tmp_path: Path) -> None:
     assert_split_equals_whole(Model(tiny_model_dir(name), "float64"), 2, tmp_path / "meeting_point")
 
 
-@pytest.mark.parametrize("kind", ["glm4_moe, two layers", "mimo_v2, three layers", "qwen3_next"])
-def test_two_ranks_draft_and_verify_as_one_does(kind: str, tmp_path: Path) -> None:
-    directory = CHECKPOINTS[kind](tmp_path)
+@pytest.mark.parametrize("name", ["glm4_moe", "mimo_v2", "qwen3_next"])
+def test_two_ranks_draft_and_verify_as_one_does(name: str, tmp_path: Path) -> None:
+    directory = draft_model_dir(name)
     assert_split_equals_whole(Model(directory, "float64", num_drafts=3), 2, tmp_path / "meeting_point")
 
 

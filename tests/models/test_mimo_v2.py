@@ -1,79 +1,30 @@
 """MiMo-V2-Flash as it is on the hub: other configuration keys, and layers that draft."""
 
-import json
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import MiMoV2FlashForCausalLM
 from transformers.masking_utils import create_sliding_window_causal_mask
 from transformers.models.mimo_v2_flash.modeling_mimo_v2_flash import MiMoV2FlashDecoderLayer, MiMoV2FlashRMSNorm
 
-from atom_cluster.config.ops import OpsConfig
 from atom_cluster.errors import ConfigError
 from atom_cluster.models.hf_config import HfConfig
 from atom_cluster.models.mimo_v2.spec import read_mimo_v2_spec
-from atom_cluster.models.protocol import CausalLM
-from atom_cluster.models.registry import load_model, read_spec
-from atom_cluster.ops.select import select_ops
-from atom_cluster.platform.detect import detect_platform
-from tests.models.paged_driver import PagedDriver, make_context
+from atom_cluster.models.registry import read_spec
+from tests.draft_models import MIMO_NORMS, draft_model_dir
+from tests.models.drafting import draft_logits, load
+from tests.models.paged_driver import PagedDriver
 from tests.tiny_models import random_tokens, reference_logits, tiny_model_dir
 
 TOKENS = random_tokens(43, seed=4)
 NUM_DRAFT_LAYERS = 3
-_NORMS = ("enorm", "hnorm", "final_layernorm")
-
-
-@cache
-def hub_checkpoint(parent: Path) -> Path:
-    """The tiny checkpoint with the hub's configuration keys, and three drafting layers of random numbers."""
-    directory, source = parent / "mimo_v2_hub", tiny_model_dir("mimo_v2")
-    directory.mkdir()
-    config = json.loads((source / "config.json").read_text())
-    for key in ("layer_types", "mlp_layer_types", "rope_parameters", "rms_norm_eps", "sliding_window"):
-        del config[key]
-    config |= {
-        "hybrid_layer_pattern": [0, 1, 1],
-        "moe_layer_freq": [0, 1, 1],
-        "rope_theta": 5000000,
-        "swa_rope_theta": 10000,
-        "partial_rotary_factor": 0.334,
-        "layernorm_epsilon": 1e-5,
-        "sliding_window": 8,
-        "sliding_window_size": 8,
-        "swa_num_key_value_heads": 2,
-        "swa_head_dim": 24,
-        "swa_v_head_dim": 16,
-        "add_swa_attention_sink_bias": True,
-        "add_full_attention_sink_bias": False,
-        "n_shared_experts": None,
-        "scoring_func": "sigmoid",
-    }
-    (directory / "config.json").write_text(json.dumps(config))
-    tensors = load_file(source / "model.safetensors")
-    attention = {key[len("model.layers.1.") :]: x.shape for key, x in tensors.items() if "layers.1.self_attn" in key}
-    dense = {key[len("model.layers.0.") :]: x.shape for key, x in tensors.items() if "layers.0.mlp" in key}
-    norms = {f"{name}.weight": (64,) for name in (*_NORMS, "input_layernorm", "pre_mlp_layernorm")}
-    shapes = {**attention, **dense, **norms, "eh_proj.weight": (64, 128)}
-    generator = torch.Generator().manual_seed(3)
-    for index in range(NUM_DRAFT_LAYERS):
-        for key, shape in sorted(shapes.items()):
-            tensors[f"model.mtp.layers.{index}.{key}"] = torch.randn(shape, generator=generator) * 0.2
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    return directory
 
 
 @pytest.fixture
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return hub_checkpoint(tmp_path_factory.getbasetemp())
-
-
-def load(directory: Path, backend: str, num_draft_layers: int) -> CausalLM:
-    ops = select_ops(OpsConfig(backend=backend), detect_platform("cpu"), torch.float32)
-    return load_model(directory, context=make_context(ops), max_model_len=64, num_draft_layers=num_draft_layers)
+def directory() -> Path:
+    return draft_model_dir("mimo_v2")
 
 
 @torch.inference_mode()
@@ -96,7 +47,7 @@ def reference_draft_logits(directory: Path) -> list[torch.Tensor]:
     for index in range(NUM_DRAFT_LAYERS):
         prefix = f"model.mtp.layers.{index}."
         own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-        norms = {name: MiMoV2FlashRMSNorm(64, config.rms_norm_eps) for name in _NORMS}
+        norms = {name: MiMoV2FlashRMSNorm(64, config.rms_norm_eps) for name in MIMO_NORMS}
         for name, norm in norms.items():
             norm.weight.copy_(own.pop(f"{name}.weight"))
         join = own.pop("eh_proj.weight")
@@ -113,27 +64,17 @@ def reference_draft_logits(directory: Path) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 def test_drafting_layers_match_their_description(directory: Path, backend: str) -> None:
-    model = load(directory, backend, NUM_DRAFT_LAYERS)
+    model = load(directory, NUM_DRAFT_LAYERS, backend)
     assert model.num_draft_layers == read_spec(directory).num_draft_layers == NUM_DRAFT_LAYERS
-    driver = PagedDriver(model)
-    found: list[list[torch.Tensor]] = [[] for _ in range(NUM_DRAFT_LAYERS)]
-    cuts = [0, 17, 36, 39, 40]
-    with torch.inference_mode():
-        for start, end in zip(cuts, cuts[1:]):
-            batch = driver.batch([(0, TOKENS[start:end])])
-            hidden = model.forward(batch)
-            for index in range(NUM_DRAFT_LAYERS):
-                next_tokens = torch.tensor(TOKENS[start + 1 + index : end + 1 + index])
-                hidden = model.forward_draft(index, next_tokens, hidden, batch)
-                found[index].append(model.compute_draft_logits(index, hidden))
+    found = draft_logits(model, TOKENS, [0, 17, 36, 39, 40])
     for logits, expected in zip(found, reference_draft_logits(directory), strict=True):
         assert expected.std() > 0.1
-        torch.testing.assert_close(torch.cat(logits), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("num_draft_layers", [0, 1, 3])
 def test_the_hubs_spelling_is_the_same_model_however_many_layers_draft(directory: Path, num_draft_layers: int) -> None:
-    model = load(directory, "cpu", num_draft_layers)
+    model = load(directory, num_draft_layers)
     (logits,) = PagedDriver(model).step([(0, TOKENS)])
     torch.testing.assert_close(logits, reference_logits("mimo_v2", TOKENS), atol=1e-5, rtol=0)
 

@@ -12,7 +12,7 @@ from atom_cluster.messages.requests import SamplingParams
 from atom_cluster.messages.steps import NewRow, RowStep, StepPlan
 from atom_cluster.runner.build import build_model_runner
 from atom_cluster.runner.options import RunnerOptions
-from tests.models.test_mtp import checkpoint_with_draft_layers
+from tests.draft_models import draft_model_dir
 from tests.tiny_models import VOCAB_SIZE, random_tokens, tiny_model_dir
 
 SAMPLINGS = (SamplingParams(temperature=0.0, seed=0), SamplingParams(temperature=1.0, top_p=0.9, seed=5))
@@ -99,9 +99,9 @@ def test_drafts_without_layers_for_them_are_an_error_that_names_the_setting() ->
         build_model_runner(options(num_drafts=2))
 
 
-def test_no_more_drafting_layers_are_loaded_than_drafts_are_wanted(tmp_path: Path) -> None:
+def test_no_more_drafting_layers_are_loaded_than_drafts_are_wanted() -> None:
     """As their caches tell: prefill and decode with other drafting layers must not exchange pages."""
-    directory = str(checkpoint_with_draft_layers(tmp_path))
+    directory = str(draft_model_dir("glm4_moe"))
     layouts = []
     for num_drafts in (0, 1, 2, 5):
         runner = build_model_runner(options(model_dir=directory, num_drafts=num_drafts))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from atom_cluster.ops.torch_ref.moe import PlainExperts
 from atom_cluster.runner.build import build_model_runner
 from atom_cluster.runner.model_runner import LaunchedStep, ModelRunner
 from atom_cluster.runner.options import RunnerOptions
+from tests.draft_models import NUM_DRAFT_LAYERS, draft_model_dir
 from tests.equivalence import test_speculation
 from tests.equivalence.generation import FAMILIES, generate, mixed_requests
 from tests.tiny_models import random_tokens, tiny_model_dir
@@ -139,18 +139,16 @@ def test_no_step_waits_for_the_device(name: str) -> None:
 
 
 @pytest.mark.usefixtures("waiting_is_an_error")
-@pytest.mark.parametrize("kind", test_speculation.CHECKPOINTS)
-def test_no_step_that_drafts_and_verifies_waits_either(kind: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    directory = test_speculation.CHECKPOINTS[kind](Path(tmp_path_factory.getbasetemp()))
+@pytest.mark.parametrize("name", NUM_DRAFT_LAYERS)
+def test_no_step_that_drafts_and_verifies_waits_either(name: str) -> None:
+    directory = draft_model_dir(name)
     assert all(test_speculation.generate(directory, num_tokens=4, device="cuda"))
 
 
 @pytest.mark.parametrize("num_drafts", [0, 2])
-@pytest.mark.parametrize("kind", ["mimo_v2, three layers", "qwen3_5", "deepseek_v32"])
-def test_memory_of_every_kind_of_cache_is_measured(
-    kind: str, num_drafts: int, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    directory = test_speculation.CHECKPOINTS[kind](Path(tmp_path_factory.getbasetemp()))
+@pytest.mark.parametrize("name", ["mimo_v2", "qwen3_5", "deepseek_v32"])
+def test_memory_of_every_kind_of_cache_is_measured(name: str, num_drafts: int) -> None:
+    directory = draft_model_dir(name)
     before = torch.cuda.memory_allocated()
     changes = {"model_dir": str(directory), "num_blocks": None, "memory_fraction": 0.3, "num_drafts": num_drafts}
     runner = build_model_runner(options("cuda", **changes))
