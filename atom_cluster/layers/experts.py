@@ -16,10 +16,10 @@ import torch
 from atom_cluster.errors import ConfigError
 from atom_cluster.layers.context import LayerContext
 from atom_cluster.layers.module import Module
-from atom_cluster.layers.stored_part import Projection, stored_part
+from atom_cluster.layers.stored_part import stored_part
 from atom_cluster.ops.linear import LinearOp
 from atom_cluster.ops.moe import ExpertActivation, ExpertsOp
-from atom_cluster.parallel.sharding import Span, WeightPart, WeightParts, even_span, expert_span
+from atom_cluster.parallel.sharding import Share, WeightPart, WeightParts, even_span, expert_span
 from atom_cluster.quantization.scheme import LinearShape, StoredTensor
 
 _STACKED_NAMES = ("gate_up_proj", "down_proj")
@@ -55,7 +55,6 @@ class _Matrix:
     stacked_name: str
     names: tuple[str, ...]
     """Of the projections fused in it, behind an expert's name."""
-    projections: tuple[Projection, ...]
     shape: LinearShape
     tensors: Mapping[str, StoredTensor]
     bias: StoredTensor | None
@@ -82,14 +81,14 @@ class Experts(Module):
         self._is_interleaved = spec.stacked_layout == "interleaved"
         self._is_stacked = self._is_interleaved or context.full_name(_STACKED_NAMES[0]) in context.stored_dtypes
         self._scheme = context.scheme(self._layer_names())
-        dims = Span(0, spec.expert_size)
+        dims, hidden = Share.whole(spec.expert_size), Share.whole(spec.hidden_size)
         if not self._is_divided:
-            dims = even_span(spec.expert_size, tensor, what="intermediate dims of an expert")
-        hidden = Span(0, spec.hidden_size)
+            span = even_span(spec.expert_size, tensor, what="intermediate dims of an expert")
+            dims = Share(span, spec.expert_size)
         *columns, row = spec.projection_names
         self._matrices = (
-            self._create(_STACKED_NAMES[0], tuple(columns), out=(spec.expert_size, dims), into=(hidden.length, hidden)),
-            self._create(_STACKED_NAMES[1], (row,), out=(hidden.length, hidden), into=(spec.expert_size, dims)),
+            self._create(_STACKED_NAMES[0], tuple(columns), outputs=dims, inputs=hidden),
+            self._create(_STACKED_NAMES[1], (row,), outputs=hidden, inputs=dims),
         )
         self._is_prepared = False
 
@@ -101,12 +100,9 @@ class Experts(Module):
         """
         return _STACKED_NAMES if self._is_stacked else tuple(f"0.{name}" for name in self._spec.projection_names)
 
-    def _create(
-        self, stacked_name: str, names: tuple[str, ...], out: tuple[int, Span], into: tuple[int, Span]
-    ) -> _Matrix:
-        """out, into: full size and this rank's span, of one projection."""
-        sizes = (out[1].length,) * len(names)
-        shape = LinearShape(part_sizes=sizes, num_in=into[1].length, full_in=into[0], num_experts=self._span.length)
+    def _create(self, stacked_name: str, names: tuple[str, ...], *, outputs: Share, inputs: Share) -> _Matrix:
+        """outputs, inputs: of each projection."""
+        shape = LinearShape(outputs=(outputs,) * len(names), inputs=inputs, num_experts=self._span.length)
         context, bias = self._context, None
         stored = [stacked_name] if self._is_stacked else [f"0.{name}.weight" for name in names]
         if self._spec.has_bias:
@@ -115,12 +111,6 @@ class Experts(Module):
         return _Matrix(
             stacked_name=stacked_name,
             names=names,
-            projections=tuple(
-                Projection(
-                    index=index, local_sizes=sizes, full_out=out[0], out_span=out[1], full_in=into[0], in_span=into[1]
-                )
-                for index in range(len(names))
-            ),
             shape=shape,
             tensors=self._scheme.create_tensors(shape, dtype=context.storage_dtype(stored), device=context.device),
             bias=bias,
@@ -138,9 +128,8 @@ class Experts(Module):
 
     def _single_parts(self, matrix: _Matrix, suffix: str, stored: StoredTensor) -> dict[str, WeightParts]:
         parts: dict[str, WeightParts] = {}
-        for name, projection in zip(matrix.names, matrix.projections):
-            what = self._context.full_name(f"*.{name}.{suffix}")
-            here = [stored_part(stored, of_expert, projection, what=what) for of_expert in stored.tensor]
+        for index, name in enumerate(matrix.names):
+            here = [stored_part(stored, of_expert, matrix.shape, index) for of_expert in stored.tensor]
             # Experts of other ranks must be in the checkpoint too, and as large; nothing of them is copied.
             elsewhere = WeightPart(
                 target=stored.tensor.new_empty((0, *here[0].target.shape[1:])),
@@ -158,12 +147,12 @@ class Experts(Module):
         full_name = self._context.full_name(name)
         is_transposed = self._is_interleaved and suffix == "weight"
         parts = []
-        for projection in matrix.projections:
-            part = stored_part(stored, stored.tensor, projection, what=full_name, num_leading=1)
+        for index in range(len(matrix.names)):
+            part = stored_part(stored, stored.tensor, matrix.shape, index, num_leading=1)
             full_shape, cut = [self._spec.num_experts, *part.full_shape[1:]], [self._span.as_slice, *part.cut[1:]]
-            if stored.out_axis is not None and len(matrix.projections) > 1:
+            if stored.out_axis is not None and len(matrix.names) > 1:
                 axis = 1 + stored.out_axis
-                cut[axis] = self._among_both(cut[axis], projection.index, full_shape[axis], stored, what=full_name)
+                cut[axis] = self._among_both(cut[axis], index, full_shape[axis], stored, what=full_name)
                 full_shape[axis] *= 2
             if is_transposed:
                 full_shape[1:], cut[1:] = full_shape[:0:-1], cut[:0:-1]

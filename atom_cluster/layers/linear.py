@@ -14,12 +14,12 @@ import torch
 
 from atom_cluster.layers.context import LayerContext
 from atom_cluster.layers.module import Module
-from atom_cluster.layers.stored_part import Projection, stored_part
+from atom_cluster.layers.stored_part import stored_part
 from atom_cluster.ops.linear import LinearOp
 from atom_cluster.ops.moe import ExpertsOp
 from atom_cluster.parallel.collectives import all_reduce_sum
-from atom_cluster.parallel.sharding import Span, WeightPart, WeightParts
-from atom_cluster.quantization.scheme import LinearShape, StoredTensor
+from atom_cluster.parallel.sharding import Share, Span, WeightPart, WeightParts
+from atom_cluster.quantization.scheme import LinearShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +49,10 @@ class _Linear(Module):
         self, context: LayerContext, *, full_in: int, in_span: Span, outputs: Sequence[Output], has_bias: bool
     ) -> None:
         self._context = context
-        self._full_in, self._in_span = full_in, in_span
         self._outputs = tuple(outputs)
         self._scheme = context.scheme([output.name for output in outputs])
         self._shape = LinearShape(
-            part_sizes=tuple(output.local.length for output in outputs), num_in=in_span.length, full_in=full_in
+            outputs=tuple(Share(output.local, output.full_size) for output in outputs), inputs=Share(in_span, full_in)
         )
         dtype = context.storage_dtype([f"{output.name}.weight" if output.name else "weight" for output in outputs])
         self._tensors = self._scheme.create_tensors(self._shape, dtype=dtype, device=context.device)
@@ -70,26 +69,13 @@ class _Linear(Module):
         for index, output in enumerate(self._outputs):
             name = self._context.full_name(output.name)
             for suffix, stored in self._tensors.items():
-                parts[f"{name}.{suffix}"].append(self._part(stored, index, what=f"{name}.{suffix}"))
+                parts[f"{name}.{suffix}"].append(stored_part(stored, stored.tensor, self._shape, index))
             if self._bias_O is not None:
                 start = sum(self._shape.part_sizes[:index])
                 target = self._bias_O[start : start + output.local.length]
                 part = WeightPart(target=target, full_shape=(output.full_size,), cut=(output.local.as_slice,))
                 parts[f"{name}.bias"].append(part)
         return {name: found[0] if len(found) == 1 else tuple(found) for name, found in parts.items()}
-
-    def _part(self, stored: StoredTensor, index: int, *, what: str) -> WeightPart:
-        """Where the tensor of the `index`-th projection goes."""
-        output = self._outputs[index]
-        projection = Projection(
-            index=index,
-            local_sizes=self._shape.part_sizes,
-            full_out=output.full_size,
-            out_span=output.local,
-            full_in=self._full_in,
-            in_span=self._in_span,
-        )
-        return stored_part(stored, stored.tensor, projection, what=what)
 
     def _prepare(self, *, uses_bias: bool) -> None:
         if self._is_prepared:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from atom_cluster.errors import ConfigError
 from atom_cluster.parallel.groups import Group
+from atom_cluster.units import ceil_div
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,15 +29,31 @@ class Span:
         """The same as a slice."""
         return slice(self.start, self.stop)
 
-    def in_units(self, unit: int, size: int, *, what: str) -> Span:
-        """The same counted in units of so many indices, the last of which may be cut short by `size`.
+    def covering(self, unit: int) -> Span:
+        """The units of so many indices that the span has any of, in units."""
+        first = self.start // unit
+        return Span(first, ceil_div(self.stop, unit) - first)
 
-        Raises ConfigError, naming `what`, when the span does not begin and end between units.
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What a rank has of an axis of `full_size` indices."""
+
+    span: Span
+    full_size: int
+
+    @classmethod
+    def whole(cls, size: int) -> Share:
+        """All of it."""
+        return cls(Span(0, size), size)
+
+    def common_unit(self, unit: int) -> int:
+        """The largest part of `unit` in whose multiples the share begins and ends; `unit` if it is the whole axis.
+
+        Ranks with equal shares have it in common, whichever of them a unit's end happens to fit.
         """
-        is_whole = self.start % unit == 0 and (self.stop % unit == 0 or self.stop == size)
-        if not is_whole:
-            raise ConfigError(f"{what}: indices {self.start} to {self.stop} cut a quantization group of {unit} in two")
-        return Span(self.start // unit, -(-self.stop // unit) - self.start // unit)
+        is_whole = self.span == Span(0, self.full_size)
+        return unit if is_whole else math.gcd(unit, self.span.start, self.span.stop)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,8 +10,9 @@ import torch
 
 from atom_cluster.ops.number_formats import pack_nibbles
 from atom_cluster.ops.quantized import QuantizedWeight
+from atom_cluster.quantization.blocks import local_groups
 from atom_cluster.quantization.packing import unpack_int32
-from atom_cluster.quantization.quantized import QuantizedScheme, check_multiple
+from atom_cluster.quantization.quantized import QuantizedScheme, check_packing
 from atom_cluster.quantization.scheme import LinearShape, StoredTensor
 
 _PER_INT = 8
@@ -37,10 +38,10 @@ class Awq(QuantizedScheme):
         self, shape: LinearShape, *, dtype: torch.dtype, device: torch.device
     ) -> Mapping[str, StoredTensor]:
         """Codes, zero points and scales."""
-        group = self.group_size or shape.num_in
-        check_multiple(shape, out_unit=_PER_INT, in_unit=group, format_name="awq")
-        num_packed, num_groups = shape.num_out // _PER_INT, shape.num_in // group
-        in_axis, in_unit = (None, 1) if self.group_size is None else (0, group)
+        check_packing(shape, out_unit=_PER_INT, in_unit=2, format_name="awq")
+        num_packed = shape.num_out // _PER_INT
+        num_groups = 1 if self.group_size is None else shape.covering_in(self.group_size)
+        in_axis, in_unit = (None, 1) if self.group_size is None else (0, self.group_size)
 
         def empty(*sizes: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.empty(*shape.stack, *sizes, dtype=dtype, device=device)
@@ -73,12 +74,14 @@ class Awq(QuantizedScheme):
             codes.flatten(0, -3) if stack else [codes], qweight.flatten(0, -3) if stack else [qweight]
         ):
             one.copy_(pack_nibbles(_in_order(packed).T))
+        scale, block = local_groups(tensors["scales"].transpose(-1, -2), self.group_size, shape)
+        zero, _ = local_groups(_in_order(tensors["qzeros"]).transpose(-1, -2), self.group_size, shape)
         return QuantizedWeight(
             number="int4",
             codes=codes,
-            scale=tensors["scales"].transpose(-1, -2).contiguous(),
-            block=(1, self.group_size or shape.num_in),
-            zero=_in_order(tensors["qzeros"]).transpose(-1, -2).to(torch.int16).contiguous(),
+            scale=scale.contiguous(),
+            block=block,
+            zero=zero.to(torch.int16).contiguous(),
         )
 
 

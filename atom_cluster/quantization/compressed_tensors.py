@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from atom_cluster.ops.quantized import InputQuantization
@@ -22,11 +23,15 @@ _FORMATS = (
 )
 _LAYER_CLASS = "Linear"
 _E8M0 = "torch.uint8"
+_SIZES_BEFORE_PACKING = (r".*\.weight_shape",)
+"""They follow from the model."""
 
 
 def read_compressed_tensors(section: ConfigSection) -> SchemeRules:
-    """The first group that names a layer counts, then the first whose target is the class of linear layers."""
-    section.require("quantization_status", "compressed", default="compressed")
+    """The first group that names a layer counts, then the first whose target is the class of linear layers.
+
+    `quantization_status` is not looked at: whether weights are compressed, names and dtypes of tensors tell.
+    """
     sparsity = section.section("sparsity_config")
     if sparsity is not None and sparsity.values:
         sparsity.require("format", "dense", default="dense")
@@ -49,7 +54,7 @@ def read_compressed_tensors(section: ConfigSection) -> SchemeRules:
         of_class = (scheme for targets, scheme in rules if _LAYER_CLASS in targets)
         return next(named, next(of_class, None))
 
-    return SchemeRules(choose)
+    return SchemeRules(choose, ignored=_SIZES_BEFORE_PACKING)
 
 
 def _scheme(group: ConfigSection, layout: str) -> QuantizedScheme:
@@ -76,10 +81,7 @@ def _eight_bit(weights: ConfigSection, inputs: InputQuantization | None) -> Eigh
     granularity: Literal["tensor", "channel"] | tuple[int, int]
     strategy = weights.text("strategy", "tensor")
     if strategy == "block":
-        block = weights.integers("block_structure")
-        if len(block) != 2:
-            raise weights.error("block_structure", f"must be two integers, got {block}")
-        granularity = (block[0], block[1])
+        granularity = _block(weights)
     elif strategy == "group":
         granularity = (1, weights.integer("group_size"))
     else:
@@ -87,6 +89,18 @@ def _eight_bit(weights: ConfigSection, inputs: InputQuantization | None) -> Eigh
     return EightBit(
         number=_number(weights), granularity=granularity, inputs=inputs, is_e8m0=weights.get("scale_dtype") == _E8M0
     )
+
+
+def _block(weights: ConfigSection) -> tuple[int, int]:
+    """`block_structure`: a list, or text such as `128x128`."""
+    value = weights.get("block_structure")
+    if isinstance(value, str):
+        sizes = tuple(map(int, value.split("x"))) if re.fullmatch(r"\d+x\d+", value) else ()
+    else:
+        sizes = weights.integers("block_structure")
+    if len(sizes) != 2 or min(sizes) < 1:
+        raise weights.error("block_structure", f"must be two positive integers, got {value!r}")
+    return sizes[0], sizes[1]
 
 
 def _packed(group: ConfigSection, weights: ConfigSection) -> PackedInt:

@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 
 from atom_cluster.ops.quantized import InputQuantization, QuantizedWeight
-from atom_cluster.quantization.quantized import QuantizedScheme, blocks_of_parts, scale_per_row
+from atom_cluster.quantization.blocks import local_blocks
+from atom_cluster.quantization.quantized import QuantizedScheme, scale_per_row
 from atom_cluster.quantization.scheme import LinearShape, StoredTensor
-from atom_cluster.units import ceil_div
 
 _DTYPES = {"float8": torch.float8_e4m3fn, "int8": torch.int8}
 
@@ -66,8 +66,7 @@ class EightBit(QuantizedScheme):
             scale = empty(shape.num_out) if self.has_flat_scale else empty(shape.num_out, 1)
             return StoredTensor(tensor=scale, out_axis=0, in_axis=None)
         rows, columns = self.granularity
-        num_rows = sum(ceil_div(size, rows) for size in shape.part_sizes)
-        scale = empty(num_rows, ceil_div(shape.num_in, columns))
+        scale = empty(shape.covering_out(rows), shape.covering_in(columns))
         return StoredTensor(tensor=scale, out_axis=0, in_axis=1, out_unit=rows, in_unit=columns)
 
     def to_weight(self, tensors: Mapping[str, torch.Tensor], shape: LinearShape) -> QuantizedWeight:
@@ -79,7 +78,7 @@ class EightBit(QuantizedScheme):
             scale = scale[..., None] if self.has_flat_scale else scale
             block = (1, shape.num_in)
         else:
-            scale, block = blocks_of_parts(scale, self.granularity, shape)
+            scale, block = local_blocks(scale, self.granularity, shape)
         input_scale = tensors.get("input_scale")
         return QuantizedWeight(
             number=self.number,

@@ -9,7 +9,7 @@ from atom_cluster.quantization.rules import ConfigSection, SchemeRules, all_but,
 
 def read_fp8(section: ConfigSection) -> SchemeRules:
     """`weight_block_size`: scales of blocks in `weight_scale_inv`; else one per tensor in `weight_scale`."""
-    section.require("fmt", "e4m3", default="e4m3")
+    section.require("fmt", "e4m3", "float8_e4m3fn", default="e4m3")
     section.require("activation_scheme", "dynamic", "static", default="dynamic")
     section.require("scale_fmt", "ue8m0", "float", default="float")
     is_static = section.get("activation_scheme") == "static"

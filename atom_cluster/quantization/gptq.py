@@ -9,8 +9,9 @@ from typing import ClassVar
 import torch
 
 from atom_cluster.ops.quantized import QuantizedWeight
+from atom_cluster.quantization.blocks import local_groups
 from atom_cluster.quantization.packing import codes_from_packed, shared_index, unpack_int32, zero_of
-from atom_cluster.quantization.quantized import QuantizedScheme, check_multiple
+from atom_cluster.quantization.quantized import QuantizedScheme, check_packing
 from atom_cluster.quantization.scheme import LinearShape, StoredTensor
 from atom_cluster.units import ceil_div
 
@@ -41,14 +42,13 @@ class Gptq(QuantizedScheme):
     ) -> Mapping[str, StoredTensor]:
         """Codes, zero points, scales, and the group of each input."""
         per_int = 32 // self.num_bits
-        group = self.group_size or shape.num_in
-        check_multiple(shape, out_unit=per_int, in_unit=per_int, format_name="gptq")
+        check_packing(shape, out_unit=per_int, in_unit=per_int, format_name="gptq")
         # A rank's inputs may be of any group when they were reordered, so it needs the scales of all.
-        is_cut = self.group_size is not None and not self.is_reordered
-        num_groups = (
-            ceil_div(shape.num_in if is_cut else shape.full_in or shape.num_in, group) if self.group_size else 1
-        )
-        in_axis, in_unit = (0, group) if is_cut else (None, 1)
+        num_groups, in_axis, in_unit = 1, None, 1
+        if self.group_size is not None and self.is_reordered:
+            num_groups = ceil_div(shape.inputs.full_size, self.group_size)
+        elif self.group_size is not None:
+            num_groups, in_axis, in_unit = shape.covering_in(self.group_size), 0, self.group_size
 
         def empty(*sizes: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.empty(*shape.stack, *sizes, dtype=dtype, device=device)
@@ -83,11 +83,17 @@ class Gptq(QuantizedScheme):
         number, codes = codes_from_packed(tensors["qweight"].transpose(-1, -2), self.num_bits)
         zero = unpack_int32(tensors["qzeros"], self.num_bits).to(torch.int16)
         zero = (zero + int(self.has_zero_offset)) & (2**self.num_bits - 1)
+        scale = tensors["scales"].transpose(-1, -2)
+        zero = zero_of(zero, self.num_bits).transpose(-1, -2)
+        block = (1, self.group_size or shape.num_in)
+        if not self.is_reordered:
+            zero, _ = local_groups(zero, self.group_size, shape)
+            scale, block = local_groups(scale, self.group_size, shape)
         return QuantizedWeight(
             number=number,
             codes=codes,
-            scale=tensors["scales"].transpose(-1, -2).contiguous(),
-            block=(1, self.group_size or shape.num_in),
-            zero=zero_of(zero, self.num_bits).transpose(-1, -2).contiguous(),
+            scale=scale.contiguous(),
+            block=block,
+            zero=zero.contiguous(),
             input_group=shared_index(tensors["g_idx"]) if self.is_reordered else None,
         )

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from atom_cluster.ops.quantized import InputQuantization, QuantizedWeight
-from atom_cluster.quantization.quantized import QuantizedScheme, check_multiple
+from atom_cluster.quantization.blocks import local_groups
+from atom_cluster.quantization.quantized import QuantizedScheme, check_packing
 from atom_cluster.quantization.scheme import LinearShape, StoredTensor
 
 GROUP_SIZE = 32
@@ -38,8 +39,8 @@ class Mxfp4(QuantizedScheme):
         self, shape: LinearShape, *, dtype: torch.dtype, device: torch.device
     ) -> Mapping[str, StoredTensor]:
         """Codes and scales."""
-        check_multiple(shape, in_unit=GROUP_SIZE, format_name="mxfp4")
-        num_groups = shape.num_in // GROUP_SIZE
+        check_packing(shape, in_unit=2, format_name="mxfp4")
+        num_groups = shape.covering_in(GROUP_SIZE)
         columns = (num_groups, GROUP_SIZE // 2) if self.is_grouped else (shape.num_in // 2,)
         codes = torch.empty(*shape.stack, shape.num_out, *columns, dtype=torch.uint8, device=device)
         scale = torch.empty(*shape.stack, shape.num_out, num_groups, dtype=torch.uint8, device=device)
@@ -50,12 +51,10 @@ class Mxfp4(QuantizedScheme):
         }
 
     def to_weight(self, tensors: Mapping[str, torch.Tensor], shape: LinearShape) -> QuantizedWeight:
-        """The tensors as they are."""
+        """The tensors as they are, less codes of other ranks that groups at the ends of this rank's share have."""
         codes = tensors[self.codes_name]
-        return QuantizedWeight(
-            number="float4",
-            codes=codes.flatten(-2) if self.is_grouped else codes,
-            scale=tensors[self.scale_name],
-            block=(1, GROUP_SIZE),
-            inputs=self.inputs,
-        )
+        if self.is_grouped:
+            start = shape.inputs.span.start % GROUP_SIZE // 2
+            codes = codes.flatten(-2)[..., start : start + shape.num_in // 2].contiguous()
+        scale, block = local_groups(tensors[self.scale_name], GROUP_SIZE, shape)
+        return QuantizedWeight(number="float4", codes=codes, scale=scale, block=block, inputs=self.inputs)

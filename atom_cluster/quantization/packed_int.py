@@ -13,8 +13,9 @@ from typing import ClassVar
 import torch
 
 from atom_cluster.ops.quantized import QuantizedWeight
+from atom_cluster.quantization.blocks import local_groups
 from atom_cluster.quantization.packing import codes_from_packed, shared_index, unpack_int32, zero_of
-from atom_cluster.quantization.quantized import QuantizedScheme, check_multiple
+from atom_cluster.quantization.quantized import QuantizedScheme, check_packing
 from atom_cluster.quantization.scheme import LinearShape, StoredTensor
 from atom_cluster.units import ceil_div
 
@@ -31,8 +32,6 @@ class PackedInt(QuantizedScheme):
     """`weight_zero_point` [out / n, groups]; else codes are symmetric."""
     has_group_index: bool
     """`weight_g_idx` [in]: the group of each input."""
-    has_shape: bool = True
-    """`weight_shape` [2], the sizes before packing. Not needed: they follow from the model."""
 
     mark: ClassVar[str] = "weight_packed"
 
@@ -47,14 +46,13 @@ class PackedInt(QuantizedScheme):
     ) -> Mapping[str, StoredTensor]:
         """Codes, scales, and what the options add."""
         per_int = 32 // self.num_bits
-        group = self.group_size or shape.num_in
-        check_multiple(shape, out_unit=per_int if self.has_zero else 1, in_unit=per_int, format_name="pack-quantized")
+        check_packing(shape, out_unit=per_int if self.has_zero else 1, in_unit=per_int, format_name="pack-quantized")
         # A rank's inputs may be of any group when an index says so, so it needs the scales of all.
-        is_cut = self.group_size is not None and not self.has_group_index
-        num_groups = (
-            ceil_div(shape.num_in if is_cut else shape.full_in or shape.num_in, group) if self.group_size else 1
-        )
-        cut = {"in_axis": 1, "in_unit": group} if is_cut else {"in_axis": None}
+        num_groups, in_axis, in_unit = 1, None, 1
+        if self.group_size is not None and self.has_group_index:
+            num_groups = ceil_div(shape.inputs.full_size, self.group_size)
+        elif self.group_size is not None:
+            num_groups, in_axis, in_unit = shape.covering_in(self.group_size), 1, self.group_size
 
         def empty(*sizes: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.empty(*shape.stack, *sizes, dtype=dtype, device=device)
@@ -63,32 +61,34 @@ class PackedInt(QuantizedScheme):
         scale = empty(shape.num_out, num_groups, dtype=torch.float32)
         tensors = {
             "weight_packed": StoredTensor(tensor=codes, out_axis=0, in_axis=1, in_unit=per_int),
-            "weight_scale": StoredTensor(tensor=scale, out_axis=0, **cut),
+            "weight_scale": StoredTensor(tensor=scale, out_axis=0, in_axis=in_axis, in_unit=in_unit),
         }
         if self.has_zero:
             zero = empty(shape.num_out // per_int, num_groups, dtype=torch.int32)
-            tensors["weight_zero_point"] = StoredTensor(tensor=zero, out_axis=0, out_unit=per_int, **cut)
+            tensors["weight_zero_point"] = StoredTensor(
+                tensor=zero, out_axis=0, in_axis=in_axis, out_unit=per_int, in_unit=in_unit
+            )
         if self.has_group_index:
             index = empty(len(shape.part_sizes), shape.num_in, dtype=torch.int32)
             tensors["weight_g_idx"] = StoredTensor(tensor=index, out_axis=None, in_axis=0)
-        if self.has_shape:
-            sizes = empty(len(shape.part_sizes), 2, dtype=torch.int64)
-            tensors["weight_shape"] = StoredTensor(tensor=sizes, out_axis=None, in_axis=None)
         return tensors
 
     def to_weight(self, tensors: Mapping[str, torch.Tensor], shape: LinearShape) -> QuantizedWeight:
         """Codes are stored in the order of the ops already."""
         number, codes = codes_from_packed(tensors["weight_packed"], self.num_bits)
-        zero = tensors.get("weight_zero_point")
+        scale, zero, index = tensors["weight_scale"], tensors.get("weight_zero_point"), tensors.get("weight_g_idx")
         if zero is not None:
             zero = unpack_int32(zero.transpose(-1, -2), self.num_bits).transpose(-1, -2)
             zero = zero_of(zero, self.num_bits).contiguous()
-        index = tensors.get("weight_g_idx")
+        block = (1, self.group_size or shape.num_in)
+        if index is None:
+            zero = None if zero is None else local_groups(zero, self.group_size, shape)[0]
+            scale, block = local_groups(scale, self.group_size, shape)
         return QuantizedWeight(
             number=number,
             codes=codes,
-            scale=tensors["weight_scale"],
-            block=(1, self.group_size or shape.num_in),
+            scale=scale,
+            block=block,
             zero=zero,
             input_group=None if index is None else shared_index(index),
         )

@@ -14,7 +14,6 @@ from atom_cluster.ops.number_formats import FLOAT8_DTYPES, float8_to_fnuz
 from atom_cluster.ops.quantized import QuantizedWeight, dequantize
 from atom_cluster.ops.table import OpTable
 from atom_cluster.quantization.scheme import LinearShape, StoredTensor
-from atom_cluster.units import ceil_div
 
 
 class QuantizedScheme:
@@ -92,12 +91,21 @@ def fit_hardware(weight: QuantizedWeight, ops: OpTable) -> QuantizedWeight:
     return replace(weight, codes=codes, scale=scale, input_scale=input_scale)
 
 
-def check_multiple(shape: LinearShape, *, out_unit: int = 1, in_unit: int = 1, format_name: str) -> None:
-    """Raise ConfigError when a projection's outputs, or the inputs, are not a multiple of what is stored together."""
-    for what, sizes, unit in (("outputs", shape.part_sizes, out_unit), ("inputs", (shape.num_in,), in_unit)):
-        for size in sizes:
-            if size % unit != 0:
-                raise ConfigError(f"{format_name}: {size} {what} of a projection are not a multiple of {unit}")
+def check_packing(shape: LinearShape, *, out_unit: int = 1, in_unit: int = 1, format_name: str) -> None:
+    """Raise ConfigError when a share of outputs or inputs begins or ends within what is packed into one number."""
+    for what, shares, unit in (("outputs", shape.outputs, out_unit), ("inputs", (shape.inputs,), in_unit)):
+        for share in shares:
+            if share.full_size % unit != 0:
+                raise ConfigError(
+                    f"{format_name}: {share.full_size} {what} of a projection are not a multiple of {unit}"
+                )
+            if share.common_unit(unit) != unit:
+                where = f"{what} {share.span.start} to {share.span.stop} of {share.full_size}"
+                instead = "" if shape.num_experts is None else ", or parallel.expert, which leaves experts whole"
+                raise ConfigError(
+                    f"{format_name} packs {unit} {what} together, and a rank would have {where}: choose a smaller "
+                    f"parallel.tensor, with which shares are multiples of {unit}{instead}"
+                )
 
 
 def scale_per_row(scale_P: torch.Tensor, shape: LinearShape) -> tuple[torch.Tensor, tuple[int, int]]:
@@ -111,20 +119,3 @@ def spread_over_parts(per_part_P: torch.Tensor, shape: LinearShape) -> torch.Ten
     """[*stack, P] -> [*stack, outputs, 1]"""
     sizes = torch.tensor(shape.part_sizes, device=per_part_P.device)
     return per_part_P.repeat_interleave(sizes, dim=-1)[..., None]
-
-
-def blocks_of_parts(
-    scale: torch.Tensor, block: tuple[int, int], shape: LinearShape
-) -> tuple[torch.Tensor, tuple[int, int]]:
-    """Scales of blocks, each projection's counted from its first output, as blocks of the fused weight.
-
-    Where a projection ends within a block, its scales are repeated for each output.
-    """
-    rows, columns = block
-    if all(size % rows == 0 for size in shape.part_sizes[:-1]):
-        return scale, block
-    index, start = [], 0
-    for size in shape.part_sizes:
-        index += [start + row // rows for row in range(size)]
-        start += ceil_div(size, rows)
-    return scale[..., torch.tensor(index, device=scale.device), :], (1, columns)

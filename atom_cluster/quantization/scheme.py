@@ -16,24 +16,41 @@ import torch
 from atom_cluster.ops.linear import LinearOp
 from atom_cluster.ops.moe import ExpertActivation, ExpertsOp
 from atom_cluster.ops.table import OpTable
+from atom_cluster.parallel.sharding import Share
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearShape:
     """A weight on this rank: one or several projections of the same inputs, their outputs behind each other."""
 
-    part_sizes: tuple[int, ...]
-    """Outputs of each fused projection."""
-    num_in: int
-    full_in: int | None = None
-    """Inputs over all ranks, when each has some of them; None: `num_in`."""
+    outputs: tuple[Share, ...]
+    """Of each fused projection."""
+    inputs: Share
     num_experts: int | None = None
     """A stack of so many equal weights: each tensor has one more axis, in front. None: a single weight."""
+
+    @property
+    def part_sizes(self) -> tuple[int, ...]:
+        """Outputs of each fused projection."""
+        return tuple(share.span.length for share in self.outputs)
+
+    @property
+    def num_in(self) -> int:
+        """Inputs."""
+        return self.inputs.span.length
 
     @property
     def num_out(self) -> int:
         """Outputs of all projections."""
         return sum(self.part_sizes)
+
+    def covering_out(self, unit: int) -> int:
+        """Indices that stand for `unit` outputs each and cover those of all projections."""
+        return sum(share.span.covering(unit).length for share in self.outputs)
+
+    def covering_in(self, unit: int) -> int:
+        """The same of inputs."""
+        return self.inputs.span.covering(unit).length
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -46,16 +63,17 @@ class StoredTensor:
     """One tensor of a stored weight, uninitialised. Axes are counted without the axis of stacked experts."""
 
     tensor: torch.Tensor
-    """Behind the stack's axis, if any. With `out_axis`: that axis has, for each fused projection in turn,
-    ceil(outputs / out_unit) indices. Without: the first axis has one index per fused projection."""
+    """Behind the stack's axis, if any. With `out_axis`: that axis has, for each fused projection in turn, the indices
+    that cover its outputs. Without: the first axis has one index per fused projection."""
     out_axis: int | None
     """None: the same for all outputs of a projection (a scale per tensor, say)."""
     in_axis: int | None
     """None: the same for all inputs."""
     out_unit: int = 1
-    """Outputs per index of `out_axis`: 8 where eight 4-bit outputs share an int32, 128 for scales of blocks."""
+    """Outputs per index of `out_axis`: 8 where eight 4-bit outputs share an int32, 128 for scales of blocks. Where a
+    rank's outputs begin or end within an index, it has all of that."""
     in_unit: int = 1
-    """Inputs per index of `in_axis`."""
+    """The same of inputs."""
 
 
 class LinearScheme(Protocol):

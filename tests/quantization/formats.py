@@ -154,7 +154,7 @@ def packed_int(num_bits: int, size: int, *, is_symmetric: bool, has_index: bool 
         tensors = {
             "weight_packed": pack_bits(codes, num_bits),
             "weight_scale": scale.bfloat16() if is_symmetric else scale,
-            "weight_shape": torch.tensor(weight.shape),
+            "weight_shape": torch.tensor(weight.shape, dtype=torch.int64 if num_bits == 4 else torch.int32),
         }
         if is_symmetric:  # the scale is stored in bfloat16
             meant = (codes - zero[:, group]) * tensors["weight_scale"].double()[:, group]

@@ -103,6 +103,26 @@ def test_layers_of_quark_and_gptq_may_differ() -> None:
 
 
 @pytest.mark.parametrize(
+    ("form", "changes"),
+    [
+        ("fp8_block", {"fmt": "float8_e4m3fn"}),
+        ("ct_int4", {"quantization_status": "frozen"}),
+        ("ct_int4", {"quantization_status": None}),
+    ],
+)
+def test_what_says_the_same_in_other_words_changes_nothing(form: str, changes: dict[str, object]) -> None:
+    assert plan(with_changes(form, **changes)).linear(QKV).name == plan(FORMATS[form].config).linear(QKV).name
+
+
+def test_blocks_may_be_spelt_as_text() -> None:
+    as_list, as_text = (
+        plan(compressed("float-quantized", number(8, "float", "block", block_structure=block), None))
+        for block in ([128, 64], "128x64")
+    )
+    assert as_text.linear(QKV).name == as_list.linear(QKV).name == "float8 per 128x64"
+
+
+@pytest.mark.parametrize(
     ("config", "message"),
     [
         ({"quant_method": "bitsandbytes"}, r"quant_method 'bitsandbytes' is not supported \(supported: fp8, "),
@@ -118,6 +138,7 @@ def test_layers_of_quark_and_gptq_may_differ() -> None:
         (with_changes("ct_int4", sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config: format"),
         (compressed("pack-quantized", number(2, "int", "channel"), None), "weights: num_bits 2"),
         (compressed("float-quantized", number(8, "float", "attn_head"), None), "strategy 'attn_head'"),
+        (compressed("float-quantized", number(8, "float", "block", block_structure="128"), None), "got '128'"),
         (quark({"dtype": "fp6_e3m2", "qscheme": "per_group"}, None), "global_quant_config: weight: dtype 'fp6_e3m2'"),
         (with_changes("quark_ptpc", layer_type_quant_config={"Linear": {}}), "layer_type_quant_config"),
     ],

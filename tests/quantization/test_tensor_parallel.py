@@ -6,11 +6,7 @@ import pytest
 import torch
 import torch.multiprocessing
 
-from atom_cluster.errors import ConfigError
-from atom_cluster.models.registry import load_model
-from atom_cluster.ops.select import torch_table
-from atom_cluster.parallel.groups import Group, ProcessGroups
-from tests.models.paged_driver import make_context
+from atom_cluster.parallel.groups import ProcessGroups
 from tests.models.tensor_parallel_worker import run_model, run_rank
 from tests.quantization.checkpoints import write_gpt_oss_pair, write_pair
 from tests.quantization.formats import FORMATS
@@ -31,17 +27,20 @@ LLAMA_FORMATS = [
     "gptq_channel",
 ]
 MOE_FORMATS = ["ct_fp8_static", "gptq_reordered", "awq"]
+"""Also with experts that are split within their groups of 32."""
 TOKENS = random_tokens(30)
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    found = {"gpt_oss/experts": write_gpt_oss_pair(tmp_path_factory.mktemp("gpt_oss"))[0]}
-    found["gpt_oss/experts/dummy"] = found["gpt_oss/experts"]
+    found = {"gpt_oss": write_gpt_oss_pair(tmp_path_factory.mktemp("gpt_oss"))[0]}
+    found["gpt_oss/experts"] = found["gpt_oss/experts/dummy"] = found["gpt_oss/dummy"] = found["gpt_oss"]
     for name, forms in (("llama", LLAMA_FORMATS), ("qwen3_moe", MOE_FORMATS)):
         for form in forms:
             directory = write_pair(name, FORMATS[form], tmp_path_factory.mktemp(form))[0]
-            found[f"{name}/{form}" if name == "llama" else f"{name}/experts/{form}"] = directory
+            found[f"{name}/{form}"] = directory
+            if name != "llama":
+                found[f"{name}/experts/{form}"] = directory
     found["llama/awq/dummy"] = found["llama/awq"]
     found["llama/ct_fp8_block/dummy"] = found["llama/ct_fp8_block"]
     return found
@@ -56,10 +55,3 @@ def test_two_ranks_equal_one(checkpoints: dict[str, Path], tmp_path: Path) -> No
         one_rank = run_model(name, directory, TOKENS, ProcessGroups.single())
         assert one_rank is not None and one_rank.isfinite().all() and one_rank.std() > 0.1, name
         assert (two_ranks[name] - one_rank).abs().max() < 1e-6, name
-
-
-def test_a_split_within_a_group_is_refused_by_name(tmp_path: Path) -> None:
-    quantized, _ = write_pair("llama", FORMATS["awq"], tmp_path)
-    groups = ProcessGroups(Group(rank=1, size=4, handle=None))
-    with pytest.raises(ConfigError, match="16 inputs of a projection are not a multiple of 32"):
-        load_model(quantized, context=make_context(torch_table("test"), groups=groups), max_model_len=16)

@@ -3,12 +3,13 @@
 import torch
 
 from atom_cluster.ops.select import torch_table
+from atom_cluster.parallel.sharding import Share
 from atom_cluster.quantization.scheme import LinearShape
 from atom_cluster.quantization.unquantized import UNQUANTIZED
 
 
 def test_the_weight_is_stored_in_its_dtype_and_applied_in_that_of_activations() -> None:
-    shape = LinearShape(part_sizes=(1, 3), num_in=3)
+    shape = LinearShape(outputs=(Share.whole(1), Share.whole(3)), inputs=Share.whole(3))
     stored = UNQUANTIZED.create_tensors(shape, dtype=torch.bfloat16, device=torch.device("cpu"))
     tensors = {name: item.tensor for name, item in stored.items()}
     assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()} == {
