@@ -152,7 +152,8 @@ def make_caches(layout: KvLayout, *, num_pages: int, block_size: int) -> tuple[L
                 caches[index] = StateLayerCache({t.name: take(t.shape, t.dtype) for t in layer.tensors})
             else:
                 dims = (layer.key_dim, layer.value_dim)
-                views = [take((block_size, layer.num_kv_heads, dim), layer.dtype) for dim in dims]
+                rows = (layer.entries_per_page(block_size), layer.num_kv_heads)
+                views = [take((*rows, dim), layer.dtype) for dim in dims]
                 caches[index] = KvLayerCache(*views)
     assert None not in caches
     return tuple(cache for cache in caches if cache is not None)
