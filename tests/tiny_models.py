@@ -400,7 +400,8 @@ def _build(tiny: TinyModel) -> PreTrainedModel:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.is_floating_point() and tensor.numel() > 1 and tensor.std() == 0:
+            is_single = tensor.numel() == 1 and isinstance(tensor, torch.nn.Parameter)
+            if tensor.is_floating_point() and (is_single or tensor.numel() > 1 and tensor.std() == 0):
                 tensor.add_(torch.randn(tensor.shape, generator=generator) * 0.1)
         for name, table in model.named_buffers():
             if name.endswith("tid2eid"):  # zero, too: each token's experts, no two of them the same

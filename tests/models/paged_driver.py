@@ -55,6 +55,10 @@ class PagedDriver:
         logits = self._model.compute_logits(hidden[batch.sample_index])
         return None if logits is None else list(logits.split([len(tokens) for _, tokens in rows]))
 
+    def take_back(self, row: int, num_tokens: int) -> None:
+        """The row's last tokens were not its own: others follow in their place. Not for models with states."""
+        self._length[row] -= num_tokens
+
     def batch(self, rows: Sequence[tuple[int, Sequence[int]]]) -> ForwardBatch:
         """The inputs of a step, for which pages are taken."""
         states = []
