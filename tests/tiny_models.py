@@ -114,7 +114,8 @@ _DEEPSEEK_V4 = {
     "hc_mult": 3,
     "hc_sinkhorn_iters": 4,
     "hc_eps": 1e-3,
-    **_YARN,
+    # A copy: transformers writes to it.
+    "rope_parameters": {**_YARN["rope_parameters"]},
 }
 
 _GEMMA3 = {

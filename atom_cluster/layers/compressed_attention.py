@@ -145,14 +145,12 @@ class _GroupOutput(DequantizedLinear):
             num_outputs, context.groups.tensor, what="groups of heads (o_groups)", unit=spec.output_rank
         )
         heads_per_group = spec.num_heads // spec.num_output_groups
-        super().__init__(
-            context, num_in=heads_per_group * spec.head_dim, output=Output("wo_a", num_outputs, self.span)
-        )
+        super().__init__(context, num_in=heads_per_group * spec.head_dim, output=Output("wo_a", num_outputs, self.span))
         self._output_rank = spec.output_rank
 
     def use_weight(self, weight_OI: torch.Tensor) -> None:
         """Keep it by groups."""
-        self._weight_GIR = weight_OI.unflatten(0, (-1, self._output_rank)).transpose(1, 2)
+        self._weight_GIR = weight_OI.view(-1, self._output_rank, weight_OI.shape[1]).transpose(1, 2)
 
     def __call__(self, x_THD: torch.Tensor) -> torch.Tensor:
         """[T, H, D] -> [T, G * R]"""

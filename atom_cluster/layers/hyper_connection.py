@@ -29,10 +29,13 @@ class _Streams(Module):
 
     def __init__(self, context: LayerContext, spec: HyperConnectionSpec, *, num_outputs: int, num_scales: int) -> None:
         wide = torch.promote_types(context.dtype, torch.float32)
-        kind = {"dtype": wide, "device": context.device}
-        self._fn_JI = torch.empty(num_outputs, spec.num_streams * spec.hidden_size, **kind)
-        self._scale = torch.empty(num_scales, **kind)
-        self._bias_J = torch.empty(num_outputs, **kind)
+
+        def empty(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=wide, device=context.device)
+
+        self._fn_JI = empty(num_outputs, spec.num_streams * spec.hidden_size)
+        self._scale = empty(num_scales)
+        self._bias_J = empty(num_outputs)
         self._name = context.name
         self._ops = context.ops
         self._spec = spec

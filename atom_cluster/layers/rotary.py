@@ -29,9 +29,7 @@ class RotaryTable:
         return self._cos_L1P.index_select(0, positions_T), self._sin_L1P.index_select(0, positions_T)
 
 
-def rotate_trailing(
-    rotary: Rotary, x_THD: torch.Tensor, cos_T1P: torch.Tensor, sin_T1P: torch.Tensor
-) -> torch.Tensor:
+def rotate_trailing(rotary: Rotary, x_THD: torch.Tensor, cos_T1P: torch.Tensor, sin_T1P: torch.Tensor) -> torch.Tensor:
     """[T, H, D] with the last P dims of each head rotated, in pairs of neighbours."""
     rotary_dim = cos_T1P.shape[-1]
     passed, rotated = x_THD[..., :-rotary_dim], x_THD[..., -rotary_dim:]

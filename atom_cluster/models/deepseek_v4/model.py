@@ -6,14 +6,16 @@ layers/hyper_connection.py. Shape suffixes: T tokens, N streams, D hidden dims.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 
 from atom_cluster.layers.compressed_attention import CompressedAttention
 from atom_cluster.layers.context import LayerContext
 from atom_cluster.layers.forward_batch import LayerInputs
 from atom_cluster.layers.hyper_connection import HyperConnection, JoinedStreams
-from atom_cluster.layers.moe import SparseMoe
 from atom_cluster.layers.module import Module
+from atom_cluster.layers.moe import SparseMoe
 from atom_cluster.layers.norm import RmsNorm
 from atom_cluster.layers.rotary import RotaryTable
 from atom_cluster.models.decoder import DecoderModel
@@ -38,9 +40,10 @@ class DeepseekV4ForCausalLM(DecoderModel):
         self._is_resaved = "model.embed_tokens.weight" in context.stored_dtypes
         if self._is_resaved:
             self.prefix, self.embedding_name = "model", "embed_tokens"
-        sizes = {"num_positions": max_model_len, "dtype": context.dtype, "device": context.device}
-        self._window_rotary = RotaryTable(spec.window_rope, **sizes)
-        self._compressed_rotary = RotaryTable(spec.compressed_rope, **sizes)
+        self._window_rotary, self._compressed_rotary = (
+            RotaryTable(rope, num_positions=max_model_len, dtype=context.dtype, device=context.device)
+            for rope in (spec.window_rope, spec.compressed_rope)
+        )
         super().__init__(spec, context, max_model_len=max_model_len, num_draft_layers=num_draft_layers)
         joined = context.at("model.hc_head.hc" if self._is_resaved else "hc_head")
         self.joined = JoinedStreams(joined, spec.streams)
@@ -69,7 +72,7 @@ class DeepseekV4ForCausalLM(DecoderModel):
         """All streams begin as the embedding, and are joined behind the last layer."""
         streams_TND = x_TD[:, None].repeat(1, self._v4.streams.num_streams, 1)
         for layer in self.layers:
-            streams_TND = layer(streams_TND, inputs)
+            streams_TND = cast("HyperLayer", layer)(streams_TND, inputs)
         return self.norm(self.joined(streams_TND))
 
 

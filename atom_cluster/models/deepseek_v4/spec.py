@@ -1,4 +1,4 @@
-"""Reads the configuration of DeepSeek-V4, in the spelling of its makers and in that of transformers. Knows no tensors."""
+"""Reads the configuration of DeepSeek-V4, as its makers spell it and as transformers does. Knows no tensors."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def read_deepseek_v4_spec(config: HfConfig) -> DeepseekV4Spec:
     config.require("hidden_act", "silu", default="silu")
     config.require("scoring_func", "sqrtsoftplus", default="sqrtsoftplus")
     config.require("num_key_value_heads", 1, default=1)
-    config.require("attention_bias", False, default=False)
-    config.require("mlp_bias", False, default=False)
+    for key in ("attention_bias", "mlp_bias"):
+        config.require(key, False, default=False)  # noqa: FBT003
     window_rope, compressed_rope = _read_ropes(config)
     common = common_fields(config, max_positions=read_max_positions(config, compressed_rope))
     return DeepseekV4Spec(
@@ -161,9 +161,7 @@ def _read_moes(config: HfConfig) -> tuple[MoeSpec, ...]:
         scale=config.number("routed_scaling_factor", 1.5),
         bias_name="gate.bias",
     )
-    by_table = replace(
-        by_scores, bias_name=None, table_name="gate.tid2eid", vocab_size=config.integer("vocab_size")
-    )
+    by_table = replace(by_scores, bias_name=None, table_name="gate.tid2eid", vocab_size=config.integer("vocab_size"))
     config.require("n_shared_experts", 1, default=1)
     moe = MoeSpec(
         hidden_size=config.integer("hidden_size"),

@@ -48,7 +48,7 @@ class GatheredCompression:
 
     def _slots(self, paged: torch.Tensor) -> torch.Tensor:
         """Of each entry's slots, the dims of their series, [N, S, D]."""
-        found_NSC = paged[*self._source_NS, 0]
+        found_NSC = paged[(*self._source_NS, 0)]
         if self._num_series == 1:
             return found_NSC
         before_NSC, own_NSC = found_NSC.chunk(2, dim=1)
@@ -56,7 +56,7 @@ class GatheredCompression:
 
     def store(self, entry_ND: torch.Tensor, entries: KvLayerCache) -> None:
         """Write entries to their places."""
-        entries.key[*self._target_N, 0] = as_stored(entry_ND, entries.key.dtype, entries.key_scale)
+        entries.key[(*self._target_N, 0)] = as_stored(entry_ND, entries.key.dtype, entries.key_scale)
 
 
 def plan_compression(

@@ -14,10 +14,11 @@ def connect_streams(
     """(block input, w, mix)"""
     dtype, num = streams_TND.dtype, streams_TND.shape[1]
     sizes = [num, num, num * num]
-    logits = zip(_project(streams_TND, fn_JI, rule).split(sizes, dim=-1), scale_3, bias_J.split(sizes))
-    read_TN, write_TN, mix_TM = (logit * scale + bias for logit, scale, bias in logits)
+    logits = torch.split(_project(streams_TND, fn_JI, rule), sizes, dim=-1)
+    factors_and_biases = zip(logits, scale_3.unbind(), torch.split(bias_J, sizes))
+    read_TN, write_TN, mix_TM = (logit * scale + bias for logit, scale, bias in factors_and_biases)
     x_TD = _read(streams_TND, read_TN, rule)
-    mix_TNN = _doubly_stochastic(mix_TM.unflatten(-1, (num, num)).softmax(dim=-1) + rule.eps, rule)
+    mix_TNN = _doubly_stochastic(mix_TM.view(-1, num, num).softmax(dim=-1) + rule.eps, rule)
     return x_TD, (2 * write_TN.sigmoid()).to(dtype), mix_TNN.to(dtype)
 
 
