@@ -92,8 +92,8 @@ _DEEPSEEK_V4 = {
     "q_lora_rank": 40,
     "rms_norm_eps": 1e-4,
     # transformers takes one key for the other.
-    "intermediate_size": 48,
-    "moe_intermediate_size": 48,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 96,
     "n_routed_experts": 8,
     "num_experts_per_tok": 3,
     "swiglu_limit": 0.3,

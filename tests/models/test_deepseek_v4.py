@@ -20,6 +20,7 @@ from tests.models.paged_driver import PagedDriver, make_context
 from tests.tiny_models import TINY_MODELS, random_tokens, reference_logits, tiny_model_dir
 
 TOKENS = random_tokens(50, seed=4)
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 _HUB_NAMES = (
     (r"^model\.embed_tokens\.", "embed."),
     (r"^model\.hc_head\.hc_", "hc_head_"),
@@ -63,16 +64,65 @@ def spec_of(values: dict[str, object]) -> ModelSpec:
     return spec_from_config(HfConfig(values))
 
 
-def test_the_makers_names_and_keys(tmp_path: Path) -> None:
+def hub_tensors() -> dict[str, torch.Tensor]:
     tensors = load_file(tiny_model_dir("deepseek_v4") / "model.safetensors")
     for pattern, replacement in _HUB_NAMES:
         tensors = {re.sub(pattern, replacement, name): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def save(tensors: dict[str, torch.Tensor], config: dict[str, object], directory: Path) -> Path:
+    directory.mkdir()
+    save_file(tensors, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def test_the_makers_names_and_keys(tmp_path: Path) -> None:
+    tensors = hub_tensors()
     # Layers for drafting, which are not built, and a narrower table of experts.
     tensors["mtp.0.e_proj.weight"] = torch.zeros(3, 3)
     tensors["layers.0.ffn.gate.tid2eid"] = tensors["layers.0.ffn.gate.tid2eid"].int()
-    save_file(tensors, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(hub_config() | {"compress_rate_hca": 8}))
-    assert_right(driver(tmp_path).step([(0, TOKENS)])[0], TOKENS)  # type: ignore[index]
+    directory = save(tensors, hub_config() | {"compress_rate_hca": 8}, tmp_path / "hub")
+    assert_right(driver(directory).step([(0, TOKENS)])[0], TOKENS)  # type: ignore[index]
+
+
+@pytest.mark.parametrize("expert_dtype", ["fp4", None])
+def test_the_makers_quantization(tmp_path: Path, expert_dtype: str | None) -> None:
+    """Codes with exponents stand for what plain floats say; the rest is how inputs are rounded."""
+    generator = torch.Generator().manual_seed(0)
+    plain, quantized = hub_tensors(), {}
+    for name, tensor in plain.items():
+        if not re.fullmatch(r".*(\.wq_a|attn\.wq_b|attn\.wkv|wo_a|wo_b|w[123])\.weight", name):
+            quantized[name] = tensor
+        elif expert_dtype == "fp4" and ".experts." in name:
+            codes = torch.randint(0, 256, (len(tensor), tensor.shape[1] // 2), dtype=torch.uint8, generator=generator)
+            exponents = torch.randint(
+                121, 124, (len(tensor), tensor.shape[1] // 32), dtype=torch.uint8, generator=generator
+            )
+            quantized |= {name: codes.view(torch.int8), scale_of(name): exponents.view(torch.float8_e8m0fnu)}
+            nibbles = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1).long()
+            plain[name] = E2M1[nibbles] * 2.0 ** (exponents.float() - 127).repeat_interleave(32, dim=1)
+        else:
+            rows, columns = (-(-size // 16) for size in tensor.shape)
+            exponents = torch.randint(119, 121, (rows, columns), dtype=torch.uint8, generator=generator)
+            scale = 2.0 ** (exponents.float() - 127).repeat_interleave(16, 0).repeat_interleave(16, 1)
+            scale = scale[: len(tensor), : tensor.shape[1]]
+            codes = (tensor / scale).to(torch.float8_e4m3fn)
+            quantized |= {name: codes, scale_of(name): exponents.view(torch.float8_e8m0fnu)}
+            plain[name] = codes.float() * scale
+    method = {"quant_method": "fp8", "weight_block_size": [16, 16], "scale_fmt": "ue8m0"}
+    config = hub_config() | {"compress_rate_hca": 8, "expert_dtype": expert_dtype}
+    whole = driver(save(plain, config, tmp_path / "plain")).step([(0, TOKENS)])
+    rounded = driver(save(quantized, {**config, "quantization_config": method}, tmp_path / "quantized")).step(
+        [(0, TOKENS)]
+    )
+    assert whole is not None and rounded is not None
+    assert torch.corrcoef(torch.stack((whole[0].flatten(), rounded[0].flatten())))[0, 1] > 0.95
+
+
+def scale_of(name: str) -> str:
+    return name.removesuffix("weight") + "scale"
 
 
 def test_the_makers_keys_mean_what_transformers_takes_them_for() -> None:
