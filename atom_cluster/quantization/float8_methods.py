@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from atom_cluster.ops.quantized import InputQuantization
 from atom_cluster.quantization.eight_bit import EightBit
 from atom_cluster.quantization.microscaling import Mxfp4
 from atom_cluster.quantization.names import is_listed
 from atom_cluster.quantization.quantized import QuantizedScheme
 from atom_cluster.quantization.rules import ConfigSection, SchemeRules, all_but, excluded_by
-
 
 _EXPERTS = ("experts",)
 
@@ -29,7 +30,7 @@ def read_fp8_and_fp4(section: ConfigSection, expert_dtype: str) -> SchemeRules:
     scheme = replace(scheme, scale_name="scale", is_e8m0=True)
     if expert_dtype != "fp4":
         return all_but(scheme, excluded)
-    of_experts = Mxfp4(inputs=scheme.inputs, codes_name="weight", scale_name="scale")
+    of_experts = Mxfp4(inputs=scheme.inputs, codes_name="weight", codes_dtype=torch.int8, scale_name="scale")
 
     def choose(name: str) -> QuantizedScheme | None:
         if is_listed(name, excluded):

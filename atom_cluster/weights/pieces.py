@@ -30,7 +30,7 @@ def accepts(target: torch.dtype, stored: str) -> bool:
         return stored in PLAIN_FLOATS
     if _is_widened(target, stored):
         return True
-    return DTYPES.get(stored) == target or (stored in ("F8_E8M0", "I8") and target == torch.uint8)
+    return DTYPES.get(stored) == target or (stored, target) == ("F8_E8M0", torch.uint8)
 
 
 def _is_widened(target: torch.dtype, stored: str) -> bool:
