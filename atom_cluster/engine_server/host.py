@@ -107,13 +107,7 @@ class EngineHost:
 
     def status(self) -> EngineStatus:
         """The engine now."""
-        stats = self._core.stats()
-        return EngineStatus(
-            num_running=stats.num_running,
-            num_waiting=stats.num_waiting,
-            num_tickets=stats.num_tickets,
-            blocks_by_state=dict(stats.blocks_by_state),
-        )
+        return self._core.stats()
 
     def begin_drain(self) -> None:
         """Refuse new requests from now on; finish those there are."""

@@ -6,7 +6,10 @@ Their copies of embedding (`embed_tokens`) and head (`shared_head.head`) are the
 from __future__ import annotations
 
 import re
+from typing import cast
 
+from atom_cluster.layers.mtp import MtpBlock, MtpLayer, MtpSpec
+from atom_cluster.models.decoder import DecoderModel, S
 from atom_cluster.models.hf_config import HfConfig
 
 
@@ -16,11 +19,19 @@ def read_num_appended_layers(config: HfConfig) -> int:
     return config.integer(key, 0, least=0)
 
 
-def unused_names(prefix: str, *, num_layers: int, num_stored: int, num_built: int) -> tuple[str, ...]:
-    """Regular expressions of the tensors that a model with the first `num_built` of `num_stored` layers has no use for.
+class AppendedMtpModel(DecoderModel[S]):
+    """A model whose layers for drafting are like its other layers, and behind them."""
 
-    prefix: of the layers' names, such as `model.layers`.
-    """
-    layers = [rf"{re.escape(prefix)}\.{num_layers + index}" for index in range(num_stored)]
-    copies = [rf"{layer}\.(embed_tokens|shared_head\.head)\.weight" for layer in layers[:num_built]]
-    return (*copies, *(rf"{layer}\..*" for layer in layers[num_built:]))
+    def build_draft_layer(self, index: int) -> MtpLayer:
+        """A layer like the main ones."""
+        spec, number = self.spec, self.spec.num_layers + index
+        context = self.context.at(f"{self.prefix}.layers.{number}")
+        block = cast("MtpBlock", self.build_layer(number, context))
+        return MtpLayer(context, MtpSpec(hidden_size=spec.hidden_size, norm_eps=spec.norm_eps), block, self.head)
+
+    def ignored_names(self) -> tuple[str, ...]:
+        """Copies of embedding and head in layers that were built, and all of those that were not."""
+        prefix, first = re.escape(f"{self.prefix}.layers."), self.spec.num_layers
+        layers = [f"{prefix}{first + index}" for index in range(self.spec.num_draft_layers)]
+        copies = [rf"{layer}\.(embed_tokens|shared_head\.head)\.weight" for layer in layers[: self.num_draft_layers]]
+        return (*copies, *(rf"{layer}\..*" for layer in layers[self.num_draft_layers :]))

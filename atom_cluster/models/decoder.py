@@ -7,10 +7,11 @@ Shape suffixes: T tokens, D hidden dims, S sampled rows, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Protocol, cast
+from typing import Generic, Protocol, TypeVar, cast
 
 import torch
 
+from atom_cluster.errors import ConfigError
 from atom_cluster.kv_cache.layout import KvLayout
 from atom_cluster.layers.context import LayerContext
 from atom_cluster.layers.embedding import Embedding, VocabularyShard
@@ -18,8 +19,12 @@ from atom_cluster.layers.forward_batch import ForwardBatch, LayerInputs
 from atom_cluster.layers.logits import LogitsHead
 from atom_cluster.layers.module import Module, number_caches
 from atom_cluster.layers.norm import RmsNorm
+from atom_cluster.layers.rope_spec import RopeSpec
+from atom_cluster.layers.rotary import RotaryTable
 from atom_cluster.models.spec import ModelSpec
 from atom_cluster.weights.rules import CheckpointMap
+
+S = TypeVar("S", bound=ModelSpec)
 
 _DERIVED = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 
@@ -46,23 +51,24 @@ class DraftLayer(Protocol):
         ...
 
 
-class DecoderModel(Module):
+class DecoderModel(Module, Generic[S]):
     """A whole model, this rank's shard of it. Subclasses build layers, and tell names that a checkpoint may have."""
 
     prefix = "model"
     """Name in checkpoints of everything but the head."""
     embedding_name = "embed_tokens"
     head_name = "lm_head"
-    ignored: tuple[str, ...] = ()
-    """Further regular expressions of tensors that carry nothing the model needs."""
 
-    def __init__(
-        self, spec: ModelSpec, context: LayerContext, *, max_model_len: int, num_draft_layers: int = 0
-    ) -> None:
+    def __init__(self, spec: S, context: LayerContext, *, max_model_len: int, num_draft_layers: int = 0) -> None:
         """num_draft_layers: how many of the checkpoint's layers for drafting to build, from the first."""
+        if num_draft_layers > spec.num_draft_layers:
+            raise ConfigError(
+                f"{num_draft_layers} layers for drafting are wanted, the model has {spec.num_draft_layers}"
+            )
         self.spec = spec
         self.context = context
-        self.max_model_len = max_model_len
+        self._max_model_len = max_model_len
+        self._rotary_tables: dict[RopeSpec, RotaryTable] = {}
         inner = context.at(self.prefix)
         self.embedding = self.build_embedding(inner.at(self.embedding_name))
         self.layers = tuple(self.build_layer(index, inner.at(f"layers.{index}")) for index in range(spec.num_layers))
@@ -97,7 +103,19 @@ class DecoderModel(Module):
         """The drafting layer with this index, from 0. `self.context` is at the root of the checkpoint."""
         raise NotImplementedError
 
+    def ignored_names(self) -> tuple[str, ...]:
+        """Further regular expressions of tensors that carry nothing the model needs."""
+        return ()
+
     # --- what is alike
+
+    def rotary(self, rope: RopeSpec) -> RotaryTable:
+        """The table of a rotary embedding, which the layers that have it share."""
+        if rope not in self._rotary_tables:
+            device, dtype = self.context.device, self.context.dtype
+            table = RotaryTable(rope, num_positions=self._max_model_len, dtype=dtype, device=device)
+            self._rotary_tables[rope] = table
+        return self._rotary_tables[rope]
 
     def _build_head(self) -> LogitsHead:
         context = self.context.at(self.head_name)
@@ -120,7 +138,8 @@ class DecoderModel(Module):
         """Where checkpoint tensors go. Valid until `finish_loading`. With tied embeddings a stored head is a copy."""
         tied = (rf"{self.head_name}\.weight",) if self.spec.has_tied_embeddings else ()
         return CheckpointMap(
-            parts=self.weight_parts(), ignored=(_DERIVED, *tied, *self.ignored, *self.context.quantization.ignored)
+            parts=self.weight_parts(),
+            ignored=(_DERIVED, *tied, *self.ignored_names(), *self.context.quantization.ignored),
         )
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +26,10 @@ from atom_cluster.weights.dummy import fill_weights
 from atom_cluster.weights.loader import check_fit, load_weights
 from atom_cluster.weights.rules import CheckpointMap, LoadableModel
 from atom_cluster.weights.safetensors_reader import Checkpoint, open_checkpoint
+
+_log = logging.getLogger(__name__)
+
+_LOG_PERIOD_S = 10.0
 
 NO_ONLINE_QUANTIZATION = QuantizationConfig()
 
@@ -175,9 +181,14 @@ class _OnePart:
 def _load_part_by_part(model: LoadableCausalLM, checkpoint: Checkpoint) -> None:
     """Each part is finished before the next one is read. Memory that nothing was loaded into yet costs nothing."""
     check_fit(model.checkpoint_map(), checkpoint)
-    for part in model.parts():
+    parts = list(model.parts())
+    logged_s = 0.0
+    for number, part in enumerate(parts):
+        if time.monotonic() - logged_s >= _LOG_PERIOD_S:
+            logged_s = time.monotonic()
+            _log.info("reading and quantizing part %d of %d of %s", number + 1, len(parts), checkpoint.directory)
         one = _OnePart(part)
-        load_weights(one, checkpoint)
+        load_weights(one, checkpoint, log_level=logging.DEBUG)
         one.finish_loading()
 
 

@@ -36,6 +36,14 @@ class InputQuantization:
     is_static: bool = False
     """One scale for all tokens and inputs, known beforehand: `QuantizedWeight.input_scale`."""
 
+    @property
+    def name(self) -> str:
+        """For the start-up log: `float8 per token`."""
+        if self.is_static:
+            return f"{self.number} static"
+        kind = "" if self.scale_format == "float32" else f" {self.scale_format}"
+        return f"{self.number} per {self.group_size or 'token'}{kind}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizedWeight:
@@ -70,17 +78,12 @@ class QuantizedWeight:
 
     @property
     def name(self) -> str:
-        """For the start-up log: `float8 128x128, inputs float8 per 128`."""
+        """For the start-up log: `float8 128x128 (inputs float8 per 128)`."""
         rows, columns = self.block
-        group = "per tensor" if (rows, columns) == (self.num_out, self.num_in) else f"{rows}x{columns}"
-        if rows == 1 and columns >= self.num_in:
-            group = "per channel"
-        if self.inputs is None:
-            return f"{self.number} {group}"
-        per = "token" if self.inputs.group_size is None else str(self.inputs.group_size)
-        return f"{self.number} {group}, inputs {self.inputs.number} " + (
-            "static" if self.inputs.is_static else f"per {per}"
-        )
+        group = f"{rows}x{columns}"
+        if columns >= self.num_in:
+            group = "per channel" if rows == 1 else "per tensor" if rows >= self.num_out else group
+        return f"{self.number} {group}" if self.inputs is None else f"{self.number} {group} (inputs {self.inputs.name})"
 
     def expert(self, index: int) -> QuantizedWeight:
         """The weight of one of stacked experts; shares memory."""

@@ -34,7 +34,7 @@ class EightBit(QuantizedScheme):
     def name(self) -> str:
         """Everything that tells it from others."""
         grain = self.granularity if isinstance(self.granularity, str) else "{}x{}".format(*self.granularity)
-        return f"{self.number} per {grain}, inputs {self.inputs}"
+        return f"{self.number} per {grain}" + ("" if self.inputs is None else f" (inputs {self.inputs.name})")
 
     @property
     def mark(self) -> str:

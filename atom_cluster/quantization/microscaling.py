@@ -29,7 +29,7 @@ class Mxfp4(QuantizedScheme):
     @property
     def name(self) -> str:
         """Everything that tells it from others."""
-        return f"mxfp4, inputs {self.inputs}"
+        return "mxfp4" if self.inputs is None else f"mxfp4 (inputs {self.inputs.name})"
 
     @property
     def mark(self) -> str:

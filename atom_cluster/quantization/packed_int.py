@@ -39,7 +39,8 @@ class PackedInt(QuantizedScheme):
     @property
     def name(self) -> str:
         """Everything that tells it from others."""
-        return f"int{self.num_bits} packed, groups of {self.group_size}, {self.has_zero}, {self.has_group_index}"
+        kind = ("zero points, " if self.has_zero else "") + ("reordered, " if self.has_group_index else "")
+        return f"int{self.num_bits} packed, {kind}groups of {self.group_size}"
 
     def create_tensors(
         self, shape: LinearShape, *, dtype: torch.dtype, device: torch.device

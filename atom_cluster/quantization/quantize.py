@@ -25,6 +25,8 @@ from atom_cluster.ops.quantized import InputQuantization, QuantizedWeight
 _BLOCK = 128
 _GROUP = 32
 """Inputs that share a scale in mxfp8, mxfp4 and int4."""
+_STEPS_PER_OCTAVE = 8
+"""Scales that the search of fp8 tries."""
 _INT4_LEVELS = 15
 _SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)
 """Shares of a group's range that the search of int4 tries."""
@@ -32,7 +34,7 @@ _SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)
 
 def quantize_fp8(weight_OI: torch.Tensor) -> QuantizedWeight:
     """A scale per output; inputs per token."""
-    scale = scale_for(weight_OI.abs().amax(-1, keepdim=True), largest("float8"))
+    scale = _float8_scale(weight_OI, (1,))
     return QuantizedWeight(
         number="float8",
         codes=to_float8(weight_OI / scale, torch.float8_e4m3fn),
@@ -47,15 +49,31 @@ def quantize_fp8_block(weight_OI: torch.Tensor) -> QuantizedWeight:
     num_out, num_in = weight_OI.shape
     padded = F.pad(weight_OI, (0, -num_in % _BLOCK, 0, -num_out % _BLOCK))
     blocks = padded.reshape(len(padded) // _BLOCK, _BLOCK, -1, _BLOCK)
-    scale = scale_for(blocks.abs().amax((1, 3)), largest("float8"))
-    scaled = (blocks / scale[:, None, :, None]).flatten(2).flatten(0, 1)[:num_out, :num_in]
+    scale = _float8_scale(blocks, (1, 3))
+    scaled = (blocks / scale).flatten(2).flatten(0, 1)[:num_out, :num_in]
     return QuantizedWeight(
         number="float8",
         codes=to_float8(scaled, torch.float8_e4m3fn).contiguous(),
-        scale=scale,
+        scale=scale[:, 0, :, 0],
         block=(_BLOCK, _BLOCK),
         inputs=InputQuantization(number="float8", group_size=_BLOCK),
     )
+
+
+def _float8_scale(weight: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
+    """The scale for what `dims` has, which are kept: of one octave from the smallest on, that with the least error.
+
+    Larger scales lose no precision but of the very smallest numbers, and move all others to where steps fit better.
+    """
+    smallest = scale_for(weight.abs().amax(dims, keepdim=True), largest("float8"))
+    best_scale, best_error = smallest, torch.full_like(smallest, torch.inf)
+    for step in range(_STEPS_PER_OCTAVE):
+        scale = smallest * 2 ** (step / _STEPS_PER_OCTAVE)
+        rounded = to_float8(weight / scale, torch.float8_e4m3fn).to(weight.dtype)
+        error = (rounded * scale - weight).square_().sum(dims, keepdim=True)
+        best_scale = torch.where(error < best_error, scale, best_scale)
+        best_error = torch.minimum(error, best_error)
+    return best_scale
 
 
 def quantize_int8(weight_OI: torch.Tensor) -> QuantizedWeight:

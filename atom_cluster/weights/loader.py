@@ -24,11 +24,13 @@ _PROGRESS_PERIOD_S = 10.0
 _GB = 1e9
 
 
-def load_weights(model: LoadableModel, checkpoint: Checkpoint, *, num_threads: int = _NUM_THREADS) -> None:
+def load_weights(
+    model: LoadableModel, checkpoint: Checkpoint, *, num_threads: int = _NUM_THREADS, log_level: int = logging.INFO
+) -> None:
     """Read this rank's part of every tensor into the model. Does not call `finish_loading`.
 
     Only bytes that are needed, and gaps between them that are not worth a seek, are read, by `num_threads` threads.
-    Beside the model's tensors that takes 16 MiB a thread (32 MiB for a GPU).
+    Beside the model's tensors that takes 16 MiB a thread (32 MiB for a GPU). Progress is logged at `log_level`.
 
     Raises one WeightsError that names every tensor that is missing, unused, mis-shaped or of a wrong dtype, before
     anything is read; WeightsError also for a file that turns out to be cut short.
@@ -37,7 +39,7 @@ def load_weights(model: LoadableModel, checkpoint: Checkpoint, *, num_threads: i
     check_fit(checkpoint_map, checkpoint)
     pieces = _pieces(checkpoint_map, checkpoint)
     if pieces:
-        _Reading(pieces, where=str(checkpoint.directory)).run(num_threads)
+        _Reading(pieces, where=str(checkpoint.directory), log_level=log_level).run(num_threads)
 
 
 def check_fit(checkpoint_map: CheckpointMap, checkpoint: Checkpoint) -> None:
@@ -60,7 +62,8 @@ def _pieces(checkpoint_map: CheckpointMap, checkpoint: Checkpoint) -> list[Piece
 class _Reading:
     """Pieces being read by several threads, each taking the next one."""
 
-    def __init__(self, pieces: list[Piece], *, where: str) -> None:
+    def __init__(self, pieces: list[Piece], *, where: str, log_level: int) -> None:
+        self._log_level = log_level
         self._device = pieces[0].target.device
         self._num_files = len({piece.file.path for piece in pieces})
         self._total_bytes = sum(piece.num_bytes for piece in pieces)
@@ -72,7 +75,8 @@ class _Reading:
 
     def run(self, num_threads: int) -> None:
         """Read all. The first error of any thread is raised once all have stopped."""
-        _log.info("reading %.2f GB in %d files of %s", self._total_bytes / _GB, self._num_files, self._where)
+        total = self._total_bytes / _GB
+        _log.log(self._log_level, "reading %.2f GB in %d files of %s", total, self._num_files, self._where)
         start = time.monotonic()
         with ThreadPoolExecutor(num_threads, thread_name_prefix="weights") as pool:
             pending = {pool.submit(self._work) for _ in range(num_threads)}
@@ -104,4 +108,4 @@ class _Reading:
         elapsed_s = max(time.monotonic() - start, 1e-9)
         rate = self._num_bytes / _GB / elapsed_s
         done, total = self._num_bytes / _GB, self._total_bytes / _GB
-        _log.info("%s %.2f of %.2f GB in %.1f s, %.2f GB/s", what, done, total, elapsed_s, rate)
+        _log.log(self._log_level, "%s %.2f of %.2f GB in %.1f s, %.2f GB/s", what, done, total, elapsed_s, rate)

@@ -16,11 +16,14 @@ from tests.equivalence.test_prefill_decode import Pair
 from tests.models import test_deepseek_draft, test_hybrid_draft, test_mimo_v2, test_mtp
 
 CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
-    "one layer, latent attention": lambda base: test_deepseek_draft.checkpoint_with_draft_layer("deepseek_v3", base),
-    "one layer, sparse attention": lambda base: test_deepseek_draft.checkpoint_with_draft_layer("deepseek_v32", base),
-    "one layer, recurrent states": lambda base: test_hybrid_draft.checkpoint_with_draft_layer("qwen3_5", base),
-    "two layers": test_mtp.checkpoint_with_draft_layers,
-    "three layers, windows": test_mimo_v2.hub_checkpoint,
+    "deepseek_v3": lambda base: test_deepseek_draft.checkpoint_with_draft_layer("deepseek_v3", base),
+    "deepseek_v32": lambda base: test_deepseek_draft.checkpoint_with_draft_layer("deepseek_v32", base),
+    "glm_moe_dsa": lambda base: test_deepseek_draft.checkpoint_with_draft_layer("glm_moe_dsa", base),
+    "qwen3_next": lambda base: test_hybrid_draft.checkpoint_with_draft_layer("qwen3_next", base),
+    "qwen3_5": lambda base: test_hybrid_draft.checkpoint_with_draft_layer("qwen3_5", base),
+    "qwen3_5_moe_vision": lambda base: test_hybrid_draft.checkpoint_with_draft_layer("qwen3_5_moe_vision", base),
+    "glm4_moe, two layers": test_mtp.checkpoint_with_draft_layers,
+    "mimo_v2, three layers": test_mimo_v2.hub_checkpoint,
 }
 
 

@@ -17,7 +17,7 @@ from tests.tiny_models import random_tokens
 TOKENS = random_tokens(24)
 MOE_FORMATS = ["fp8_block", "ct_fp8_channel", "ct_fp8_static", "ct_int4_reordered", "quark_mxfp4", "awq", "gptq"]
 CASES = [("llama", form) for form in FORMATS] + [("qwen3_moe", form) for form in MOE_FORMATS]
-CASES += [("deepseek_v3", "ct_fp8_channel")]
+CASES += [("deepseek_v3", form) for form in ("ct_fp8_channel", "ct_int4")]
 
 
 def logits(directory: Path) -> torch.Tensor:

@@ -17,12 +17,11 @@ from atom_cluster.layers.hyper_connection import HyperConnection, JoinedStreams
 from atom_cluster.layers.module import Module
 from atom_cluster.layers.moe import SparseMoe
 from atom_cluster.layers.norm import RmsNorm
-from atom_cluster.layers.rotary import RotaryTable
 from atom_cluster.models.decoder import DecoderModel
 from atom_cluster.models.deepseek_v4.spec import DeepseekV4Spec
 
 
-class DeepseekV4ForCausalLM(DecoderModel):
+class DeepseekV4ForCausalLM(DecoderModel[DeepseekV4Spec]):
     """A whole model, this rank's shard of it.
 
     What transformers saves has a prefix and a few other names than the checkpoints of the model's makers.
@@ -31,26 +30,20 @@ class DeepseekV4ForCausalLM(DecoderModel):
     prefix = ""
     embedding_name = "embed"
     head_name = "head"
-    ignored = (r"(model\.)?mtp\..*",)
 
     def __init__(
         self, spec: DeepseekV4Spec, context: LayerContext, *, max_model_len: int, num_draft_layers: int = 0
     ) -> None:
-        self._v4 = spec
         self._is_resaved = "model.embed_tokens.weight" in context.stored_dtypes
         if self._is_resaved:
             self.prefix, self.embedding_name = "model", "embed_tokens"
-        self._window_rotary, self._compressed_rotary = (
-            RotaryTable(rope, num_positions=max_model_len, dtype=context.dtype, device=context.device)
-            for rope in (spec.window_rope, spec.compressed_rope)
-        )
         super().__init__(spec, context, max_model_len=max_model_len, num_draft_layers=num_draft_layers)
         joined = context.at("model.hc_head.hc" if self._is_resaved else "hc_head")
         self.joined = JoinedStreams(joined, spec.streams)
 
     def build_layer(self, index: int, context: LayerContext) -> HyperLayer:
         """Layers differ in what attention sees of the past, and in how experts are chosen."""
-        spec = self._v4
+        spec = self.spec
         attention = spec.attentions[index]
         return HyperLayer(
             context,
@@ -58,11 +51,15 @@ class DeepseekV4ForCausalLM(DecoderModel):
             attention=CompressedAttention(
                 context.at("attn"),
                 attention,
-                self._window_rotary if attention.compressor is None else self._compressed_rotary,
+                self.rotary(spec.window_rope if attention.compressor is None else spec.compressed_rope),
                 key_norm_name="norm" if self._is_resaved else "kv_norm",
             ),
             moe=SparseMoe(context.at("ffn"), spec.moes[index]),
         )
+
+    def ignored_names(self) -> tuple[str, ...]:
+        """Layers for drafting, which are not built."""
+        return (r"(model\.)?mtp\..*",)
 
     def build_norm(self, context: LayerContext) -> RmsNorm:
         """The norm behind the last layer."""
@@ -70,7 +67,7 @@ class DeepseekV4ForCausalLM(DecoderModel):
 
     def run_layers(self, x_TD: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
         """All streams begin as the embedding, and are joined behind the last layer."""
-        streams_TND = x_TD[:, None].repeat(1, self._v4.streams.num_streams, 1)
+        streams_TND = x_TD[:, None].repeat(1, self.spec.streams.num_streams, 1)
         for layer in self.layers:
             streams_TND = cast("HyperLayer", layer)(streams_TND, inputs)
         return self.norm(self.joined(streams_TND))

@@ -14,7 +14,6 @@ from atom_cluster.layers.forward_batch import LayerInputs
 from atom_cluster.layers.mlp import GatedMlp
 from atom_cluster.layers.module import Module
 from atom_cluster.layers.norm import RmsNorm
-from atom_cluster.layers.rope_spec import RopeSpec
 from atom_cluster.layers.rotary import RotaryTable
 from atom_cluster.models.decoder import DecoderModel
 from atom_cluster.models.gemma3.spec import Gemma3Spec
@@ -65,19 +64,8 @@ class Gemma3Layer(Module):
         return self.mlp_output_norm(self.mlp(x_TD)), residual_TD
 
 
-class Gemma3ForCausalLM(DecoderModel):
+class Gemma3ForCausalLM(DecoderModel[Gemma3Spec]):
     """A whole model, this rank's shard of it."""
-
-    def __init__(
-        self, spec: Gemma3Spec, context: LayerContext, *, max_model_len: int, num_draft_layers: int = 0
-    ) -> None:
-        self._gemma = spec
-
-        def tabulate(rope: RopeSpec) -> RotaryTable:
-            return RotaryTable(rope, num_positions=max_model_len, dtype=context.dtype, device=context.device)
-
-        self._rotary, self._local_rotary = tabulate(spec.rope), tabulate(spec.local_rope)
-        super().__init__(spec, context, max_model_len=max_model_len, num_draft_layers=num_draft_layers)
 
     def build_embedding(self, context: LayerContext) -> Embedding:
         """Rows are multiplied by the root of their size, rounded to the dtype of activations."""
@@ -91,8 +79,8 @@ class Gemma3ForCausalLM(DecoderModel):
 
     def build_layer(self, index: int, context: LayerContext) -> Gemma3Layer:
         """Layers differ in their windows, and with them in their rotary embedding."""
-        rotary = self._rotary if self._gemma.windows[index] is None else self._local_rotary
-        return Gemma3Layer(self._gemma, index, context, rotary)
+        rope = self.spec.rope if self.spec.windows[index] is None else self.spec.local_rope
+        return Gemma3Layer(self.spec, index, context, self.rotary(rope))
 
 
 class Gemma3ForConditionalGeneration(Gemma3ForCausalLM):
@@ -100,4 +88,7 @@ class Gemma3ForConditionalGeneration(Gemma3ForCausalLM):
 
     prefix = "language_model.model"
     head_name = "language_model.lm_head"
-    ignored = (r"vision_tower\..*", r"multi_modal_projector\..*")
+
+    def ignored_names(self) -> tuple[str, ...]:
+        """What sees."""
+        return (r"vision_tower\..*", r"multi_modal_projector\..*")

@@ -10,26 +10,18 @@ from __future__ import annotations
 from atom_cluster.layers.attention import Attention, AttentionSpec
 from atom_cluster.layers.context import LayerContext
 from atom_cluster.layers.mlp import GatedMlp
-from atom_cluster.layers.rotary import RotaryTable
 from atom_cluster.models.decoder import DecoderModel
 from atom_cluster.models.layer_types import keeps_all
 from atom_cluster.models.llama.spec import LlamaSpec
 from atom_cluster.models.pre_norm_layer import PreNormLayer
 
 
-class LlamaForCausalLM(DecoderModel):
+class LlamaForCausalLM(DecoderModel[LlamaSpec]):
     """A whole model of the family, this rank's shard of it."""
-
-    def __init__(
-        self, spec: LlamaSpec, context: LayerContext, *, max_model_len: int, num_draft_layers: int = 0
-    ) -> None:
-        self._llama = spec
-        self._rotary = RotaryTable(spec.rope, num_positions=max_model_len, dtype=context.dtype, device=context.device)
-        super().__init__(spec, context, max_model_len=max_model_len, num_draft_layers=num_draft_layers)
 
     def build_layer(self, index: int, context: LayerContext) -> PreNormLayer:
         """Layers differ in their windows."""
-        spec = self._llama
+        spec = self.spec
         attention = AttentionSpec(
             hidden_size=spec.hidden_size,
             num_heads=spec.num_heads,
@@ -46,7 +38,7 @@ class LlamaForCausalLM(DecoderModel):
             context,
             hidden_size=spec.hidden_size,
             norm_eps=spec.norm_eps,
-            attention=Attention(context.at("self_attn"), attention, self._rotary),
+            attention=Attention(context.at("self_attn"), attention, self.rotary(spec.rope)),
             mlp=GatedMlp(
                 context.at("mlp"),
                 hidden_size=spec.hidden_size,

@@ -9,8 +9,6 @@ from atom_cluster.layers.attention import Attention
 from atom_cluster.layers.context import LayerContext
 from atom_cluster.layers.mlp import GatedMlp
 from atom_cluster.layers.moe import SparseMoe
-from atom_cluster.layers.rope_spec import RopeSpec
-from atom_cluster.layers.rotary import RotaryTable
 from atom_cluster.models.decoder import DecoderModel
 from atom_cluster.models.mimo_v2.draft import MimoDraftLayer
 from atom_cluster.models.mimo_v2.spec import MimoV2Spec
@@ -19,25 +17,12 @@ from atom_cluster.models.pre_norm_layer import PreNormLayer
 _DRAFT_NAME = "model.mtp"
 
 
-class MimoV2ForCausalLM(DecoderModel):
+class MimoV2ForCausalLM(DecoderModel[MimoV2Spec]):
     """A whole model, this rank's shard of it."""
-
-    def __init__(
-        self, spec: MimoV2Spec, context: LayerContext, *, max_model_len: int, num_draft_layers: int = 0
-    ) -> None:
-        self._mimo = spec
-
-        def tabulate(rope: RopeSpec) -> RotaryTable:
-            return RotaryTable(rope, num_positions=max_model_len, dtype=context.dtype, device=context.device)
-
-        self._rotary, self._local_rotary = tabulate(spec.rope), tabulate(spec.local_rope)
-        built = "|".join(map(str, range(num_draft_layers)))
-        self.ignored = (rf"{_DRAFT_NAME}\.layers\.(?!({built})\.).*",)
-        super().__init__(spec, context, max_model_len=max_model_len, num_draft_layers=num_draft_layers)
 
     def build_layer(self, index: int, context: LayerContext) -> PreNormLayer:
         """With a window or without, with experts or a gated MLP."""
-        spec = self._mimo
+        spec = self.spec
         is_local = spec.windows[index] is not None
         is_dense = index in spec.dense_layers
         mlp = self._dense_mlp(context.at("mlp")) if is_dense else SparseMoe(context.at("mlp"), spec.moe)
@@ -51,7 +36,7 @@ class MimoV2ForCausalLM(DecoderModel):
 
     def build_draft_layer(self, index: int) -> MimoDraftLayer:
         """Its block has a window and a gated MLP."""
-        spec, context = self._mimo, self.context.at(f"{_DRAFT_NAME}.layers.{index}")
+        spec, context = self.spec, self.context.at(f"{_DRAFT_NAME}.layers.{index}")
         block = PreNormLayer(
             context,
             hidden_size=spec.hidden_size,
@@ -62,11 +47,16 @@ class MimoV2ForCausalLM(DecoderModel):
         )
         return MimoDraftLayer(context, spec=spec, block=block, head=self.head)
 
+    def ignored_names(self) -> tuple[str, ...]:
+        """Layers for drafting that were not built."""
+        built = "|".join(map(str, range(self.num_draft_layers)))
+        return (rf"{_DRAFT_NAME}\.layers\.(?!({built})\.).*",)
+
     def _full_attention(self, context: LayerContext) -> Attention:
-        return Attention(context.at("self_attn"), self._mimo.full_attention, self._rotary)
+        return Attention(context.at("self_attn"), self.spec.full_attention, self.rotary(self.spec.rope))
 
     def _local_attention(self, context: LayerContext) -> Attention:
-        return Attention(context.at("self_attn"), self._mimo.local_attention, self._local_rotary)
+        return Attention(context.at("self_attn"), self.spec.local_attention, self.rotary(self.spec.local_rope))
 
     def _dense_mlp(self, context: LayerContext) -> GatedMlp:
-        return GatedMlp(context, hidden_size=self._mimo.hidden_size, intermediate_size=self._mimo.dense_size)
+        return GatedMlp(context, hidden_size=self.spec.hidden_size, intermediate_size=self.spec.dense_size)

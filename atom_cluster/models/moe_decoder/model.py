@@ -11,36 +11,28 @@ from atom_cluster.layers.attention import Attention
 from atom_cluster.layers.context import LayerContext
 from atom_cluster.layers.mlp import GatedMlp
 from atom_cluster.layers.moe import SparseMoe
-from atom_cluster.layers.rotary import RotaryTable
 from atom_cluster.models.decoder import DecoderModel
 from atom_cluster.models.moe_decoder.spec import MoeDecoderSpec
 from atom_cluster.models.pre_norm_layer import PreNormLayer
 
 
-class MoeDecoderForCausalLM(DecoderModel):
+class MoeDecoderForCausalLM(DecoderModel[MoeDecoderSpec]):
     """A whole model of one of the families, this rank's shard of it."""
-
-    def __init__(
-        self, spec: MoeDecoderSpec, context: LayerContext, *, max_model_len: int, num_draft_layers: int = 0
-    ) -> None:
-        self._moe_decoder = spec
-        self._rotary = RotaryTable(spec.rope, num_positions=max_model_len, dtype=context.dtype, device=context.device)
-        super().__init__(spec, context, max_model_len=max_model_len, num_draft_layers=num_draft_layers)
 
     def build_layer(self, index: int, context: LayerContext) -> PreNormLayer:
         """A layer with experts, or with a gated MLP where the spec says so."""
-        spec = self._moe_decoder
+        spec = self.spec
         attention = replace(spec.attention, keeps_all=index == 0 and spec.attention.window is not None)
         return PreNormLayer(
             context,
             hidden_size=spec.hidden_size,
             norm_eps=spec.norm_eps,
-            attention=Attention(context.at("self_attn"), attention, self._rotary),
+            attention=Attention(context.at("self_attn"), attention, self.rotary(spec.rope)),
             mlp=self._build_mlp(index, context),
         )
 
     def _build_mlp(self, index: int, context: LayerContext) -> GatedMlp | SparseMoe:
-        spec = self._moe_decoder
+        spec = self.spec
         if index not in spec.dense_layers:
             return SparseMoe(context.at(spec.moe_name), spec.moe)
         if spec.dense_size is None:

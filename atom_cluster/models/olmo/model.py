@@ -13,7 +13,6 @@ from atom_cluster.layers.forward_batch import LayerInputs
 from atom_cluster.layers.mlp import GatedMlp
 from atom_cluster.layers.module import Module
 from atom_cluster.layers.norm import RmsNorm
-from atom_cluster.layers.rope_spec import RopeSpec
 from atom_cluster.layers.rotary import RotaryTable
 from atom_cluster.models.decoder import DecoderModel
 from atom_cluster.models.layer_types import keeps_all
@@ -53,19 +52,10 @@ class OlmoLayer(Module):
         return self.mlp_norm(self.mlp(stream_TD)), stream_TD
 
 
-class OlmoForCausalLM(DecoderModel):
+class OlmoForCausalLM(DecoderModel[OlmoSpec]):
     """A whole model, this rank's shard of it."""
-
-    def __init__(self, spec: OlmoSpec, context: LayerContext, *, max_model_len: int, num_draft_layers: int = 0) -> None:
-        self._olmo = spec
-
-        def tabulate(rope: RopeSpec) -> RotaryTable:
-            return RotaryTable(rope, num_positions=max_model_len, dtype=context.dtype, device=context.device)
-
-        self._rotary, self._local_rotary = tabulate(spec.rope), tabulate(spec.local_rope)
-        super().__init__(spec, context, max_model_len=max_model_len, num_draft_layers=num_draft_layers)
 
     def build_layer(self, index: int, context: LayerContext) -> OlmoLayer:
         """Layers differ in their windows, and with them in their rotary embedding."""
-        rotary = self._rotary if self._olmo.windows[index] is None else self._local_rotary
-        return OlmoLayer(self._olmo, index, context, rotary)
+        rope = self.spec.rope if self.spec.windows[index] is None else self.spec.local_rope
+        return OlmoLayer(self.spec, index, context, self.rotary(rope))

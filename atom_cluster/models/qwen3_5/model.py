@@ -13,4 +13,7 @@ class Qwen3_5ForConditionalGeneration(Qwen3NextForCausalLM):  # noqa: N801  # it
     """The text model within a multimodal checkpoint. It sees no images: the tensors for them are left out."""
 
     prefix = "model.language_model"
-    ignored = (r"model\.visual\..*",)
+
+    def ignored_names(self) -> tuple[str, ...]:
+        """What sees, too."""
+        return (*super().ignored_names(), r"model\.visual\..*")

@@ -5,7 +5,6 @@ All norms are offset: their stored weights are what is added to one.
 
 from __future__ import annotations
 
-from atom_cluster.errors import ConfigError
 from atom_cluster.layers.attention import Attention
 from atom_cluster.layers.context import LayerContext
 from atom_cluster.layers.gated_delta_net import GatedDeltaNet
@@ -13,7 +12,6 @@ from atom_cluster.layers.mlp import GatedMlp
 from atom_cluster.layers.moe import SparseMoe
 from atom_cluster.layers.mtp import MtpLayer, MtpSpec
 from atom_cluster.layers.norm import RmsNorm
-from atom_cluster.layers.rotary import RotaryTable
 from atom_cluster.models.decoder import DecoderModel
 from atom_cluster.models.pre_norm_layer import PreNormLayer
 from atom_cluster.models.qwen3_next.spec import HybridSpec
@@ -21,17 +19,8 @@ from atom_cluster.models.qwen3_next.spec import HybridSpec
 _DRAFT_NAME = "mtp"
 
 
-class Qwen3NextForCausalLM(DecoderModel):
+class Qwen3NextForCausalLM(DecoderModel[HybridSpec]):
     """A whole model of the family, this rank's shard of it."""
-
-    def __init__(
-        self, spec: HybridSpec, context: LayerContext, *, max_model_len: int, num_draft_layers: int = 0
-    ) -> None:
-        self._hybrid = spec
-        self._rotary = RotaryTable(spec.rope, num_positions=max_model_len, dtype=context.dtype, device=context.device)
-        if num_draft_layers == 0:
-            self.ignored = (*self.ignored, rf"{_DRAFT_NAME}\..*")
-        super().__init__(spec, context, max_model_len=max_model_len, num_draft_layers=num_draft_layers)
 
     def build_norm(self, context: LayerContext) -> RmsNorm:
         """The norm behind the last layer."""
@@ -39,7 +28,7 @@ class Qwen3NextForCausalLM(DecoderModel):
 
     def build_layer(self, index: int, context: LayerContext) -> PreNormLayer:
         """A layer with the attention and the MLP that the spec says."""
-        spec = self._hybrid
+        spec = self.spec
         attention = (
             GatedDeltaNet(context.at("linear_attn"), spec.linear_attention)
             if index in spec.linear_layers
@@ -49,11 +38,9 @@ class Qwen3NextForCausalLM(DecoderModel):
 
     def build_draft_layer(self, index: int) -> MtpLayer:
         """The one layer that drafts: full attention, and experts if the model has any."""
-        if index > 0:
-            raise ConfigError("models of this family have at most one layer for drafting")
         context = self.context.at(_DRAFT_NAME)
         inner = context.at("layers.0")
-        block = self._layer(inner, self._full_attention(inner), is_dense=self._hybrid.moe is None)
+        block = self._layer(inner, self._full_attention(inner), is_dense=self.spec.moe is None)
         spec = MtpSpec(
             hidden_size=self.spec.hidden_size,
             norm_eps=self.spec.norm_eps,
@@ -65,8 +52,12 @@ class Qwen3NextForCausalLM(DecoderModel):
         )
         return MtpLayer(context, spec, block, self.head)
 
+    def ignored_names(self) -> tuple[str, ...]:
+        """The layer that drafts, if it was not built."""
+        return () if self.num_draft_layers else (rf"{_DRAFT_NAME}\..*",)
+
     def _full_attention(self, context: LayerContext) -> Attention:
-        return Attention(context.at("self_attn"), self._hybrid.attention, self._rotary)
+        return Attention(context.at("self_attn"), self.spec.attention, self.rotary(self.spec.rope))
 
     def _layer(self, context: LayerContext, attention: Attention | GatedDeltaNet, *, is_dense: bool) -> PreNormLayer:
         return PreNormLayer(
@@ -79,7 +70,7 @@ class Qwen3NextForCausalLM(DecoderModel):
         )
 
     def _mlp(self, context: LayerContext, *, is_dense: bool) -> GatedMlp | SparseMoe:
-        spec = self._hybrid
+        spec = self.spec
         if not is_dense and spec.moe is not None:
             return SparseMoe(context, spec.moe)
         if spec.dense_size is None:
