@@ -21,7 +21,8 @@ from atom_cluster.ops.attention import AttentionMetadata, KvLayerCache
 class CompressionPlan(Protocol):
     """Compression of one step, prepared once and used by every layer. Holds no reference to KV memory.
 
-    Which N entries it computes is its own choice, as long as `store` writes those that the step's tokens complete.
+    Which N entries it computes is its own choice, as long as `store` writes those that the step's tokens complete. It
+    may write others, of groups that are not complete, into their rows' pages.
     """
 
     @property

@@ -1,4 +1,9 @@
-"""Reference compression: all entries of a step at once, their slots gathered. Any device."""
+"""Reference compression: all entries of a step at once, their slots gathered. Any device; never waits for it.
+
+How many entries a step completes is known to the device alone, so of each row as many are computed as its tokens could
+complete. One of them may be of a group that is not complete: it is wrong, and written where nobody looks until a later
+step has completed it.
+"""
 
 from __future__ import annotations
 
@@ -7,28 +12,30 @@ import torch
 from atom_cluster.ops.attention import AttentionMetadata, KvLayerCache
 from atom_cluster.ops.compression import CompressionPlan
 from atom_cluster.ops.torch_ref.attention import as_stored
+from atom_cluster.units import ceil_div
 
 
 class GatheredCompression:
-    """Compression of one step; its entries are those that the step's tokens complete."""
+    """Compression of one step."""
 
     def __init__(
         self, tokens: AttentionMetadata, entries: AttentionMetadata, tokens_per_entry: int, num_series: int
     ) -> None:
         self._num_series = num_series
-        self._slot_T, self._block_size = tokens.slot, tokens.block_size
-        row_T, position_T = _rows_and_positions(tokens)
-        last_N = ((position_T + 1) % tokens_per_entry == 0).nonzero()[:, 0]
-        num_slots = tokens_per_entry * num_series
-        before_S = torch.arange(num_slots - 1, -1, -1, device=last_N.device)
-        position_NS = position_T[last_N, None] - before_S
-        self._is_before_first_NS = position_NS < 0
-        position_NS = position_NS.clamp(min=0)
-        page_NS = tokens.block_table[row_T[last_N, None], position_NS // tokens.block_size].long()
+        self._page_T, self._offset_T = tokens.slot // tokens.block_size, tokens.slot % tokens.block_size
+        row_N, entry_N = _rows_and_entries(tokens, tokens_per_entry)
+        newest_N = tokens.context_len.long()[row_N] - 1
+        self._first_positions = entry_N * tokens_per_entry
+        last_N = self._first_positions + tokens_per_entry - 1
+        before_S = torch.arange(tokens_per_entry * num_series - 1, -1, -1, device=last_N.device)
+        position_NS = last_N[:, None] - before_S
+        self._is_missing_NS = position_NS < 0
+        position_NS = position_NS.clamp(min=0).minimum(newest_N[:, None])
+        page_NS = tokens.block_table[row_N[:, None], position_NS // tokens.block_size].long()
         self._source_NS = page_NS, position_NS % tokens.block_size
-        slot_N = entries.slot[last_N]
-        self._target_N = slot_N // entries.block_size, slot_N % entries.block_size // tokens_per_entry
-        self._first_positions = position_T[last_N] - tokens_per_entry + 1
+        # An incomplete entry's page may not be there yet: the page of the newest token then has an entry to spare.
+        page_N = entries.block_table[row_N, last_N.minimum(newest_N) // entries.block_size].long()
+        self._target_N = page_N, last_N % entries.block_size // tokens_per_entry
 
     @property
     def first_positions(self) -> torch.Tensor:
@@ -39,11 +46,10 @@ class GatheredCompression:
         self, value_TC: torch.Tensor, gate_TC: torch.Tensor, bias_SD: torch.Tensor, inputs: KvLayerCache
     ) -> torch.Tensor:
         """Write values and gates, then gather and pool."""
-        page_T, offset_T = self._slot_T // self._block_size, self._slot_T % self._block_size
-        inputs.key[page_T, offset_T, 0] = value_TC
-        inputs.value[page_T, offset_T, 0] = gate_TC
+        inputs.key[self._page_T, self._offset_T, 0] = value_TC
+        inputs.value[self._page_T, self._offset_T, 0] = gate_TC
         value_NSD, gate_NSD = self._slots(inputs.key), self._slots(inputs.value).to(bias_SD.dtype) + bias_SD
-        gate_NSD = gate_NSD.masked_fill(self._is_before_first_NS[..., None], float("-inf"))
+        gate_NSD = gate_NSD.masked_fill(self._is_missing_NS[..., None], float("-inf"))
         return (value_NSD.to(bias_SD.dtype) * gate_NSD.softmax(dim=1)).sum(dim=1)
 
     def _slots(self, paged: torch.Tensor) -> torch.Tensor:
@@ -66,10 +72,12 @@ def plan_compression(
     return GatheredCompression(tokens, entries, tokens_per_entry, num_series)
 
 
-def _rows_and_positions(metadata: AttentionMetadata) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each token of the step its row and its position, [T] each."""
-    start_R, num_R = metadata.query_start[:-1], metadata.query_start.diff()
-    num_tokens, device = len(metadata.slot), metadata.slot.device
-    row_T = torch.repeat_interleave(num_R.long(), output_size=num_tokens)
-    first_R = metadata.context_len - num_R - start_R
-    return row_T, torch.arange(num_tokens, device=device) + first_R.long()[row_T]
+def _rows_and_entries(metadata: AttentionMetadata, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows, and numbers within them, of the entries that the step's tokens could complete, [N] int64 each."""
+    starts = metadata.query_start_cpu
+    num_entries = sum(ceil_div(end - start, size) for start, end in zip(starts, starts[1:]))
+    num_tokens_R = metadata.query_start.diff().long()
+    count_R = (num_tokens_R + size - 1) // size
+    row_N = torch.repeat_interleave(count_R, output_size=num_entries)
+    first_R = (metadata.context_len - num_tokens_R) // size - (count_R.cumsum(0) - count_R)
+    return row_N, first_R[row_N] + torch.arange(num_entries, device=row_N.device)

@@ -13,7 +13,7 @@ class PagedRows:
     """Rows of one step.
 
     Shape suffixes: T tokens, D dims stored per entry, Q queries of a row, C entries of it: those of its cached tokens,
-    or of the blocks of its window.
+    or of some last blocks, which its window is in.
     """
 
     def __init__(self, metadata: AttentionMetadata, tokens_per_entry: int = 1) -> None:
@@ -21,12 +21,12 @@ class PagedRows:
         self._metadata = metadata
         self._block_T = metadata.slot // metadata.block_size
         self._offset_T = metadata.slot % metadata.block_size
-        self._tokens_per_entry = tokens_per_entry
+        self._block_size, self._tokens_per_entry = metadata.block_size, tokens_per_entry
         starts = metadata.query_start_cpu
         self.tokens = tuple(slice(start, end) for start, end in zip(starts, starts[1:]))
         """Of each row, its tokens in the step."""
         self.num_entries = tuple(length // tokens_per_entry for length in metadata.context_len_cpu)
-        """Of each row, entries up to its last token, those behind the window included."""
+        """Of each row, entries up to its last token as the host knows it, those behind the window included."""
 
     def store(self, key_TD: torch.Tensor, kv: KvLayerCache) -> None:
         """Write the step's keys to their slots."""
@@ -34,7 +34,7 @@ class PagedRows:
 
     def gather(self, row: int, kv: KvLayerCache, dtype: torch.dtype) -> torch.Tensor:
         """A row's keys up to its last token, in order, [C, D] in `dtype`."""
-        block_size, first, end = self._metadata.block_size, self._first_position(row), self.num_entries[row]
+        block_size, first, end = self._block_size, self._first_position(row), self.num_entries[row]
         # With several blocks to an entry, it is in the last of them.
         step = max(1, self._tokens_per_entry // block_size)
         columns = slice(first // block_size + step - 1, None, step)
@@ -45,21 +45,21 @@ class PagedRows:
 
     def visible(self, row: int, queries: slice = slice(None)) -> torch.Tensor:
         """Which entries some queries of a row see, [Q, C] bool."""
-        tokens, context_len = self.tokens[row], self._metadata.context_len_cpu[row]
-        device, window = self._metadata.block_table.device, self._metadata.window
-        position_Q1 = torch.arange(context_len - (tokens.stop - tokens.start), context_len, device=device)
-        position_Q1 = position_Q1[queries, None]
+        tokens, window, device = self.tokens[row], self._metadata.window, self._metadata.context_len.device
+        position_Q1 = torch.arange(tokens.start - tokens.stop, 0, device=device)[queries, None]
+        position_Q1 = position_Q1 + self._metadata.context_len[row]
         entry_C = torch.arange(self._first_position(row), self.num_entries[row], device=device)
         is_visible_QC = entry_C < (position_Q1 + 1) // self._tokens_per_entry
         return is_visible_QC if window is None else is_visible_QC & (entry_C > position_Q1 - window)
 
     def _first_position(self, row: int) -> int:
-        """The first position that any of a row's queries sees, rounded down to a block."""
+        """A position at the start of a block and before the first that any of a row's queries sees."""
         window, tokens = self._metadata.window, self.tokens[row]
         if window is None:
             return 0
-        first = max(0, self._metadata.context_len_cpu[row] - (tokens.stop - tokens.start) - window + 1)
-        return first // self._metadata.block_size * self._metadata.block_size
+        # What the host takes for the row's length may be too much by some tokens, of two blocks at most.
+        first_block = (self.num_entries[row] - (tokens.stop - tokens.start) - window + 1) // self._block_size
+        return max(0, first_block - 2) * self._block_size
 
 
 def selected_mask(position_QK: torch.Tensor, num_keys: int) -> torch.Tensor:
