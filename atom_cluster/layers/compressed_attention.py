@@ -95,7 +95,8 @@ class CompressedAttention(CachingModule):
     def __call__(self, x_TM: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
         """[T, M] -> [T, M]; writes the step's keys and entries into their caches."""
         spec, rotary = self._spec, self._ops.rotary
-        fused = torch.cat([project(x_TM) for project in self.down], dim=-1)
+        projected = [project(x_TM) for project in self.down]
+        fused = projected[0] if len(projected) == 1 else torch.cat(projected, dim=-1)
         latent_TQ, key_TD = torch.split(fused, [spec.query_rank, spec.head_dim], dim=-1)
         latent_TQ = self.query_norm(latent_TQ)
         query_THD = self.query_up(latent_TQ).view(len(x_TM), -1, spec.head_dim)
