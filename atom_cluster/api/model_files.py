@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 
+from atom_cluster.config.hf_values import language_model_values, longest_context
 from atom_cluster.errors import ConfigError
 
 JsonObject = dict[str, object]
@@ -59,12 +60,14 @@ class ServedModel:
         """
         path = Path(directory)
         outer_config = read_json(path / "config.json")
-        config = _text_config(outer_config)
+        config = language_model_values(outer_config)
         generation = read_json(path / "generation_config.json", default={})
         from_tokenizer: JsonObject = {"eos_token_id": _tokenizer_eos_id(path)}
         return cls(
             name=served_name or path.name,
-            max_model_len=max_model_len or _required_int(config, "max_position_embeddings", path),
+            max_model_len=max_model_len
+            or longest_context(config)
+            or _required_int(config, "max_position_embeddings", path),
             vocab_size=_required_int(config, "vocab_size", path),
             eos_token_ids=_eos_token_ids(generation, config, outer_config, from_tokenizer),
             defaults=_defaults(generation, path) if uses_recommendations else GenerationDefaults(),
@@ -122,12 +125,6 @@ class _TokenizerFile(msgspec.Struct):
     """The part of `tokenizer.json` that lists special tokens."""
 
     added_tokens: list[_AddedToken] = []
-
-
-def _text_config(config: JsonObject) -> JsonObject:
-    """Multimodal checkpoints keep the language model's values one level down."""
-    nested = config.get("text_config")
-    return {**config, **nested} if isinstance(nested, dict) else config
 
 
 def _required_int(config: JsonObject, key: str, path: Path) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from atom_cluster.config.hf_values import language_model_values, longest_context
 from atom_cluster.errors import ConfigError
 
 
@@ -64,15 +65,13 @@ class ModelFacts:
     def from_config(cls, config: dict[str, object]) -> ModelFacts:
         """Facts in a parsed config.json, of both key spellings. Raises ConfigError naming a missing or wrong key.
 
-        Of a model for more than text, those of its `text_config`.
+        Of a model for more than text, those of its language model.
         """
-        text = config.get("text_config")
-        if isinstance(text, dict):
-            config = {**config, **text}
+        config = language_model_values(config)
         dtype = config.get("dtype", config.get("torch_dtype"))
         return cls(
             dtype=dtype if isinstance(dtype, str) else None,
-            max_positions=_integer(config, "max_position_embeddings"),
+            max_positions=longest_context(config) or _integer(config, "max_position_embeddings"),
             kv=_even_kv(config),
         )
 

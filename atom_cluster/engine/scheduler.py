@@ -91,7 +91,7 @@ class Scheduler:
         self._free_rows = list(range(min(num_rows, config.max_num_requests)))[::-1]
         self._freed_rows: list[int] = []
         self._last_prompt_step_s = 0.0
-        self._budget = 0
+        self._budget = self._draft_budget = 0
         self._step = ScheduledStep()
         self._starved: list[Request] = []
         self._has_preempted = False
@@ -157,6 +157,7 @@ class Scheduler:
         self._step = ScheduledStep()
         self._has_preempted = False
         self._budget = self._config.max_num_batched_tokens
+        self._draft_budget = self._count_tokens_for_drafts() if self._max_drafts else 0
         policy = self._config.policy
         if policy == "prefill_first":
             self._advance(is_prefilling=True)
@@ -176,6 +177,14 @@ class Scheduler:
         step.rows.sort(key=_place_in_plan)
         step.starved = self._find_starved()
         return step
+
+    def _count_tokens_for_drafts(self) -> int:
+        """Tokens of the step that may be drafts: what is left when every row that decodes has one, and of that half
+        while prompts are to be computed. Else drafts of the first rows would keep all others waiting."""
+        requests = (*self._running, *self._waiting)
+        num_decoding = sum(not request.is_prefilling for request in requests)
+        num_left = max(0, self._budget - num_decoding)
+        return num_left if num_decoding == len(requests) else num_left // 2
 
     def _find_starved(self) -> Request | None:
         starved, self._starved = self._starved, []
@@ -226,7 +235,7 @@ class Scheduler:
     def _num_drafts_for(self, request: Request) -> int:
         """Drafts worth verifying: behind each there must be a token left to sample. That keeps them in the context,
         too, since what is left to sample does."""
-        return int(min(len(request.drafts), self._max_drafts, self._num_left(request) - 1, self._budget - 1))
+        return int(min(len(request.drafts), self._max_drafts, self._num_left(request) - 1, self._draft_budget))
 
     def _extend(self, request: Request, num_tokens: int) -> NewPages | None:
         """Pages for so many tokens, for which those that go last are preempted. None when the request had to be
@@ -283,6 +292,7 @@ class Scheduler:
         request.num_sampling += part.samples
         request.num_in_flight += 1
         self._budget -= num_tokens
+        self._draft_budget -= part.num_drafts
 
     # --- admission
 

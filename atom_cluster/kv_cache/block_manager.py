@@ -73,15 +73,17 @@ class BlockManager:
         self._groups: tuple[PageGroupPool, ...] = (first, *others)
         self.pool: BlockPool = first.pool
         """Of the first group: the blocks that other engines and the router know of."""
-        self.max_chunk = min((group.max_chunk for group in others if group.max_chunk is not None), default=None)
+        # A group with as many pages as the first holds whatever that one does.
+        limits = [None if pool.pool.num_blocks >= num_blocks else pool.max_chunk for pool in others]
+        self.max_chunk = min((limit for limit in limits if limit is not None), default=None)
         """Most tokens of one request in a step; None: any number."""
         self.has_other_groups = bool(others)
         """Whether there are groups besides the first."""
         self._has_states = any(group.kind == "state" for group in other_groups)
         self._seed = seed
         self._prefix_caching = prefix_caching
-        for group, pool in zip(other_groups, others):
-            _check_size(group, pool, max_drafts)
+        for group, limit in zip(other_groups, limits):
+            _check_size(group, max_chunk=limit, max_drafts=max_drafts)
 
     # --- prefixes
 
@@ -267,9 +269,9 @@ def _states_of(table: BlockTable) -> list[StatePages]:
     return [pages for pages in table.groups if isinstance(pages, StatePages)]
 
 
-def _check_size(group: PageGroup, pool: PageGroupPool, max_drafts: int) -> None:
+def _check_size(group: PageGroup, *, max_chunk: int | None, max_drafts: int) -> None:
     """One request alone must be able to finish, whatever it needs."""
-    if pool.max_chunk is not None and pool.max_chunk <= max_drafts:
+    if max_chunk is not None and max_chunk <= max_drafts:
         raise ConfigError(f"{group.num_pages} pages do not hold a window of {group.window} tokens: raise num_blocks")
     if group.kind == "state" and group.num_pages < max_drafts + 2:
         raise ConfigError(f"{group.num_pages} pages of states are too few for one request: raise num_blocks")

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from atom_cluster.config.hf_values import language_model_values
 from atom_cluster.errors import ConfigError
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -103,16 +104,9 @@ class HfConfig:
             raise self.error(key, f"is not an object: {value!r}")
         return HfConfig(value, where=f"{self._where}: {key}")
 
-    def flattened(self, key: str) -> HfConfig:
-        """This configuration with the values of a section in place of its own: of the text model of a multimodal one.
-
-        The architecture stays; without the section, all does.
-        """
-        section = self.section(key)
-        if section is None:
-            return self
-        inner = {name: value for name, value in section.values.items() if value is not None and name != "architectures"}
-        return HfConfig({**self.values, **inner}, where=self._where)
+    def language_model(self) -> HfConfig:
+        """The language model's part, at one level: see `language_model_values`."""
+        return HfConfig(language_model_values(self.values), where=self._where)
 
     def require(self, key: str, *supported: object, default: object = None) -> None:
         """Raise ConfigError unless the key's value, or `default` when absent, is one of those that are supported."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypedDict
 
-from atom_cluster.layers.rope_spec import RopeSpec
+from atom_cluster.config.hf_values import longest_context
 from atom_cluster.models.hf_config import HfConfig
 
 
@@ -52,7 +52,6 @@ class CommonFields(TypedDict):
 def common_fields(
     config: HfConfig,
     *,
-    max_positions: int,
     norm_eps_key: str = "rms_norm_eps",
     default_norm_eps: float = 1e-6,
     is_tied_by_default: bool = False,
@@ -64,16 +63,9 @@ def common_fields(
         hidden_size=config.integer("hidden_size"),
         num_layers=config.integer("num_hidden_layers"),
         norm_eps=config.number(norm_eps_key, default_norm_eps),
-        max_positions=max_positions,
+        max_positions=longest_context(config.values) or config.integer("max_position_embeddings"),
         has_tied_embeddings=config.flag("tie_word_embeddings", default=is_tied_by_default),
         checkpoint_dtype=config.dtype,
         eos_token_ids=config.integers("eos_token_id"),
         bos_token_id=next(iter(config.integers("bos_token_id")), None),
     )
-
-
-def read_max_positions(config: HfConfig, rope: RopeSpec) -> int:
-    """The stated length; yarn configurations of the old spelling state the one before extension."""
-    stated = config.integer("max_position_embeddings")
-    extended = int(rope.factor * rope.original_max_positions) if rope.kind == "yarn" else 0
-    return max(stated, extended)

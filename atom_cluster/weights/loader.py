@@ -64,7 +64,6 @@ class _Reading:
 
     def __init__(self, pieces: list[Piece], *, where: str, log_level: int) -> None:
         self._log_level = log_level
-        self._device = pieces[0].target.device
         self._num_files = len({piece.file.path for piece in pieces})
         self._total_bytes = sum(piece.num_bytes for piece in pieces)
         self._where = where
@@ -93,7 +92,7 @@ class _Reading:
 
     @torch.inference_mode()  # as the caller may be in it, and threads do not inherit it
     def _work(self) -> None:
-        staging = Staging(self._device)
+        staging = Staging()
         while (piece := self._next()) is not None:
             staging.load(piece)
             with self._lock:

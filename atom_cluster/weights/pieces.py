@@ -114,12 +114,15 @@ def _is_whole(cut: slice, size: int) -> bool:
 
 
 class Staging:
-    """One thread's way to load pieces, with a buffer for those that cannot be read in place. Not thread-safe."""
+    """One thread's way to load pieces, with buffers for those that cannot be read in place. Not thread-safe.
 
-    def __init__(self, device: torch.device) -> None:
-        """device: of the targets. Others than CPUs are fed from pinned memory, without waiting for the copy."""
-        self._is_pinned = device.type != "cpu"
-        self._buffers: list[torch.Tensor] = []
+    Targets on a CPU are filled from one buffer. Others are fed from two in pinned memory, without waiting for the copy
+    out of one before the other is filled.
+    """
+
+    def __init__(self) -> None:
+        self._buffer: torch.Tensor | None = None
+        self._pinned: list[torch.Tensor] = []
         self._copied: list[torch.Event | None] = [None, None]
         self._turn = 0
 
@@ -128,18 +131,18 @@ class Staging:
         if piece.is_in_place:
             piece.file.read_into(_bytes_of(piece.target), piece.offset)
             return
-        buffer = self._buffer(piece.num_bytes)
+        is_on_cpu = piece.target.device.type == "cpu"
+        buffer = (self._host_buffer() if is_on_cpu else self._pinned_buffer())[: piece.num_bytes]
         piece.file.read_into(_bytes_of(buffer), piece.offset)
         values = buffer.view(piece.dtype).view(piece.shape)
-        if self._is_pinned:
-            # The whole piece crosses over in one copy; cutting and converting it is quick there.
-            piece.target.copy_(values.to(piece.target.device, non_blocking=True)[piece.cut])
-            event = torch.Event(piece.target.device)
-            event.record()
-            self._copied[self._turn] = event
-            self._turn = 1 - self._turn
-        else:
+        if is_on_cpu:
             piece.target.copy_(values[piece.cut])
+            return
+        # The whole piece crosses over in one copy; cutting and converting it is quick there.
+        piece.target.copy_(values.to(piece.target.device, non_blocking=True)[piece.cut])
+        # Of the target's device: this thread's current one may be another.
+        self._copied[self._turn] = torch.accelerator.current_stream(piece.target.device).record_event()
+        self._turn = 1 - self._turn
 
     def finish(self) -> None:
         """Wait for all copies."""
@@ -147,14 +150,18 @@ class Staging:
             if event is not None:
                 event.synchronize()
 
-    def _buffer(self, num_bytes: int) -> torch.Tensor:
-        """The start of a buffer that no copy reads any more."""
-        if not self._buffers:
-            for _ in range(2 if self._is_pinned else 1):
-                self._buffers.append(torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=self._is_pinned))
+    def _host_buffer(self) -> torch.Tensor:
+        if self._buffer is None:
+            self._buffer = torch.empty(PIECE_BYTES, dtype=torch.uint8)
+        return self._buffer
+
+    def _pinned_buffer(self) -> torch.Tensor:
+        """One that no copy reads any more."""
+        if not self._pinned:
+            self._pinned = [torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
         if (event := self._copied[self._turn]) is not None:
             event.synchronize()
-        return self._buffers[self._turn][:num_bytes]
+        return self._pinned[self._turn]
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -86,6 +86,18 @@ def test_drafts_are_left_out_where_the_budget_ends() -> None:
     assert shape(loop.step()) == [("r0", 4), ("r1", 2)]
 
 
+def test_drafts_keep_neither_other_rows_nor_prompts_waiting() -> None:
+    loop = Loop(SchedulerConfig(max_num_batched_tokens=12), max_drafts=3)
+    for number in range(4):
+        loop.add(make_request(number, 2, max_tokens=100))
+    loop.step()
+    assert [row.num_drafts for row in loop.step().steps] == [0, 3, 3, 2]
+    loop.add(make_request(4, 40, max_tokens=2))
+    steps = {row.row: row for row in loop.step().steps}
+    assert sum(row.num_tokens for row in steps.values()) == 12
+    assert sorted(row.num_drafts for row in steps.values() if row.samples) == [0, 0, 1, 3]
+
+
 def test_rows_with_drafts_stand_between_single_tokens_and_chunks() -> None:
     loop = Loop(SchedulerConfig(max_num_batched_tokens=12), max_drafts=2, num_kept=lambda _: 0)
     loop.add(make_request(0, 3, max_tokens=9), make_request(1, 3, max_tokens=2))

@@ -312,3 +312,9 @@ def _longest(manager: BlockManager, groups: list[int | None], prompt: Sequence[i
         if all(has(group, column) for group, columns in enumerate(needed) for column in columns):
             return num_blocks
     return 0
+
+
+def test_a_window_longer_than_the_cache_limits_nothing_if_it_has_as_many_pages() -> None:
+    assert make_manager(window(100, num_pages=8), num_blocks=8).max_chunk is None
+    with pytest.raises(ConfigError, match="window of 100 tokens"):
+        make_manager(window(100, num_pages=7), num_blocks=8)

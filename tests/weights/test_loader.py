@@ -184,16 +184,33 @@ def test_progress_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("device", ["cuda:0", pytest.param("cuda:1", marks=pytest.mark.multi_gpu)])
 def test_devices_are_fed_through_buffers_that_are_not_reused_too_early(
-    tmp_path: Path, piece_bytes: int, dtype: torch.dtype
+    tmp_path: Path, piece_bytes: int, device: str, dtype: torch.dtype
 ) -> None:
+    if torch.device(device).index >= torch.cuda.device_count():
+        pytest.skip("torch sees fewer than two devices")
     stored = torch.randn(64, 300, 50)
     folder = save(tmp_path, {"x": stored, "y": stored + 1})
     cuts = {"x": (slice(None), slice(10, 200)), "y": (slice(None), slice(None), slice(0, 25))}
-    targets = {name: torch.zeros(stored[cut].shape, dtype=dtype, device="cuda") for name, cut in cuts.items()}
+    targets = {name: torch.zeros(stored[cut].shape, dtype=dtype, device=device) for name, cut in cuts.items()}
+    with torch.cuda.device(device):
+        torch.cuda._sleep(200_000_000)  # copies queue up behind this tenth of a second
     load(
         folder,
         {name: WeightPart(target=targets[name], full_shape=(64, 300, 50), cut=cut) for name, cut in cuts.items()},
     )
     assert torch.equal(targets["x"].cpu(), stored[cuts["x"]].to(dtype))
     assert torch.equal(targets["y"].cpu(), (stored + 1)[cuts["y"]].to(dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no device")
+def test_targets_may_be_on_different_devices(tmp_path: Path, piece_bytes: int) -> None:
+    stored = torch.randn(64, 30)
+    folder = save(tmp_path, {name: stored + number for number, name in enumerate("abc")})
+    targets = {name: torch.zeros(64, 7, device=device) for name, device in zip("abc", ("cuda", "cpu", "cuda"))}
+    cut = (slice(None), slice(3, 10))
+    load(folder, {name: WeightPart(target=t, full_shape=(64, 30), cut=cut) for name, t in targets.items()})
+    for number, target in enumerate(targets.values()):
+        assert torch.equal(target.cpu(), (stored + number)[cut])

@@ -13,7 +13,7 @@ from atom_cluster.layers.router import RouterSpec
 from atom_cluster.models.appended_mtp import read_num_appended_layers
 from atom_cluster.models.hf_config import HfConfig
 from atom_cluster.models.rope_config import read_rope, read_score_factor
-from atom_cluster.models.spec import ModelSpec, common_fields, read_max_positions
+from atom_cluster.models.spec import ModelSpec, common_fields
 
 _LATENT_NORM_EPS = 1e-6
 """Of the norms of latents, whatever `rms_norm_eps` says of the others."""
@@ -105,7 +105,7 @@ def _read(
     rope = read_rope(config, config.integer("qk_rope_head_dim"))
     num_shared, expert_size = config.integer("n_shared_experts", 1, least=0), config.integer("moe_intermediate_size")
     return DeepseekSpec(
-        **common_fields(config, max_positions=read_max_positions(config, rope), default_norm_eps=norm_eps),
+        **common_fields(config, default_norm_eps=norm_eps),
         attention=_read_attention(config, is_rope_interleaved=is_rope_interleaved),
         rope=rope,
         selections=(None,) * _num_all_layers(config) if selections is None else selections,

@@ -10,19 +10,6 @@ from atom_cluster.models.layer_types import LayerWindows, read_windows
 from atom_cluster.models.rope_config import read_local_rope, read_rope
 from atom_cluster.models.spec import ModelSpec, common_fields
 
-_DEFAULTS: dict[str, object] = {
-    "vocab_size": 262_208,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "max_position_embeddings": 131_072,
-    "query_pre_attn_scalar": 256,
-    "sliding_window": 4096,
-    "eos_token_id": 1,
-    "bos_token_id": 2,
-}
-"""Of the text part, whose section in a configuration has only what differs."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gemma3Spec(ModelSpec):
@@ -43,7 +30,7 @@ class Gemma3Spec(ModelSpec):
 
 def read_gemma3_spec(config: HfConfig) -> Gemma3Spec:
     """Raises ConfigError naming the key that is missing, wrong or unsupported."""
-    config = _text_config(config)
+    config = config.language_model()
     config.require("hidden_activation", "gelu_pytorch_tanh", default="gelu_pytorch_tanh")
     for key in ("use_bidirectional_attention", "attention_bias"):
         if config.flag(key):
@@ -54,7 +41,7 @@ def read_gemma3_spec(config: HfConfig) -> Gemma3Spec:
     period = config.integer("sliding_window_pattern", 6)
     is_sliding = [(index + 1) % period != 0 for index in range(num_layers)]
     return Gemma3Spec(
-        **common_fields(config, max_positions=config.integer("max_position_embeddings"), is_tied_by_default=True),
+        **common_fields(config, is_tied_by_default=True),
         intermediate_size=config.integer("intermediate_size"),
         num_heads=config.integer("num_attention_heads"),
         num_kv_heads=config.integer("num_key_value_heads"),
@@ -64,9 +51,3 @@ def read_gemma3_spec(config: HfConfig) -> Gemma3Spec:
         rope=read_rope(config, head_dim, label="full_attention", default_theta=1e6),
         local_rope=read_local_rope(config, head_dim, theta_key="rope_local_base_freq", default_theta=1e4),
     )
-
-
-def _text_config(config: HfConfig) -> HfConfig:
-    """All keys of the text part, at one level."""
-    stated = config.flattened("text_config").values
-    return HfConfig({**_DEFAULTS, **{key: value for key, value in stated.items() if value is not None}})

@@ -9,7 +9,7 @@ from atom_cluster.models.appended_mtp import read_num_appended_layers
 from atom_cluster.models.hf_config import HfConfig
 from atom_cluster.models.moe_decoder.spec import MoeDecoderSpec, read_num_experts, refuse_unsupported
 from atom_cluster.models.rope_config import read_rope
-from atom_cluster.models.spec import common_fields, read_max_positions
+from atom_cluster.models.spec import common_fields
 
 
 def read_glm4_moe_spec(config: HfConfig) -> MoeDecoderSpec:
@@ -19,7 +19,7 @@ def read_glm4_moe_spec(config: HfConfig) -> MoeDecoderSpec:
     head_dim = config.integer("head_dim", hidden_size // num_heads)
     rope = read_rope(config, head_dim, default_partial=0.5)
     return MoeDecoderSpec(
-        **common_fields(config, max_positions=read_max_positions(config, rope)),
+        **common_fields(config),
         num_draft_layers=read_num_appended_layers(config),
         attention=AttentionSpec(
             hidden_size=hidden_size,

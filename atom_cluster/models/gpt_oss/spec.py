@@ -11,7 +11,7 @@ from atom_cluster.layers.router import RouterSpec
 from atom_cluster.models.hf_config import HfConfig
 from atom_cluster.models.layer_types import LayerWindows, read_windows
 from atom_cluster.models.rope_config import read_rope
-from atom_cluster.models.spec import ModelSpec, common_fields, read_max_positions
+from atom_cluster.models.spec import ModelSpec, common_fields
 from atom_cluster.ops.moe import ExpertActivation
 
 
@@ -43,7 +43,7 @@ def read_gpt_oss_spec(config: HfConfig) -> GptOssSpec:
     )
     is_sliding = [index % 2 == 0 for index in range(num_layers)]
     return GptOssSpec(
-        **common_fields(config, max_positions=read_max_positions(config, rope), default_norm_eps=1e-5),
+        **common_fields(config, default_norm_eps=1e-5),
         attention=attention,
         windows=read_windows(config, window=config.integer("sliding_window", 128), is_sliding=is_sliding),
         rope=rope,

@@ -8,7 +8,7 @@ from atom_cluster.layers.rope_spec import RopeSpec
 from atom_cluster.models.hf_config import HfConfig
 from atom_cluster.models.layer_types import LayerWindows, read_windows
 from atom_cluster.models.rope_config import read_rope
-from atom_cluster.models.spec import ModelSpec, common_fields, read_max_positions
+from atom_cluster.models.spec import ModelSpec, common_fields
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +37,7 @@ def read_llama_spec(config: HfConfig) -> LlamaSpec:
     rope = read_rope(config, head_dim)
     has_attention_bias = not is_qwen2 and config.flag("attention_bias")
     return LlamaSpec(
-        **common_fields(config, max_positions=read_max_positions(config, rope)),
+        **common_fields(config),
         intermediate_size=config.integer("intermediate_size"),
         num_heads=num_heads,
         num_kv_heads=config.integer("num_key_value_heads", num_heads),

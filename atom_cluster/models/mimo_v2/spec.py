@@ -11,7 +11,7 @@ from atom_cluster.layers.router import RouterSpec
 from atom_cluster.models.hf_config import HfConfig
 from atom_cluster.models.layer_types import LayerWindows, read_windows
 from atom_cluster.models.rope_config import read_local_rope, read_rope
-from atom_cluster.models.spec import ModelSpec, common_fields, read_max_positions
+from atom_cluster.models.spec import ModelSpec, common_fields
 
 _NUM_DRAFT_LAYERS = 3
 """Of the checkpoint on the hub, whose configuration does not say."""
@@ -46,9 +46,8 @@ def read_mimo_v2_spec(config: HfConfig) -> MimoV2Spec:
     full, local = _read_attention(config, window=None), _read_attention(config, window=_read_window(config))
     rope = read_rope(config, full.head_dim, label="full_attention", default_theta=5e6, default_partial=_PARTIAL_ROTARY)
     eps_key = "layernorm_epsilon" if "layernorm_epsilon" in config else "rms_norm_eps"
-    max_positions = read_max_positions(config, rope)
     return MimoV2Spec(
-        **common_fields(config, max_positions=max_positions, norm_eps_key=eps_key, default_norm_eps=1e-5),
+        **common_fields(config, norm_eps_key=eps_key, default_norm_eps=1e-5),
         num_draft_layers=config.integer("num_nextn_predict_layers", _NUM_DRAFT_LAYERS, least=0),
         full_attention=full,
         local_attention=local,

@@ -8,7 +8,7 @@ from atom_cluster.layers.router import RouterSpec
 from atom_cluster.models.hf_config import HfConfig
 from atom_cluster.models.moe_decoder.spec import MoeDecoderSpec, read_num_experts, refuse_unsupported
 from atom_cluster.models.rope_config import read_rope
-from atom_cluster.models.spec import common_fields, read_max_positions
+from atom_cluster.models.spec import common_fields
 
 
 def read_minimax_m2_spec(config: HfConfig) -> MoeDecoderSpec:
@@ -20,7 +20,7 @@ def read_minimax_m2_spec(config: HfConfig) -> MoeDecoderSpec:
     rotary_dim = config.integer("rotary_dim", head_dim)
     rope = read_rope(config, head_dim, default_theta=5e6, default_partial=rotary_dim / head_dim)
     return MoeDecoderSpec(
-        **common_fields(config, max_positions=read_max_positions(config, rope)),
+        **common_fields(config),
         attention=AttentionSpec(
             hidden_size=hidden_size,
             num_heads=num_heads,

@@ -8,7 +8,7 @@ from atom_cluster.layers.rope_spec import RopeSpec
 from atom_cluster.models.hf_config import HfConfig
 from atom_cluster.models.layer_types import LayerWindows, read_windows
 from atom_cluster.models.rope_config import read_local_rope, read_rope
-from atom_cluster.models.spec import ModelSpec, common_fields, read_max_positions
+from atom_cluster.models.spec import ModelSpec, common_fields
 
 _THETA = 5e5
 """Of OLMo 3, where the configuration leaves it out."""
@@ -40,7 +40,7 @@ def read_olmo_spec(config: HfConfig) -> OlmoSpec:
     default_theta = _THETA if has_windows else 1e4
     rope = read_rope(config, head_dim, label="full_attention", default_theta=default_theta)
     return OlmoSpec(
-        **common_fields(config, max_positions=read_max_positions(config, rope)),
+        **common_fields(config),
         intermediate_size=config.integer("intermediate_size"),
         num_heads=num_heads,
         num_kv_heads=config.integer("num_key_value_heads", num_heads),

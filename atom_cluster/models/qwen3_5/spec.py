@@ -11,7 +11,7 @@ from atom_cluster.models.qwen3_next.spec import HybridSpec, read_hybrid_spec, re
 
 def read_qwen3_5_spec(config: HfConfig) -> HybridSpec:
     """Raises ConfigError naming the key that is missing, wrong or unsupported."""
-    config = config.flattened("text_config")
+    config = config.language_model()
     has_experts = config.architecture.startswith("Qwen3_5Moe")
     return read_hybrid_spec(
         config,

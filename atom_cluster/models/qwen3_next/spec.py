@@ -11,7 +11,7 @@ from atom_cluster.layers.rope_spec import RopeSpec
 from atom_cluster.layers.router import RouterSpec
 from atom_cluster.models.hf_config import HfConfig
 from atom_cluster.models.rope_config import read_rope
-from atom_cluster.models.spec import ModelSpec, common_fields, read_max_positions
+from atom_cluster.models.spec import ModelSpec, common_fields
 
 _KINDS = ("linear_attention", "full_attention")
 
@@ -56,7 +56,7 @@ def read_hybrid_spec(
     head_dim = config.integer("head_dim", 256)
     rope = read_rope(config, head_dim, default_partial=0.25)
     return HybridSpec(
-        **common_fields(config, max_positions=read_max_positions(config, rope)),
+        **common_fields(config),
         num_draft_layers=num_draft_layers,
         attention=_read_attention(config, head_dim),
         rope=rope,

@@ -8,7 +8,7 @@ from atom_cluster.layers.router import RouterSpec
 from atom_cluster.models.hf_config import HfConfig
 from atom_cluster.models.moe_decoder.spec import MoeDecoderSpec, read_num_experts, refuse_unsupported
 from atom_cluster.models.rope_config import read_rope
-from atom_cluster.models.spec import common_fields, read_max_positions
+from atom_cluster.models.spec import common_fields
 
 
 def read_qwen_moe_spec(config: HfConfig) -> MoeDecoderSpec:
@@ -30,7 +30,7 @@ def read_qwen_moe_spec(config: HfConfig) -> MoeDecoderSpec:
     )
     dense_layers = _layers_without_experts(config)
     return MoeDecoderSpec(
-        **common_fields(config, max_positions=read_max_positions(config, rope)),
+        **common_fields(config),
         attention=attention,
         rope=rope,
         moe=_read_moe(config, has_shared_expert=is_qwen2),
