@@ -13,7 +13,7 @@ from atom_cluster.layers.rope_spec import RopeSpec
 from atom_cluster.layers.router import RouterSpec
 from atom_cluster.models.hf_config import HfConfig
 from atom_cluster.models.rope_config import read_rope
-from atom_cluster.models.spec import ModelSpec, common_fields, read_max_positions
+from atom_cluster.models.spec import ModelSpec, common_fields
 from atom_cluster.ops.moe import ExpertActivation
 
 _SLIDING, _SPARSE, _HEAVY = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
@@ -47,7 +47,7 @@ def read_deepseek_v4_spec(config: HfConfig) -> DeepseekV4Spec:
     for key in ("attention_bias", "mlp_bias"):
         config.require(key, False, default=False)  # noqa: FBT003
     window_rope, compressed_rope = _read_ropes(config)
-    common = common_fields(config, max_positions=read_max_positions(config, compressed_rope))
+    common = common_fields(config)
     return DeepseekV4Spec(
         **common,
         attentions=_read_attentions(config, common["norm_eps"]),
