@@ -29,7 +29,7 @@ class InputQuantization:
     number: NumberFormat
     """float8 of the weight's float8 dtype if it has one."""
     group_size: int | None = None
-    """Consecutive inputs of a token that share a scale; None: all."""
+    """Consecutive inputs of a token that share a scale, from this rank's first on; None: all."""
     scale_format: ScaleFormat = "float32"
     max_abs: float | None = None
     """Magnitudes above it do not enlarge the scale, and are rounded down."""

@@ -114,15 +114,17 @@ def _choose_dtype(options: RunnerOptions, spec: ModelSpec, device: torch.device)
         name, reason = options.dtype, "configured"
     elif device.type == "cpu":
         name, reason = "float32", "auto: the fastest exact one on CPUs"
+    elif spec.checkpoint_dtype in ("float32", "bfloat16"):
+        name, reason = spec.checkpoint_dtype, "auto: the checkpoint's"
     else:
-        name, reason = spec.checkpoint_dtype or "float32", "auto: the checkpoint's"
+        name, reason = "bfloat16", f"auto: the checkpoint's is {spec.checkpoint_dtype or 'not stated'}"
     dtype: torch.dtype = getattr(torch, name)
     return dtype, f"{name} ({reason})"
 
 
 def _weight_dtype(dtype: torch.dtype, spec: ModelSpec) -> torch.dtype:
     """Dtype of dummy weights: as narrow as the checkpoint's would be. Real ones know their own."""
-    stored: torch.dtype = getattr(torch, spec.checkpoint_dtype or "float32")
+    stored: torch.dtype = getattr(torch, spec.checkpoint_dtype or "bfloat16")
     return stored if stored.itemsize < dtype.itemsize else dtype
 
 
@@ -157,7 +159,9 @@ def _num_pages(
         num_blocks, reason = options.num_blocks, "configured"
     else:
         budget_bytes, reason = _budget_bytes(options, model, groups, device)
-        num_blocks, reason = smallest(sizing.fit(budget_bytes), groups.tensor, device), f"auto: {reason}"
+        # The smallest budget first: an error about it is then everybody's, and nobody waits for a rank that is gone.
+        num_blocks = smallest(sizing.fit(smallest(budget_bytes, groups.tensor, device)), groups.tensor, device)
+        reason = f"auto: {reason}"
     num_pages = tuple(smallest(count, groups.tensor, device) for count in sizing.pages(num_blocks))
     return num_pages, f"{describe_pages(model.kv_layout, num_pages)} ({reason})"
 

@@ -187,14 +187,16 @@ class _StepTimer:
         self._elapsed_s = 0.0
         self._events: tuple[torch.Event, torch.Event] | None = None
         if device.type != "cpu":
+            # Named, since the calling thread's current device may be another.
+            self._stream = torch.accelerator.current_stream(device)
             self._events = (torch.Event(device, enable_timing=True), torch.Event(device, enable_timing=True))
-            self._events[0].record()
+            self._events[0].record(self._stream)
 
     def stop(self) -> None:
         """Everything of the step was issued."""
         self._elapsed_s = time.perf_counter() - self._started_s
         if self._events is not None:
-            self._events[1].record()
+            self._events[1].record(self._stream)
 
     def wait(self) -> float:
         """Wait until what was issued before `stop` is done; seconds it took."""

@@ -69,7 +69,7 @@ class StateTable:
         if len(pages) > 1:
             raise ProtocolError(f"row {row} begins with {len(pages)} states; it can read one")
         self.written[row] = -1
-        self.newest[row] = pages[0] if pages else -1
+        self.newest[row : row + 1].fill_(pages[0] if pages else -1)  # an assigned number would be waited for
 
     def replace(self, row: int, pages: tuple[int, ...]) -> None:
         """Write to these pages from now on, instead of those until now."""

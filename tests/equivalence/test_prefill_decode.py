@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -42,6 +43,7 @@ class Pair:
         max_num_batched_tokens: int = 1024,
         max_model_len: int = 256,
         num_drafts: int = 0,
+        device: Literal["cpu", "cuda"] = "cpu",
     ) -> None:
         self.tokens: dict[str, list[int]] = {}
         self.finish_reasons: dict[str, str] = {}
@@ -53,7 +55,7 @@ class Pair:
             options = RunnerOptions(
                 model_dir=str(model_dir),
                 dtype="float64",
-                device="cpu",
+                device=device,
                 block_size=BLOCK_SIZE,
                 num_blocks=num_blocks,
                 max_num_requests=16,

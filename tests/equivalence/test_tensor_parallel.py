@@ -12,7 +12,7 @@ from typing import Literal
 import pytest
 
 from atom_cluster.engine.local_runner import LocalRunner, merge_rank_infos
-from atom_cluster.engine.protocols import StepRunner
+from atom_cluster.engine.protocols import RunnerInfo, StepRunner
 from atom_cluster.gang.gang_runner import GangRunner
 from atom_cluster.gang.shm_sender import ShmPlanSender
 from atom_cluster.messages.requests import SamplingParams
@@ -20,7 +20,7 @@ from atom_cluster.messages.steps import NewRow, RowStep, StepPlan, StepResult
 from atom_cluster.runner.build import build_model_runner
 from atom_cluster.runner.options import RunnerOptions
 from tests.equivalence.follower_process import run_follower
-from tests.models.test_mtp import checkpoint_with_draft_layers
+from tests.equivalence.test_speculation import CHECKPOINTS
 from tests.tiny_models import random_tokens, tiny_model_dir
 
 NUM_STEPS = 12
@@ -37,13 +37,15 @@ class Model:
     directory: Path
     dtype: Literal["float64", "float32"]
     num_drafts: int = 0
+    device: Literal["cpu", "cuda"] = "cpu"
 
 
 def make_options(model: Model, *, rank: int, world_size: int, init_method: str) -> RunnerOptions:
     return RunnerOptions(
         model_dir=str(model.directory),
         dtype=model.dtype,
-        device="cpu",
+        device=model.device,
+        device_index=0 if model.device == "cpu" else rank,
         rank=rank,
         world_size=world_size,
         init_method=init_method,
@@ -74,25 +76,34 @@ def open_gang(model: Model, world_size: int, meeting_point: Path) -> StepRunner:
     )
 
 
-def make_plans() -> Sequence[StepPlan]:
+def make_plans(info: RunnerInfo) -> Sequence[StepPlan]:
     """All prompts in one step, one of them in two chunks, then decodes; planned without knowing any token."""
+    kinds = ("full", *(group.kind for group in info.other_groups))
+    blocks = [tuple(range(21 * row, 21 * row + 21)) for row in range(len(PROMPTS))]
+    num_states = 1 + info.max_drafts
+    states = [tuple(range(num_states * row, num_states * (row + 1))) for row in range(len(PROMPTS))]
     new_rows = tuple(
         NewRow(
             row=row,
             request_id=str(row),
             token_ids=prompt,
             num_prompt_tokens=len(prompt),
-            pages=(tuple(range(16 * row, 16 * row + 15)),),
+            pages=tuple(() if kind == "state" else blocks[row] for kind in kinds),
             sampling=sampling,
         )
         for row, (prompt, sampling) in enumerate(zip(PROMPTS, SAMPLINGS))
     )
+    new_pages = [tuple(states[row] if kind == "state" else () for kind in kinds) for row in range(len(PROMPTS))]
     short, middle, long = (len(prompt) for prompt in PROMPTS)
     plans = [
         StepPlan(
             step_id=0,
             new_rows=new_rows,
-            rows=(RowStep(0, 0, short, True), RowStep(1, 0, middle, True), RowStep(2, 0, 20, False)),
+            rows=(
+                RowStep(0, 0, short, True, new_pages[0]),
+                RowStep(1, 0, middle, True, new_pages[1]),
+                RowStep(2, 0, 20, False, new_pages[2]),
+            ),
         ),
         StepPlan(
             step_id=1, rows=(RowStep(0, short, 1, True), RowStep(1, middle, 1, True), RowStep(2, 20, long - 20, True))
@@ -109,7 +120,7 @@ def make_plans() -> Sequence[StepPlan]:
 def run(runner: StepRunner) -> dict[int, list[int]]:
     """Tokens by row, with two plans in flight."""
     tokens: dict[int, list[int]] = {}
-    plans = make_plans()
+    plans = make_plans(runner.info)
     runner.submit(plans[0])
     for index in range(len(plans)):
         if index + 1 < len(plans):
@@ -123,9 +134,9 @@ def run(runner: StepRunner) -> dict[int, list[int]]:
 
 def run_with_drafts(runner: StepRunner) -> list[StepResult]:
     """Results of steps, each of which verifies all drafts of the one before."""
-    plan = make_plans()[0]
+    plan = make_plans(runner.info)[0]
     lengths = {row.row: len(row.token_ids) for row in plan.new_rows}
-    rows = tuple(RowStep(row, 0, length, True) for row, length in lengths.items())
+    rows = tuple(RowStep(step.row, 0, lengths[step.row], True, step.new_pages) for step in plan.rows)
     plan = StepPlan(step_id=0, new_rows=plan.new_rows, rows=rows)
     results = []
     for step in range(NUM_STEPS):
@@ -164,8 +175,9 @@ def test_two_ranks_give_the_tokens_of_one(name: str, tmp_path: Path) -> None:
     assert_split_equals_whole(Model(tiny_model_dir(name), "float64"), 2, tmp_path / "meeting_point")
 
 
-def test_two_ranks_draft_and_verify_as_one_does(tmp_path: Path) -> None:
-    directory = checkpoint_with_draft_layers(tmp_path)
+@pytest.mark.parametrize("kind", ["glm4_moe, two layers", "mimo_v2, three layers", "qwen3_next"])
+def test_two_ranks_draft_and_verify_as_one_does(kind: str, tmp_path: Path) -> None:
+    directory = CHECKPOINTS[kind](tmp_path)
     assert_split_equals_whole(Model(directory, "float64", num_drafts=3), 2, tmp_path / "meeting_point")
 
 

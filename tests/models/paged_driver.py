@@ -24,9 +24,13 @@ from atom_cluster.units import ceil_div
 
 
 def make_context(
-    ops: OpTable, *, dtype: torch.dtype = torch.float32, groups: ProcessGroups | None = None
+    ops: OpTable,
+    *,
+    dtype: torch.dtype = torch.float32,
+    groups: ProcessGroups | None = None,
+    device: str = "cpu",
 ) -> LayerContext:
-    return LayerContext(ops=ops, groups=groups or ProcessGroups.single(), dtype=dtype, device=torch.device("cpu"))
+    return LayerContext(ops=ops, groups=groups or ProcessGroups.single(), dtype=dtype, device=torch.device(device))
 
 
 class PagedDriver:
@@ -36,11 +40,12 @@ class PagedDriver:
     state to another page, so that a read of the wrong page shows. Memory starts full of large numbers.
     """
 
-    def __init__(self, model: CausalLM, *, num_blocks: int = 96, block_size: int = 4) -> None:
+    def __init__(self, model: CausalLM, *, num_blocks: int = 96, block_size: int = 4, device: str = "cpu") -> None:
         self._model = model
+        self._device = torch.device(device)
         self._block_size = block_size
         self._groups = model.kv_layout.groups
-        self._caches = make_caches(model.kv_layout, num_pages=num_blocks, block_size=block_size)
+        self._caches = make_caches(model.kv_layout, num_pages=num_blocks, block_size=block_size, device=device)
         generator = torch.Generator().manual_seed(3)
         self._free = [torch.randperm(num_blocks, generator=generator).tolist() for _ in self._groups]
         self._pages: dict[int, list[list[int]]] = {}
@@ -70,15 +75,15 @@ class PagedDriver:
         for _, tokens in rows:
             starts.append(starts[-1] + len(tokens))
         return ForwardBatch(
-            token_ids=torch.tensor([token for _, tokens in rows for token in tokens]),
-            positions=torch.tensor(positions),
+            token_ids=self._tensor([token for _, tokens in rows for token in tokens]),
+            positions=self._tensor(positions),
             attention={
                 group.window: self._metadata(index, rows, lengths, positions, starts)
                 for index, group in enumerate(self._groups)
                 if group.kind != "state"
             },
             caches=self._caches,
-            sample_index=torch.arange(len(positions)),
+            sample_index=torch.arange(len(positions), device=self._device),
             state=self._state_metadata(states) if self._groups[-1].kind == "state" else None,
         )
 
@@ -121,10 +126,10 @@ class PagedDriver:
             block_size=size,
             window=self._groups[group].window,
             num_decode_rows=is_decode.index(False),
-            query_start=torch.tensor(starts, dtype=torch.int32),
-            context_len=torch.tensor(lengths, dtype=torch.int32),
-            block_table=table,
-            slot=torch.tensor(slots),
+            query_start=self._tensor(starts, torch.int32),
+            context_len=self._tensor(lengths, torch.int32),
+            block_table=table.to(self._device),
+            slot=self._tensor(slots),
             query_start_cpu=tuple(starts),
             context_len_cpu=lengths,
         )
@@ -132,15 +137,18 @@ class PagedDriver:
     def _state_metadata(self, states: list[tuple[int, int]]) -> StateMetadata:
         read, write = zip(*states)
         return StateMetadata(
-            read_page=torch.tensor(read), write_page=torch.tensor(write)[:, None], keeps_all_cpu=(False,) * len(states)
+            read_page=self._tensor(read), write_page=self._tensor(write)[:, None], keeps_all_cpu=(False,) * len(states)
         )
 
+    def _tensor(self, values: Sequence[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=self._device)
 
-def make_caches(layout: KvLayout, *, num_pages: int, block_size: int) -> tuple[LayerCache, ...]:
+
+def make_caches(layout: KvLayout, *, num_pages: int, block_size: int, device: str = "cpu") -> tuple[LayerCache, ...]:
     """Memory of every layer, page-major and strided as in a runner."""
     caches: list[LayerCache | None] = [None] * len(layout.layers)
     for group in layout.groups:
-        memory = torch.zeros(num_pages, layout.page_bytes(group, block_size), dtype=torch.uint8)
+        memory = torch.zeros(num_pages, layout.page_bytes(group, block_size), dtype=torch.uint8, device=device)
         offset = 0
 
         def take(shape: tuple[int, ...], dtype: str) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -113,6 +113,21 @@ def test_sinks_far_above_and_below_all_scores(backend: str) -> None:
     output, plain = plan.attend(query, kv, scale=SCALE, sink_H=sinks), plan.attend(query, kv, scale=SCALE)
     assert (output[:, ::2] == 0).all()
     torch.testing.assert_close(output[:, 1::2], plain[:, 1::2])
+
+
+@pytest.mark.parametrize("window", [None, 1, 7])
+def test_the_device_decides_how_long_rows_are(window: int | None) -> None:
+    """On devices the host may know more tokens than a row has, by some of this block and the next."""
+    metadata, blocks = scattered_rows([(9, 1), (4, 1), (40, 1)], window)
+    kv, _ = strided_cache(1 + sum(map(len, blocks)), Layer())
+    longer = replace(
+        metadata, context_len_cpu=(12, 7, 45), block_table=torch.nn.functional.pad(metadata.block_table, (0, 2))
+    )
+    query = randn(3, NUM_HEADS, KEY_DIM, seed=1).float()
+    found, expected = (
+        plan_of("torch", rows, torch.float32).attend(query, kv, scale=SCALE) for rows in (longer, metadata)
+    )
+    torch.testing.assert_close(found, expected)
 
 
 def check(backend: str, rows: Rows, layer: Layer) -> None:

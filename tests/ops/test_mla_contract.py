@@ -76,6 +76,27 @@ def test_narrow_memory_holds_scaled_numbers(backend: str, is_sparse: bool) -> No
     check(backend, rows, DIMS, torch.float32, is_sparse=is_sparse, stored=torch.float8_e4m3fn, key_scale=0.5)
 
 
+def test_the_device_decides_how_long_rows_are() -> None:
+    """On devices the host may know more tokens than a row has, by some of this block and the next."""
+    metadata, blocks = scattered_rows([(9, 1), (13, 1), (40, 1)], None)
+    table = torch.nn.functional.pad(metadata.block_table, (0, 2))
+    ops, kv = ops_of("torch", torch.float64), strided_keys(blocks, STORED_DIM, torch.float64)
+    query, rope = randn(3, 3, DIMS.nope_dim, seed=1), randn(3, 3, DIMS.rope_dim, seed=2)
+    weights = ops.prepare_latent_weights(randn(3, 12, 12, seed=7), DIMS, dtype=torch.float64)
+    found = []
+    for lengths in ((9, 13, 40), (12, 15, 45)):
+        rows = replace(metadata, context_len_cpu=lengths, block_table=table)
+        index_query, index_weight = randn(3, 4, STORED_DIM, seed=8), randn(3, 4, seed=9)
+        selected = ops.plan_index(rows).select(index_query, index_weight, kv, num_selected=NUM_SELECTED)
+        assert selected is not None
+        plan = ops.plan_mla(rows, DIMS)
+        found.append(
+            (selected, *(plan.attend(query, rope, weights, kv, scale=SCALE, selected_TK=s) for s in (None, selected)))
+        )
+    for ours, theirs in zip(*found):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_absorbing_is_chosen_where_it_takes_fewer_products() -> None:
     large = MlaDims(num_heads=16, latent_dim=512, nope_dim=128, rope_dim=64, value_dim=128)
     assert large.max_absorbed_queries == 512 * 256 // 768

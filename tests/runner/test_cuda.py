@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 
 from atom_cluster.messages.requests import SamplingParams
 from atom_cluster.messages.steps import NewRow, RowStep, StepPlan
+from atom_cluster.ops.torch_ref.moe import PlainExperts
 from atom_cluster.runner.build import build_model_runner
+from atom_cluster.runner.model_runner import LaunchedStep, ModelRunner
 from atom_cluster.runner.options import RunnerOptions
+from tests.equivalence import test_speculation
+from tests.equivalence.generation import FAMILIES, generate, mixed_requests
 from tests.tiny_models import random_tokens, tiny_model_dir
 
 pytestmark = [
@@ -91,6 +98,66 @@ def test_steps_launched_ahead_give_what_steps_waited_for_do() -> None:
     expected = [waited.run(plan).sampled for plan in plans()]
     launched = [ahead.launch(plan) for plan in plans()]
     assert [step.wait().sampled for step in launched] == expected
+
+
+@pytest.fixture
+def waiting_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While steps are issued, whatever makes the host wait for the device raises.
+
+    Not so in reference experts, which have to know on the host who has tokens.
+    """
+
+    def in_mode(mode: str, call: Callable[..., object]) -> Callable[..., object]:
+        def wrapped(*args: object) -> object:
+            before = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode(mode)
+            try:
+                return call(*args)
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+
+        return wrapped
+
+    monkeypatch.setattr(ModelRunner, "launch", in_mode("error", ModelRunner.launch))
+    monkeypatch.setattr(PlainExperts, "__call__", in_mode("default", PlainExperts.__call__))
+
+
+@pytest.mark.usefixtures("waiting_is_an_error")
+def test_a_step_that_waits_for_the_device_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = build_model_runner(options("cuda"))
+    launch: Callable[[StepPlan], LaunchedStep] = runner.launch
+    monkeypatch.setattr(runner._table, "apply", lambda plan: runner._table.tokens.sum().item())
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        launch(plans()[0])
+    runner.close()
+
+
+@pytest.mark.usefixtures("waiting_is_an_error")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_no_step_waits_for_the_device(name: str) -> None:
+    assert all(generate(name, mixed_requests(), device="cuda", max_num_batched_tokens=40))
+
+
+@pytest.mark.usefixtures("waiting_is_an_error")
+@pytest.mark.parametrize("kind", test_speculation.CHECKPOINTS)
+def test_no_step_that_drafts_and_verifies_waits_either(kind: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    directory = test_speculation.CHECKPOINTS[kind](Path(tmp_path_factory.getbasetemp()))
+    assert all(test_speculation.generate(directory, num_tokens=4, device="cuda"))
+
+
+@pytest.mark.parametrize("num_drafts", [0, 2])
+@pytest.mark.parametrize("kind", ["mimo_v2, three layers", "qwen3_5", "deepseek_v32"])
+def test_memory_of_every_kind_of_cache_is_measured(
+    kind: str, num_drafts: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    directory = test_speculation.CHECKPOINTS[kind](Path(tmp_path_factory.getbasetemp()))
+    before = torch.cuda.memory_allocated()
+    changes = {"model_dir": str(directory), "num_blocks": None, "memory_fraction": 0.3, "num_drafts": num_drafts}
+    runner = build_model_runner(options("cuda", **changes))
+    used, total = torch.cuda.memory_allocated() - before, torch.cuda.mem_get_info()[1]
+    assert 0.2 * total < used < 0.3 * total
+    assert all(group.num_pages > 0 for group in runner.info.other_groups)
+    runner.close()
 
 
 def test_kv_memory_takes_the_share_of_the_device_that_is_left() -> None:

@@ -27,25 +27,28 @@ class RowByRowAttention:
         """Causal attention of the step's queries over their rows' KV."""
         starts = self._metadata.query_start_cpu
         outputs = []
-        for row, context_len in enumerate(self._metadata.context_len_cpu):
+        for row in range(len(starts) - 1):
             query = query_THD[starts[row] : starts[row + 1]]
-            first = self._first_position(len(query), context_len)
-            key, value = (self._gather(row, first, context_len, paged) for paged in (kv.key, kv.value))
-            outputs.append(_attend_row(query, key, value, scale * kv.key_scale, self._metadata.window, sink_H))
+            key, value = (self._gather(row, paged) for paged in (kv.key, kv.value))
+            is_visible = visible(self._metadata, row)
+            outputs.append(_attend_row(query, key, value, scale * kv.key_scale, is_visible, sink_H))
         return torch.cat(outputs) * kv.value_scale
 
-    def _first_position(self, num_queries: int, context_len: int) -> int:
-        """The first position that any of a row's queries sees, rounded down to a block."""
-        window = self._metadata.window
-        first = 0 if window is None else max(0, context_len - num_queries - window + 1)
-        return first // self._metadata.block_size * self._metadata.block_size
+    def _gather(self, row: int, paged: torch.Tensor) -> torch.Tensor:
+        """The row's entries up to its end, [positions, K, D]; what is behind its window is not its own."""
+        context_len = self._metadata.context_len_cpu[row]
+        columns = slice(ceil_div(context_len, self._metadata.block_size))
+        return paged[self._metadata.block_table[row, columns].long()].flatten(0, 1)[:context_len]
 
-    def _gather(self, row: int, first: int, context_len: int, paged: torch.Tensor) -> torch.Tensor:
-        """The row's entries from position `first`, the start of a block, to its end, [positions, K, D]."""
-        block_size = self._metadata.block_size
-        columns = slice(first // block_size, ceil_div(context_len, block_size))
-        blocks = paged[self._metadata.block_table[row, columns].long()]
-        return blocks.flatten(0, 1)[: context_len - first]
+
+def visible(metadata: AttentionMetadata, row: int, queries: slice = slice(None)) -> torch.Tensor:
+    """Which of a row's positions some of its queries see, [Q, C] bool; C is what the host knows as the row's length."""
+    device = metadata.context_len.device
+    num_queries = metadata.query_start_cpu[row + 1] - metadata.query_start_cpu[row]
+    position_Q1 = metadata.context_len[row] + torch.arange(-num_queries, 0, device=device)[queries, None]
+    position_C = torch.arange(metadata.context_len_cpu[row], device=device)
+    is_visible = position_C <= position_Q1
+    return is_visible if metadata.window is None else is_visible & (position_C > position_Q1 - metadata.window)
 
 
 def as_stored(x: torch.Tensor, dtype: torch.dtype, scale: float) -> torch.Tensor:
@@ -67,22 +70,17 @@ def _attend_row(
     key_CKD: torch.Tensor,
     value_CKD: torch.Tensor,
     scale: float,
-    window: int | None,
+    is_visible_QC: torch.Tensor,
     sink_H: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The last Q of C positions attend causally to all C, or to the last `window` that each sees."""
+    """Q queries attend to what they see of C positions."""
     wide = torch.promote_types(query_QHD.dtype, torch.float32)
     group = query_QHD.shape[1] // key_CKD.shape[1]
     key = key_CKD.to(wide).repeat_interleave(group, dim=1)
     value = value_CKD.to(wide).repeat_interleave(group, dim=1)
     scores = torch.einsum("qhd,chd->hqc", query_QHD.to(wide), key) * scale
-    num_queries, num_keys = scores.shape[1:]
-    is_visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=scores.device)
-    is_visible = is_visible.tril(diagonal=num_keys - num_queries)
-    if window is not None:
-        is_visible = is_visible.triu(diagonal=num_keys - num_queries - window + 1)
-    scores = scores.masked_fill(~is_visible, float("-inf"))
+    scores = scores.masked_fill(~is_visible_QC, float("-inf"))
     if sink_H is not None:
-        scores = torch.cat((scores, sink_H.to(wide)[:, None, None].expand(-1, num_queries, 1)), dim=-1)
-    weights = scores.softmax(dim=-1)[..., :num_keys]
+        scores = torch.cat((scores, sink_H.to(wide)[:, None, None].expand(-1, len(query_QHD), 1)), dim=-1)
+    weights = scores.softmax(dim=-1)[..., : len(key)]
     return torch.einsum("hqc,chd->qhd", weights, value).to(query_QHD.dtype)

@@ -18,8 +18,8 @@ class TokenByToken:
     def __init__(self, rows: AttentionMetadata, states: StateMetadata) -> None:
         starts = rows.query_start_cpu
         self._tokens = [range(start, end) for start, end in zip(starts, starts[1:])]
-        self._read: list[int] = states.read_page.tolist()
-        self._write: list[list[int]] = states.write_page.tolist()
+        self._read_page_R = states.read_page
+        self._write_page_RW = states.write_page
         self._keeps_all = states.keeps_all_cpu
 
     def convolve(self, x_TC: torch.Tensor, weight_CW: torch.Tensor, past_NCJ: torch.Tensor) -> torch.Tensor:
@@ -61,16 +61,21 @@ class TokenByToken:
         return output_THV
 
     def _state_before(self, row: int, memory: torch.Tensor) -> torch.Tensor:
-        page = self._read[row]
-        return memory[page].clone() if page >= 0 else torch.zeros_like(memory[0])
+        page_1 = self._read_page_R[row : row + 1]
+        state = memory.index_select(0, page_1.clamp(min=0))[0]
+        return torch.where(page_1 >= 0, state, torch.zeros_like(state))
 
     def _leave(self, state: torch.Tensor, row: int, token: int, memory: torch.Tensor) -> None:
         """Write the state after a token, if it is to be kept."""
         tokens = self._tokens[row]
         if self._keeps_all[row]:
-            memory[self._write[row][token - tokens.start]] = state
+            self._write(state, row, token - tokens.start, memory)
         elif token == tokens.stop - 1:
-            memory[self._write[row][0]] = state
+            self._write(state, row, 0, memory)
+
+    def _write(self, state: torch.Tensor, row: int, column: int, memory: torch.Tensor) -> None:
+        page_1 = self._write_page_RW[row, column : column + 1]
+        memory.index_copy_(0, page_1, state[None].to(memory.dtype))
 
 
 def plan_gated_delta(rows: AttentionMetadata, states: StateMetadata) -> GatedDeltaPlan:

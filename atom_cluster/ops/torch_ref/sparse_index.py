@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from atom_cluster.ops.attention import AttentionMetadata, KvLayerCache
 from atom_cluster.ops.sparse_index import IndexPlan
@@ -67,6 +68,9 @@ def _best(scores_QC: torch.Tensor, is_visible_QC: torch.Tensor, num_selected: in
 
 def _write_positions(is_chosen_QC: torch.Tensor, out_QK: torch.Tensor) -> None:
     """Positions of the chosen, from the left; the rest of `out_QK` is kept."""
-    query, position = is_chosen_QC.nonzero(as_tuple=True)
-    column_QC = is_chosen_QC.cumsum(-1) - 1
-    out_QK[query, column_QC[query, position]] = position.to(out_QK.dtype)
+    num_selected = out_QK.shape[1]
+    # What is not chosen goes to a column behind the last, so that nothing waits for the device to count.
+    column_QC = (is_chosen_QC.cumsum(-1) - 1).masked_fill(~is_chosen_QC, num_selected)
+    position_C = torch.arange(is_chosen_QC.shape[1], dtype=out_QK.dtype, device=out_QK.device)
+    wide_QK = F.pad(out_QK, (0, 1))
+    out_QK.copy_(wide_QK.scatter_(1, column_QC, position_C.expand_as(column_QC))[:, :num_selected])
