@@ -84,6 +84,40 @@ _DEEPSEEK_V3 = {
 _DSA = {"index_topk": 13, "index_head_dim": 16, "index_n_heads": 32}
 _DEEPSEEK_V2 = {**_MLA, "first_k_dense_replace": 1, "n_shared_experts": 2, "num_experts_per_tok": 2}
 
+_DEEPSEEK_V4 = {
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "partial_rotary_factor": 0.25,
+    "q_lora_rank": 40,
+    "rms_norm_eps": 1e-4,
+    # transformers takes one key for the other.
+    "intermediate_size": 96,
+    "moe_intermediate_size": 96,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "swiglu_limit": 0.3,
+    "layer_types": [
+        "sliding_attention",
+        "compressed_sparse_attention",
+        "heavily_compressed_attention",
+        "compressed_sparse_attention",
+    ],
+    "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+    "mlp_layer_types": ["hash_moe", "moe", "moe", "moe"],
+    "sliding_window": 10,
+    "o_groups": 2,
+    "o_lora_rank": 12,
+    "index_topk": 5,
+    "index_head_dim": 16,
+    "index_n_heads": 32,
+    "hc_mult": 3,
+    "hc_sinkhorn_iters": 4,
+    "hc_eps": 1e-3,
+    # A copy: transformers writes to it.
+    "rope_parameters": {**_YARN["rope_parameters"]},
+}
+
 _GEMMA3 = {
     "num_key_value_heads": 1,
     "head_dim": 32,
@@ -136,6 +170,7 @@ TINY_MODELS = {
     "qwen2_windows": TinyModel(
         "qwen2", "Qwen2ForCausalLM", {"use_sliding_window": True, "sliding_window": 13, "max_window_layers": 1}
     ),
+    "deepseek_v4": TinyModel("deepseek_v4", "DeepseekV4ForCausalLM", _DEEPSEEK_V4),
     "gemma3": TinyModel("gemma3_text", "Gemma3ForCausalLM", _GEMMA3),
     "gemma3_vision": TinyModel(
         "gemma3",
@@ -366,8 +401,13 @@ def _build(tiny: TinyModel) -> PreTrainedModel:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.is_floating_point() and tensor.numel() > 1 and tensor.std() == 0:
+            is_single = tensor.numel() == 1 and isinstance(tensor, torch.nn.Parameter)
+            if tensor.is_floating_point() and (is_single or tensor.numel() > 1 and tensor.std() == 0):
                 tensor.add_(torch.randn(tensor.shape, generator=generator) * 0.1)
+        for name, table in model.named_buffers():
+            if name.endswith("tid2eid"):  # zero, too: each token's experts, no two of them the same
+                ranked = torch.rand(len(table), tiny.values["n_routed_experts"], generator=generator).argsort(-1)
+                table.copy_(ranked[:, : table.shape[1]])
         # The row of padding is zero, and so are its scores in an index: ties, which are not broken alike everywhere.
         embedding = model.get_input_embeddings().weight
         embedding[_COMMON["pad_token_id"]] = torch.randn(embedding.shape[1], generator=generator) * 0.08

@@ -12,7 +12,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from atom_cluster.units import align_up
+from atom_cluster.errors import ConfigError
+from atom_cluster.units import align_up, ceil_div
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e4m3fnuz": 1}
 
@@ -24,7 +25,12 @@ GroupKind = Literal["full", "window", "state"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvLayerLayout:
-    """Keys and values of one layer on one rank, per token."""
+    """Keys and values of one layer on one rank, per token, or one entry of them for several tokens together.
+
+    The entry of tokens e * n .. (e + 1) * n - 1, for n `tokens_per_entry`, belongs to the last of them: it is in that
+    token's page, behind the entries that tokens of the page before it have. A page of fewer than n tokens has room for
+    one entry, which most pages then do not use.
+    """
 
     num_kv_heads: int
     """Heads on this rank."""
@@ -35,16 +41,30 @@ class KvLayerLayout:
     """A key of `DTYPE_BYTES`."""
     window: int | None = None
     """Positions that a token of this layer sees, its own included; None: all."""
+    tokens_per_entry: int = 1
 
     @property
-    def bytes_per_token(self) -> int:
-        """Bytes stored per token."""
+    def bytes_per_entry(self) -> int:
+        """Bytes stored per entry."""
         return self.num_kv_heads * (self.key_dim + self.value_dim) * DTYPE_BYTES[self.dtype]
+
+    def entries_per_page(self, block_size: int) -> int:
+        """Entries that a page of `block_size` tokens has room for.
+
+        Raises ConfigError for a size that would cut entries in two at different places in different pages.
+        """
+        if max(block_size, self.tokens_per_entry) % min(block_size, self.tokens_per_entry) != 0:
+            raise ConfigError(
+                f"cache.block_size = {block_size} does not fit a model that keeps one entry for "
+                f"{self.tokens_per_entry} tokens: one of the two must be a multiple of the other"
+            )
+        return ceil_div(block_size, self.tokens_per_entry)
 
     def describe(self) -> str:
         """A string equal exactly when two layouts are."""
         window = "" if self.window is None else f"/{self.window}"
-        return f"{self.dtype}:{self.num_kv_heads}x{self.key_dim}+{self.value_dim}{window}"
+        tokens = "" if self.tokens_per_entry == 1 else f"per{self.tokens_per_entry}"
+        return f"{self.dtype}:{self.num_kv_heads}x{self.key_dim}+{self.value_dim}{window}{tokens}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +154,10 @@ class KvLayout:
         total = 0
         for index in group.layers:
             layer = self.layers[index]
-            total += layer.num_bytes if isinstance(layer, StateLayerLayout) else layer.bytes_per_token * block_size
+            if isinstance(layer, StateLayerLayout):
+                total += layer.num_bytes
+            else:
+                total += layer.bytes_per_entry * layer.entries_per_page(block_size)
         return align_up(total, PAGE_ALIGNMENT)
 
     def describe(self) -> str:

@@ -22,14 +22,15 @@ class GatedMlp(Module):
         intermediate_size: int,
         has_bias: bool = False,
         activation: GateAndMul | None = None,
+        names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
         sums: bool = True,
     ) -> None:
-        """activation: silu when None. sums: as for `RowLinear`."""
+        """activation: silu when None. names: of gate, up and down projection. sums: as for `RowLinear`."""
         span = even_span(intermediate_size, context.groups.tensor, what="MLP dims (intermediate_size)")
-        outputs = [Output(name, intermediate_size, span) for name in ("gate_proj", "up_proj")]
+        outputs = [Output(name, intermediate_size, span) for name in names[:2]]
         self.gate_up = ColumnLinear(context, num_in=hidden_size, outputs=outputs, has_bias=has_bias)
         self.down = RowLinear(
-            context.at("down_proj"),
+            context.at(names[2]),
             full_in=intermediate_size,
             in_span=span,
             num_out=hidden_size,

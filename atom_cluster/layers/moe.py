@@ -15,6 +15,7 @@ from atom_cluster.layers.linear import ColumnLinear, Output
 from atom_cluster.layers.mlp import GatedMlp
 from atom_cluster.layers.module import Module
 from atom_cluster.layers.router import Router, RouterSpec
+from atom_cluster.ops.activation import GateAndMul
 from atom_cluster.parallel.collectives import all_reduce_sum
 
 
@@ -24,7 +25,8 @@ class MoeSpec(ExpertsSpec):
 
     router: RouterSpec
     shared_size: int | None = None
-    """Intermediate dims of the expert that every token goes through; None: there is none."""
+    """Intermediate dims of the expert that every token goes through; None: there is none. Its projections have the
+    names of the others', and its activation is silu with their limit."""
     shared_name: str = "shared_experts"
     shared_gate_name: str | None = None
     """Of a projection to one logit, whose sigmoid multiplies the shared expert's output."""
@@ -43,6 +45,8 @@ class SparseMoe(Module):
                 context.at(spec.shared_name),
                 hidden_size=spec.hidden_size,
                 intermediate_size=spec.shared_size,
+                names=spec.projection_names,
+                activation=_clamped(context.ops.silu_and_mul, spec.activation.limit),
                 sums=False,
             )
         if spec.shared_gate_name is not None:
@@ -50,12 +54,24 @@ class SparseMoe(Module):
             self.shared_gate = ColumnLinear(context.unquantized, num_in=spec.hidden_size, outputs=outputs)
         self._group = context.groups.tensor
 
-    def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """[T, D] -> [T, D]"""
-        y_TD = self.experts(x_TD, *self.router(x_TD))
+    def __call__(self, x_TD: torch.Tensor, token_ids_T: torch.Tensor | None = None) -> torch.Tensor:
+        """[T, D], [T] int64 -> [T, D]. Token ids are needed if the router has a table."""
+        y_TD = self.experts(x_TD, *self.router(x_TD, token_ids_T))
         if self.shared is not None:
             shared_TD = self.shared(x_TD)
             if self.shared_gate is not None:
                 shared_TD = shared_TD * torch.sigmoid(self.shared_gate(x_TD))
             y_TD = y_TD + shared_TD
         return all_reduce_sum(y_TD, self._group)
+
+
+def _clamped(activation: GateAndMul, limit: float | None) -> GateAndMul:
+    """The activation behind a clamp, as `ExpertActivation.limit` says it."""
+    if limit is None:
+        return activation
+
+    def clamp_and_activate(gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return activation(torch.cat((gate.clamp(max=limit), up.clamp(-limit, limit)), dim=-1))
+
+    return clamp_and_activate

@@ -22,10 +22,13 @@ class RmsNorm(Module):
         size: int,
         eps: float,
         is_offset: bool = False,
+        is_wide: bool = False,
         full_size: int | None = None,
         span: Span | None = None,
     ) -> None:
         """is_offset: the stored weight is what is added to one (Gemma, Qwen3-Next).
+
+        is_wide: the weight and the product with it are float32 or wider; only the result is rounded.
 
         span, full_size: the rank has these `size` weights out of `full_size`; None: all.
         """
@@ -35,7 +38,9 @@ class RmsNorm(Module):
         self._is_offset = is_offset
         self._full_size = size if full_size is None else full_size
         self._span = Span(0, size) if span is None else span
-        self.weight_D = torch.empty(size, dtype=context.dtype, device=context.device)
+        self._is_wide = is_wide
+        dtype = torch.promote_types(context.dtype, torch.float32) if is_wide else context.dtype
+        self.weight_D = torch.empty(size, dtype=dtype, device=context.device)
 
     def weight_parts(self) -> dict[str, WeightPart]:
         """Where the checkpoint's tensor goes, by its full name."""
@@ -49,10 +54,12 @@ class RmsNorm(Module):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., D]"""
+        if self._is_wide:
+            return self._ops.rms_norm(x.to(self.weight_D.dtype), self.weight_D, self._eps).to(x.dtype)
         return self._ops.rms_norm(x, self.weight_D, self._eps)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(norm of x + residual, x + residual); `residual` may be overwritten."""
+        """(norm of x + residual, x + residual); `residual` may be overwritten. Not for wide norms."""
         return self._ops.add_rms_norm(x, residual, self.weight_D, self._eps)
 
 

@@ -10,6 +10,7 @@ import math
 import torch
 
 from atom_cluster.layers.rope_spec import RopeSpec
+from atom_cluster.ops.rotary import Rotary
 
 
 class RotaryTable:
@@ -26,6 +27,14 @@ class RotaryTable:
     def at(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(cos, sin), each [T, 1, P], with the sines' first half negated."""
         return self._cos_L1P.index_select(0, positions_T), self._sin_L1P.index_select(0, positions_T)
+
+
+def rotate_trailing(rotary: Rotary, x_THD: torch.Tensor, cos_T1P: torch.Tensor, sin_T1P: torch.Tensor) -> torch.Tensor:
+    """[T, H, D] with the last P dims of each head rotated, in pairs of neighbours."""
+    rotary_dim = cos_T1P.shape[-1]
+    passed, rotated = x_THD[..., :-rotary_dim], x_THD[..., -rotary_dim:]
+    rotated, _ = rotary(rotated, rotated[:, :0], cos_T1P, sin_T1P, is_interleaved=True)
+    return torch.cat((passed, rotated), dim=-1)
 
 
 def inverse_frequencies(spec: RopeSpec) -> torch.Tensor:

@@ -27,6 +27,10 @@ class RouterSpec(RoutingRule):
     """The projection has a bias."""
     bias_name: str | None = None
     """Of the tensor [E] that counts for the choice of experts alone; None: there is none."""
+    table_name: str | None = None
+    """Of an int64 tensor [vocabulary, K] that says the experts of each token id; None: they are chosen by scores."""
+    vocab_size: int = 0
+    """Rows of that table."""
 
 
 class Router(Module):
@@ -42,17 +46,29 @@ class Router(Module):
             has_bias=spec.has_logit_bias,
         )
         self._bias_E: torch.Tensor | None = None
-        self._bias_part: dict[str, WeightParts] = {}
+        self._own_parts: dict[str, WeightParts] = {}
         if spec.bias_name is not None:
             self._bias_E = torch.empty(num_experts, dtype=self._dtype, device=context.device)
-            self._bias_part[context.full_name(spec.bias_name)] = whole(self._bias_E)
+            self._own_parts[context.full_name(spec.bias_name)] = whole(self._bias_E)
+        self._expert_VK: torch.Tensor | None = None
+        if spec.table_name is not None:
+            shape = (spec.vocab_size, spec.experts_per_token)
+            self._expert_VK = torch.empty(shape, dtype=torch.int64, device=context.device)
+            self._own_parts[context.full_name(spec.table_name)] = whole(self._expert_VK)
         self._spec = spec
         self._ops = context.ops
 
     def weight_parts(self) -> Mapping[str, WeightParts]:
         """Where the checkpoint's tensors go, by their full names."""
-        return {**super().weight_parts(), **self._bias_part}
+        return {**super().weight_parts(), **self._own_parts}
 
-    def __call__(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[T, D] -> (expert_TK int64, weight_TK float32)"""
-        return self._ops.route(self.gate(x_TD.to(self._dtype)), self._bias_E, self._spec)
+    def __call__(
+        self, x_TD: torch.Tensor, token_ids_T: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[T, D], [T] int64 -> (expert_TK int64, weight_TK float32). Token ids are needed by a router with a table."""
+        chosen_TK: torch.Tensor | None = None
+        if self._expert_VK is not None:
+            if token_ids_T is None:
+                raise AssertionError("a router with a table of experts was not given token ids")
+            chosen_TK = self._expert_VK.index_select(0, token_ids_T)
+        return self._ops.route(self.gate(x_TD.to(self._dtype)), self._bias_E, self._spec, expert_TK=chosen_TK)

@@ -6,8 +6,9 @@ Their copies of embedding (`embed_tokens`) and head (`shared_head.head`) are the
 from __future__ import annotations
 
 import re
+from typing import cast
 
-from atom_cluster.layers.mtp import MtpLayer, MtpSpec
+from atom_cluster.layers.mtp import MtpBlock, MtpLayer, MtpSpec
 from atom_cluster.models.decoder import DecoderModel, S
 from atom_cluster.models.hf_config import HfConfig
 
@@ -25,7 +26,7 @@ class AppendedMtpModel(DecoderModel[S]):
         """A layer like the main ones."""
         spec, number = self.spec, self.spec.num_layers + index
         context = self.context.at(f"{self.prefix}.layers.{number}")
-        block = self.build_layer(number, context)
+        block = cast("MtpBlock", self.build_layer(number, context))
         return MtpLayer(context, MtpSpec(hidden_size=spec.hidden_size, norm_eps=spec.norm_eps), block, self.head)
 
     def ignored_names(self) -> tuple[str, ...]:

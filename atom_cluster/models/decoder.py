@@ -7,7 +7,7 @@ Shape suffixes: T tokens, D hidden dims, S sampled rows, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, cast
 
 import torch
 
@@ -56,6 +56,7 @@ class DecoderModel(Module, Generic[S]):
 
     prefix = "model"
     """Name in checkpoints of everything but the head."""
+    embedding_name = "embed_tokens"
     head_name = "lm_head"
 
     def __init__(self, spec: S, context: LayerContext, *, max_model_len: int, num_draft_layers: int = 0) -> None:
@@ -69,7 +70,7 @@ class DecoderModel(Module, Generic[S]):
         self._max_model_len = max_model_len
         self._rotary_tables: dict[RopeSpec, RotaryTable] = {}
         inner = context.at(self.prefix)
-        self.embedding = self.build_embedding(inner.at("embed_tokens"))
+        self.embedding = self.build_embedding(inner.at(self.embedding_name))
         self.layers = tuple(self.build_layer(index, inner.at(f"layers.{index}")) for index in range(spec.num_layers))
         self.norm = self.build_norm(inner.at("norm"))
         self.head = self._build_head()
@@ -87,9 +88,16 @@ class DecoderModel(Module, Generic[S]):
         """The norm behind the last layer."""
         return RmsNorm(context, size=self.spec.hidden_size, eps=self.spec.norm_eps)
 
-    def build_layer(self, index: int, context: LayerContext) -> DecoderLayer:
-        """The layer with this index."""
+    def build_layer(self, index: int, context: LayerContext) -> Module:
+        """The layer with this index: a `DecoderLayer`, unless `run_layers` is replaced."""
         raise NotImplementedError
+
+    def run_layers(self, x_TD: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
+        """Embedded tokens -> hidden states after the final norm, [T, D]."""
+        residual_TD = torch.zeros_like(x_TD)
+        for layer in self.layers:
+            x_TD, residual_TD = cast("DecoderLayer", layer)(x_TD, residual_TD, inputs)
+        return self.norm.add(x_TD, residual_TD)[0]
 
     def build_draft_layer(self, index: int) -> DraftLayer:
         """The drafting layer with this index, from 0. `self.context` is at the root of the checkpoint."""
@@ -136,12 +144,7 @@ class DecoderModel(Module, Generic[S]):
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """Hidden states after the final norm, [T, D]; writes what the step leaves behind into `batch.caches`."""
-        inputs = LayerInputs(batch, self.context.ops)
-        x_TD = self.embedding(batch.token_ids)
-        residual_TD = torch.zeros_like(x_TD)
-        for layer in self.layers:
-            x_TD, residual_TD = layer(x_TD, residual_TD, inputs)
-        return self.norm.add(x_TD, residual_TD)[0]
+        return self.run_layers(self.embedding(batch.token_ids), LayerInputs(batch, self.context.ops))
 
     def compute_logits(self, hidden_SD: torch.Tensor) -> torch.Tensor | None:
         """Logits over the full vocabulary, [S, V] float32; None on ranks other than 0 (they took part in gathering)."""

@@ -58,6 +58,9 @@ ARCHITECTURES = {
     "DeepseekV2ForCausalLM": Family("deepseek.spec:read_deepseek_v2_spec", _DEEPSEEK),
     "DeepseekV3ForCausalLM": Family("deepseek.spec:read_deepseek_v3_spec", _DEEPSEEK),
     "DeepseekV32ForCausalLM": Family("deepseek.spec:read_deepseek_v32_spec", _DEEPSEEK),
+    "DeepseekV4ForCausalLM": Family(
+        "deepseek_v4.spec:read_deepseek_v4_spec", "deepseek_v4.model:DeepseekV4ForCausalLM"
+    ),
     "Glm4MoeLiteForCausalLM": Family("deepseek.spec:read_glm4_moe_lite_spec", _DEEPSEEK),
     "GlmMoeDsaForCausalLM": Family("deepseek.spec:read_glm_moe_dsa_spec", _DEEPSEEK),
     "Gemma3ForCausalLM": Family("gemma3.spec:read_gemma3_spec", "gemma3.model:Gemma3ForCausalLM"),

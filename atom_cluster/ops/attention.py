@@ -19,9 +19,9 @@ class KvLayerCache:
     """Paged KV of one layer: views into the runner's memory, strided over blocks."""
 
     key: torch.Tensor
-    """[N, block_size, num_kv_heads of this rank, head_dim]"""
+    """[N, entries per page, num_kv_heads of this rank, head_dim]; of layers with an entry per token, block_size."""
     value: torch.Tensor
-    """[N, block_size, num_kv_heads of this rank, v_head_dim]; v_head_dim may be 0, or differ from head_dim."""
+    """[N, entries per page, num_kv_heads of this rank, v_head_dim]; v_head_dim may be 0, or differ from head_dim."""
     key_scale: float = 1.0
     """What is stored is a key over this, in the memory's dtype: saturated in eight bits, rounded in any."""
     value_scale: float = 1.0

@@ -50,11 +50,17 @@ class RouteTokens(Protocol):
     """Chooses experts."""
 
     def __call__(
-        self, logits_TE: torch.Tensor, bias_E: torch.Tensor | None, rule: RoutingRule
+        self,
+        logits_TE: torch.Tensor,
+        bias_E: torch.Tensor | None,
+        rule: RoutingRule,
+        *,
+        expert_TK: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(expert_TK int64, weight_TK in the dtype of the logits, which is float32 or wider).
 
         E are all experts of the layer, on whatever rank. bias_E, in the same dtype, counts for the choice alone.
+        expert_TK: experts that are chosen already, so that only weights follow from the logits; bias_E is None then.
         """
         ...
 

@@ -11,6 +11,8 @@ import torch
 
 from atom_cluster.ops.activation import GateAndMul
 from atom_cluster.ops.attention import PlanAttention
+from atom_cluster.ops.compressed_attention import PlanCompressedAttention
+from atom_cluster.ops.compression import PlanCompression
 from atom_cluster.ops.gated_delta import GatedRmsNorm, PlanGatedDelta
 from atom_cluster.ops.linear import PrepareLinear
 from atom_cluster.ops.mla import PlanMla, PrepareLatentWeights
@@ -19,6 +21,7 @@ from atom_cluster.ops.norm import AddRmsNorm, RmsNorm
 from atom_cluster.ops.quantized import PrepareQuantizedExperts, PrepareQuantizedLinear
 from atom_cluster.ops.rotary import Rotary
 from atom_cluster.ops.sparse_index import PlanIndex
+from atom_cluster.ops.streams import ConnectStreams, JoinStreams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +42,10 @@ class OpTable:
     prepare_latent_weights: PrepareLatentWeights
     plan_mla: PlanMla
     plan_index: PlanIndex
+    plan_compression: PlanCompression
+    plan_compressed_attention: PlanCompressedAttention
+    connect_streams: ConnectStreams
+    join_streams: JoinStreams
     plan_gated_delta: PlanGatedDelta
     gated_rms_norm: GatedRmsNorm
     float8_dtype: torch.dtype = torch.float8_e4m3fn

@@ -61,7 +61,8 @@ class WeightPart:
     """Where one tensor of a checkpoint goes: `full[cut]`, its last two axes swapped if so said, is copied to `target`.
 
     Floats of two bytes and more are converted to the target's dtype. All others (integers, floats of one byte) are
-    copied as they are, so the checkpoint's dtype must be the target's; a uint8 target also takes E8M0 scales.
+    copied as they are, so the checkpoint's dtype must be the target's; a uint8 target also takes E8M0 scales, and an
+    int64 target int32 numbers.
     """
 
     target: torch.Tensor

@@ -17,11 +17,13 @@ GROUP_SIZE = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mxfp4(QuantizedScheme):
-    """Codes [out, in / 2], two to a byte, and scales [out, in / 32] as exponents, both uint8."""
+    """Codes [out, in / 2], two to a byte, and scales [out, in / 32] as exponents, both bytes."""
 
     inputs: InputQuantization | None
     codes_name: str
     scale_name: str
+    codes_dtype: torch.dtype = torch.uint8
+    """As stored; of one byte."""
     is_grouped: bool = False
     """Codes are stored as [out, in / 32, 16]."""
 
@@ -42,7 +44,7 @@ class Mxfp4(QuantizedScheme):
         check_packing(shape, in_unit=2, format_name="mxfp4")
         num_groups = shape.covering_in(GROUP_SIZE)
         columns = (num_groups, GROUP_SIZE // 2) if self.is_grouped else (shape.num_in // 2,)
-        codes = torch.empty(*shape.stack, shape.num_out, *columns, dtype=torch.uint8, device=device)
+        codes = torch.empty(*shape.stack, shape.num_out, *columns, dtype=self.codes_dtype, device=device)
         scale = torch.empty(*shape.stack, shape.num_out, num_groups, dtype=torch.uint8, device=device)
         codes_unit = GROUP_SIZE if self.is_grouped else 2
         return {
@@ -52,7 +54,7 @@ class Mxfp4(QuantizedScheme):
 
     def to_weight(self, tensors: Mapping[str, torch.Tensor], shape: LinearShape) -> QuantizedWeight:
         """The tensors as they are, less codes of other ranks that groups at the ends of this rank's share have."""
-        codes = tensors[self.codes_name]
+        codes = tensors[self.codes_name].view(torch.uint8)
         if self.is_grouped:
             start = shape.inputs.span.start % GROUP_SIZE // 2
             codes = codes.flatten(-2)[..., start : start + shape.num_in // 2].contiguous()

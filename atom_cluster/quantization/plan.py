@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from atom_cluster.errors import ConfigError
 from atom_cluster.quantization.compressed_tensors import read_compressed_tensors
-from atom_cluster.quantization.float8_methods import read_fbgemm_fp8, read_fp8
+from atom_cluster.quantization.float8_methods import read_fbgemm_fp8, read_fp8, read_fp8_and_fp4
 from atom_cluster.quantization.integer_methods import read_awq, read_gptq
 from atom_cluster.quantization.mxfp4_method import read_mxfp4
 from atom_cluster.quantization.quark import read_quark
@@ -66,4 +66,8 @@ def read_plan(config: ConfigSection, stored_names: frozenset[str] = frozenset())
         raise section.error("quant_method", f"{method!r} is not supported (supported: {', '.join(_METHODS)})")
     if "lm_head" in section and section.flag("lm_head"):
         raise ConfigError(f"config.json: {key}: lm_head is quantized, and only linear layers before it may be")
+    expert_dtype = config.text("expert_dtype", section.text("expert_dtype", ""))
+    if method == "fp8" and (expert_dtype or any(name.endswith(".scale") for name in stored_names)):
+        config.require("expert_dtype", "fp4", "fp8", default="fp8")
+        return CheckpointPlan(read_fp8_and_fp4(section, expert_dtype), stored_names)
     return CheckpointPlan(_METHODS[method](section), stored_names)

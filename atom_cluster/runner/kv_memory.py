@@ -2,7 +2,7 @@
 
 A page of a group holds what all its layers keep: keys then values of one layer after the other for a block of tokens,
 or one state of each layer. So a page is one contiguous piece of memory, which is what transports move, and each layer
-sees [N, block_size, heads, dim] or [N, *state]. Knows nothing of who uses a page.
+sees [N, entries per page, heads, dim] or [N, *state]. Knows nothing of who uses a page.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _parts(layout: KvLayout, group: CacheGroup, block_size: int) -> list[_Part]:
         if isinstance(layer, StateLayerLayout):
             parts += [_Part(index, tensor.name, tensor.shape, tensor.dtype) for tensor in layer.tensors]
         else:
-            rows = (block_size, layer.num_kv_heads)
+            rows = (layer.entries_per_page(block_size), layer.num_kv_heads)
             parts.append(_Part(index, "key", (*rows, layer.key_dim), layer.dtype))
             parts.append(_Part(index, "value", (*rows, layer.value_dim), layer.dtype))
     return sorted(parts, key=lambda part: -DTYPE_BYTES[part.dtype])

@@ -22,10 +22,19 @@ _MIN_SEPARATE_BYTES = 256 << 10
 
 
 def accepts(target: torch.dtype, stored: str) -> bool:
-    """Whether a tensor of this dtype takes a stored one: any plain float another, all others their like."""
+    """Whether a tensor of this dtype takes a stored one: any plain float another, all others their like.
+
+    Indices of four bytes are widened to eight.
+    """
     if target in PLAIN_FLOATS.values():
         return stored in PLAIN_FLOATS
+    if _is_widened(target, stored):
+        return True
     return DTYPES.get(stored) == target or (stored, target) == ("F8_E8M0", torch.uint8)
+
+
+def _is_widened(target: torch.dtype, stored: str) -> bool:
+    return target == torch.int64 and stored == "I32"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +66,7 @@ def split(file: SafetensorsFile, entry: TensorEntry, part: WeightPart) -> Iterat
     """The pieces of a part, in the order of the file. Shape and dtype must have been checked."""
     target = part.target.transpose(-2, -1) if part.is_transposed else part.target
     dtype = DTYPES[entry.dtype_name]
-    if dtype not in PLAIN_FLOATS.values():
+    if dtype not in PLAIN_FLOATS.values() and not _is_widened(target.dtype, entry.dtype_name):
         dtype = target.dtype  # the same, or raw bytes
     # A scalar counts as a vector of one.
     shape = entry.shape or (1,)

@@ -60,6 +60,10 @@ class PagedDriver:
         logits = self._model.compute_logits(hidden[batch.sample_index])
         return None if logits is None else list(logits.split([len(tokens) for _, tokens in rows]))
 
+    def take_back(self, row: int, num_tokens: int) -> None:
+        """The row's last tokens were not its own: others follow in their place. Not for models with states."""
+        self._length[row] -= num_tokens
+
     def batch(self, rows: Sequence[tuple[int, Sequence[int]]]) -> ForwardBatch:
         """The inputs of a step, for which pages are taken."""
         states = []
@@ -160,7 +164,8 @@ def make_caches(layout: KvLayout, *, num_pages: int, block_size: int, device: st
                 caches[index] = StateLayerCache({t.name: take(t.shape, t.dtype) for t in layer.tensors})
             else:
                 dims = (layer.key_dim, layer.value_dim)
-                views = [take((block_size, layer.num_kv_heads, dim), layer.dtype) for dim in dims]
+                rows = (layer.entries_per_page(block_size), layer.num_kv_heads)
+                views = [take((*rows, dim), layer.dtype) for dim in dims]
                 caches[index] = KvLayerCache(*views)
     assert None not in caches
     return tuple(cache for cache in caches if cache is not None)

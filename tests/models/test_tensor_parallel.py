@@ -63,6 +63,9 @@ NAMES = [
     "mimo_v2/experts",
     "mimo_v2/dummy",
     "mimo_v2/draft/dummy",
+    "deepseek_v4",
+    "deepseek_v4/experts",
+    "deepseek_v4/dummy",
     "qwen3_next/dummy",
     "qwen3_next/experts/draft/dummy",
 ]

@@ -2,6 +2,8 @@
 
 from atom_cluster.ops.torch_ref.activation import gelu_tanh_and_mul, silu_and_mul
 from atom_cluster.ops.torch_ref.attention import plan_attention
+from atom_cluster.ops.torch_ref.compressed_attention import plan_compressed_attention
+from atom_cluster.ops.torch_ref.compression import plan_compression
 from atom_cluster.ops.torch_ref.gated_delta import gated_rms_norm, plan_gated_delta
 from atom_cluster.ops.torch_ref.linear import prepare_linear
 from atom_cluster.ops.torch_ref.mla import plan_mla, prepare_latent_weights
@@ -11,12 +13,17 @@ from atom_cluster.ops.torch_ref.quantized import prepare_quantized_experts, prep
 from atom_cluster.ops.torch_ref.rotary import rotary
 from atom_cluster.ops.torch_ref.routing import route
 from atom_cluster.ops.torch_ref.sparse_index import plan_index
+from atom_cluster.ops.torch_ref.streams import connect_streams, join_streams
 
 __all__ = [
     "add_rms_norm",
+    "connect_streams",
     "gated_rms_norm",
     "gelu_tanh_and_mul",
+    "join_streams",
     "plan_attention",
+    "plan_compressed_attention",
+    "plan_compression",
     "plan_gated_delta",
     "plan_index",
     "plan_mla",

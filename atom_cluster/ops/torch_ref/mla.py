@@ -6,7 +6,7 @@ import torch
 
 from atom_cluster.ops.attention import AttentionMetadata, KvLayerCache
 from atom_cluster.ops.mla import LatentWeights, MlaDims, MlaPlan
-from atom_cluster.ops.torch_ref.paged import PagedRows
+from atom_cluster.ops.torch_ref.paged import PagedRows, selected_mask
 
 
 class PlainLatentWeights:
@@ -63,7 +63,7 @@ class RowByRowMla:
             scores = (scores + torch.einsum("qhp,cp->hqc", rope_QHP.to(wide), rope_CP.to(wide))) * scale
             is_visible_QC = self._rows.visible(row)
             if selected_TK is not None:
-                is_visible_QC = is_visible_QC & _selected(selected_TK[tokens], is_visible_QC.shape[1])
+                is_visible_QC = is_visible_QC & selected_mask(selected_TK[tokens], is_visible_QC.shape[1])
             weight_HQC = scores.masked_fill(~is_visible_QC, float("-inf")).softmax(dim=-1)
             outputs.append(torch.einsum("hqc,chv->qhv", weight_HQC, value_CHV.to(wide)).to(query_THN.dtype))
         return torch.cat(outputs)
@@ -77,10 +77,3 @@ def prepare_latent_weights(weight_HOL: torch.Tensor, dims: MlaDims, *, dtype: to
 def plan_mla(metadata: AttentionMetadata, dims: MlaDims) -> MlaPlan:
     """The plan of one step."""
     return RowByRowMla(metadata, dims)
-
-
-def _selected(position_QK: torch.Tensor, num_keys: int) -> torch.Tensor:
-    """Whether each of a row's positions was selected, [Q, C]; -1 marks the column behind the last, which is cut off."""
-    is_selected = torch.zeros(len(position_QK), num_keys + 1, dtype=torch.bool, device=position_QK.device)
-    columns = position_QK.long().masked_fill(position_QK < 0, num_keys)
-    return is_selected.scatter_(1, columns, value=True)[:, :num_keys]

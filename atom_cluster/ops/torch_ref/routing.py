@@ -8,17 +8,21 @@ import torch.nn.functional as F
 from atom_cluster.ops.moe import RoutingRule
 
 
-def route(logits_TE: torch.Tensor, bias_E: torch.Tensor | None, rule: RoutingRule) -> tuple[torch.Tensor, torch.Tensor]:
+def route(
+    logits_TE: torch.Tensor,
+    bias_E: torch.Tensor | None,
+    rule: RoutingRule,
+    *,
+    expert_TK: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(expert_TK, weight_TK)"""
-    if rule.score == "softmax_of_chosen":
-        rank_TE = logits_TE if bias_E is None else logits_TE + bias_E
-        expert_TK = _choose(rank_TE, rule)
-        weight_TK = logits_TE.gather(1, expert_TK).softmax(-1)
-    else:
-        score_TE = _score(logits_TE, rule)
-        rank_TE = score_TE if bias_E is None else score_TE + bias_E
-        expert_TK = _choose(rank_TE, rule)
-        weight_TK = score_TE.gather(1, expert_TK)
+    is_of_chosen = rule.score == "softmax_of_chosen"
+    score_TE = logits_TE if is_of_chosen else _score(logits_TE, rule)
+    if expert_TK is None:
+        expert_TK = _choose(score_TE if bias_E is None else score_TE + bias_E, rule)
+    weight_TK = score_TE.gather(1, expert_TK)
+    if is_of_chosen:
+        weight_TK = weight_TK.softmax(-1)
     if rule.renormalize:
         weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + rule.renorm_eps)
     return expert_TK, weight_TK * rule.scale

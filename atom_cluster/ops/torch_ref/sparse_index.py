@@ -16,9 +16,8 @@ MAX_TILE_SCORES = 1 << 24
 class RowByRowIndex:
     """Selection of one step."""
 
-    def __init__(self, metadata: AttentionMetadata) -> None:
-        self._rows = PagedRows(metadata)
-        self._context_len_cpu = metadata.context_len_cpu
+    def __init__(self, metadata: AttentionMetadata, tokens_per_entry: int) -> None:
+        self._rows = PagedRows(metadata, tokens_per_entry)
 
     def store(self, key_TD: torch.Tensor, kv: KvLayerCache) -> None:
         """Write the step's index keys to their slots."""
@@ -28,16 +27,16 @@ class RowByRowIndex:
         self, query_TJD: torch.Tensor, weight_TJ: torch.Tensor, kv: KvLayerCache, *, num_selected: int
     ) -> torch.Tensor | None:
         """Of each token's visible positions, the best."""
-        if max(self._context_len_cpu) <= num_selected:
+        if max(self._rows.num_entries) <= num_selected:
             return None
         selected_TK = torch.full((len(query_TJD), num_selected), -1, dtype=torch.int32, device=query_TJD.device)
         for row, tokens in enumerate(self._rows.tokens):
-            num_queries, context_len = tokens.stop - tokens.start, self._context_len_cpu[row]
-            if context_len <= num_selected:
+            num_queries, num_entries = tokens.stop - tokens.start, self._rows.num_entries[row]
+            if num_entries <= num_selected:
                 _write_positions(self._rows.visible(row), selected_TK[tokens])
                 continue
             key_CD = self._rows.gather(row, kv, weight_TJ.dtype)
-            size = max(1, MAX_TILE_SCORES // (context_len * query_TJD.shape[1]))
+            size = max(1, MAX_TILE_SCORES // (num_entries * query_TJD.shape[1]))
             for start in range(0, num_queries, size):
                 tile = slice(start, min(start + size, num_queries))
                 query_QJD, weight_QJ = query_TJD[tokens][tile].to(weight_TJ.dtype), weight_TJ[tokens][tile]
@@ -47,9 +46,9 @@ class RowByRowIndex:
         return selected_TK
 
 
-def plan_index(metadata: AttentionMetadata) -> IndexPlan:
+def plan_index(metadata: AttentionMetadata, *, tokens_per_entry: int = 1) -> IndexPlan:
     """The plan of one step."""
-    return RowByRowIndex(metadata)
+    return RowByRowIndex(metadata, tokens_per_entry)
 
 
 def _scores(query_QJD: torch.Tensor, weight_QJ: torch.Tensor, key_CD: torch.Tensor) -> torch.Tensor:
