@@ -26,7 +26,7 @@ class RmsNorm(Module):
         full_size: int | None = None,
         span: Span | None = None,
     ) -> None:
-        """is_offset: the stored weight is what is added to one (Gemma, Qwen3-Next).
+        """is_offset: the stored weight is what is added to one.
 
         is_wide: the weight and the product with it are float32 or wider; only the result is rounded.
 

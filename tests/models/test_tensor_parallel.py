@@ -12,63 +12,26 @@ from atom_cluster.ops.select import torch_table
 from atom_cluster.parallel.groups import Group, ProcessGroups
 from tests.models.paged_driver import make_context
 from tests.models.tensor_parallel_worker import run_model, run_rank
-from tests.tiny_models import random_tokens, tiny_model_dir
+from tests.tiny_models import TINY_MODELS, random_tokens, tiny_model_dir
 
+_COUNTS = {"num_experts", "n_routed_experts", "num_local_experts"}
 NAMES = [
-    "llama",
-    "llama_tied_bias",
-    "llama_one_kv_head",
-    "qwen2",
-    "qwen3",
-    "deepseek_v2",
-    "deepseek_v2_lite",
-    "deepseek_v3",
-    "kimi_k2",
-    "glm4_moe_lite",
-    "deepseek_v32",
-    "glm_moe_dsa",
-    "qwen3_next",
-    "qwen3_5",
-    "qwen3_5_moe_vision",
-    "qwen2_moe",
-    "qwen3_moe",
-    "mixtral",
-    "minimax_m2",
-    "glm4_moe",
-    "qwen2_moe/experts",
-    "qwen3_moe/experts",
-    "mixtral/experts",
-    "minimax_m2/experts",
-    "glm4_moe/experts",
-    "qwen3_next/experts",
-    "qwen3_5_moe_vision/experts",
-    "gpt_oss/experts",
-    "deepseek_v2/experts",
-    "deepseek_v3/experts",
-    "deepseek_v32/experts",
-    "glm_moe_dsa/experts",
-    "mistral",
-    "gemma3",
-    "gemma3_vision",
-    "olmo2",
-    "olmo3",
-    "gpt_oss",
-    "mimo_v2",
+    *TINY_MODELS,
+    *(f"{name}/experts" for name, tiny in TINY_MODELS.items() if _COUNTS & tiny.values.keys()),
     "llama_one_kv_head/dummy",
     "qwen3_moe/experts/dummy",
     "glm4_moe/draft/dummy",
     "glm4_moe/experts/draft/dummy",
     "deepseek_v32/dummy",
+    "deepseek_v4/dummy",
     "gpt_oss/dummy",
-    "mimo_v2/experts",
     "mimo_v2/dummy",
     "mimo_v2/draft/dummy",
-    "deepseek_v4",
-    "deepseek_v4/experts",
-    "deepseek_v4/dummy",
     "qwen3_next/dummy",
     "qwen3_next/experts/draft/dummy",
 ]
+"""Every tiny model split by tensors, those with experts also by experts; with drafting layers, and without a
+checkpoint."""
 TOKENS = random_tokens(30)
 
 
