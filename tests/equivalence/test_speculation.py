@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from atom_cluster import LLMEngine
+from atom_cluster import LLMEngine, SamplingParams
 from atom_cluster.config.speculative import SpeculativeConfig
 from atom_cluster.observability.memory import MemoryMetrics
-from atom_cluster.observability.metrics import KV_TRANSFER_BYTES, PREEMPTIONS
+from atom_cluster.observability.metrics import KV_TRANSFER_BYTES, PREEMPTIONS, SPEC_DRAFT_TOKENS
 from tests.draft_models import NUM_DRAFT_LAYERS, draft_model_dir
 from tests.equivalence.generation import mixed_requests
 from tests.equivalence.test_prefill_decode import Pair
@@ -69,3 +69,17 @@ def test_so_do_prefill_and_decode_engines(
         assert pair.metrics["decode"].value(KV_TRANSFER_BYTES) > 0
     finally:
         pair.close()
+
+
+def test_an_engine_tells_how_many_drafts_were_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = MemoryMetrics()
+    speculative = SpeculativeConfig(method="mtp", num_tokens=2)
+    options = {"device": "cpu", "num_blocks": 32, "num_threads": 1, "speculative": speculative, "metrics": metrics}
+    with LLMEngine(draft_model_dir("glm4_moe"), **options) as engine:  # type: ignore[arg-type]
+        prompt, _ = mixed_requests()[0]
+        engine.generate([prompt], SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True))
+        engine.print_mtp_statistics()
+    num_drafted = metrics.value(SPEC_DRAFT_TOKENS, position="0")
+    assert num_drafted > 10
+    first = next(line for line in capsys.readouterr().out.splitlines() if "draft 1: " in line)
+    assert first.endswith(f"of {num_drafted:.0f}")
