@@ -71,7 +71,7 @@ class LLMEngine:
         chunked_prefill: bool = True,
         async_scheduling: bool = True,
         num_threads: int | None = None,
-        ops_backend: Literal["auto", "torch", "cpu"] = "auto",
+        ops_backend: Literal["auto", "torch", "cpu", "triton"] = "auto",
         load_format: Literal["safetensors", "dummy"] = "safetensors",
         kv_dtype: Literal["auto", "fp8"] = "auto",
         quantization: QuantizationConfig | None = None,

@@ -81,7 +81,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--input-len", type=int, default=64, help="prompt tokens")
     parser.add_argument("--output-len", type=int, default=64, help="output tokens")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--ops-backend", choices=["auto", "torch", "cpu"], default="auto")
+    parser.add_argument("--ops-backend", choices=["auto", "torch", "cpu", "triton"], default="auto")
     parser.add_argument("--save", action="store_true", help=f"write JSON to {RESULTS_DIR}")
     return parser.parse_args(arguments)
 

@@ -10,5 +10,6 @@ from atom_cluster.config.base import FrozenConfig
 class OpsConfig(FrozenConfig):
     """Op backends. auto picks the fastest that the platform has, and says which and why."""
 
-    backend: Literal["auto", "torch", "cpu"] = "auto"
-    """torch: reference implementations, any device. cpu: packed half-precision weights with float32 arithmetic."""
+    backend: Literal["auto", "torch", "cpu", "triton"] = "auto"
+    """torch: reference implementations, any device. cpu: packed half-precision weights with float32 arithmetic. triton:
+    our kernels, on GPUs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import torch
@@ -19,11 +20,18 @@ def select_ops(config: OpsConfig, platform: Platform, dtype: torch.dtype) -> OpT
     """
     if config.backend == "cpu" and platform.vendor != "cpu":
         raise ConfigError(f"ops.backend is cpu, but this rank computes on {platform.vendor} ({platform.arch})")
+    if config.backend == "triton" and platform.vendor == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError(
+            "ops.backend is triton, but this rank computes on CPUs, where kernels can only be interpreted"
+        )
     if config.backend == "torch":
         return torch_table("configured")
-    if platform.vendor == "cpu":
+    if platform.vendor == "cpu" and config.backend != "triton":
         return _cpu_table(platform, dtype, "configured" if config.backend == "cpu" else "fastest on CPUs")
-    return replace(torch_table(f"the only backend for {platform.vendor}"), float8_dtype=float8_dtype_of(platform))
+    if dtype == torch.float64:
+        reason = f"{platform.vendor}: kernels do not compute in float64"
+        return replace(torch_table(reason), float8_dtype=float8_dtype_of(platform))
+    return _triton_table(platform, "configured" if config.backend == "triton" else f"fastest on {platform.vendor}")
 
 
 def float8_dtype_of(platform: Platform) -> torch.dtype:
@@ -57,6 +65,18 @@ def torch_table(reason: str) -> OpTable:
         plan_gated_delta=ref.plan_gated_delta,
         gated_rms_norm=ref.gated_rms_norm,
         choices={"ops": f"torch ({reason})"},
+    )
+
+
+def _triton_table(platform: Platform, reason: str) -> OpTable:
+    """Our kernels, and reference ops for what has none."""
+    from atom_cluster.ops import triton as kernels
+
+    return replace(
+        torch_table(reason),
+        silu_and_mul=kernels.silu_and_mul,
+        float8_dtype=float8_dtype_of(platform),
+        choices={"ops": f"triton ({reason}; {platform.arch})"},
     )
 
 

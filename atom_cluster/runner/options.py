@@ -49,7 +49,7 @@ class RunnerOptions:
     """Tokens to draft behind each sampled one; 0: no speculation."""
     num_threads: int | None = None
     """Compute threads on CPUs; None leaves torch's choice."""
-    ops_backend: Literal["auto", "torch", "cpu"] = "auto"
+    ops_backend: Literal["auto", "torch", "cpu", "triton"] = "auto"
     load_format: Literal["safetensors", "dummy"] = "safetensors"
     seed: int = 0
     """Of dummy weights."""

@@ -1,0 +1,49 @@
+"""What kernels and their launchers ask about the chip, and whether they are interpreted. Knows no kernels.
+
+Kernels are compiled for the chip that Triton's active driver names, so nothing here depends on torch seeing a device:
+the tests compile every kernel for chips that are not there.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+
+import torch
+import triton
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether kernels run in Triton's interpreter, on CPU tensors. Decided when they are imported. Float32 only: its
+arithmetic on bfloat16 is wrong."""
+
+
+def is_hip() -> bool:
+    """Whether kernels are compiled for an AMD chip."""
+    return not INTERPRETED and _target()[0] == "hip"
+
+
+def is_hopper() -> bool:
+    """Whether kernels are compiled for an NVIDIA chip with warp-group matrix units and bulk copies (sm_90)."""
+    return not INTERPRETED and _target() == ("cuda", "sm_90")
+
+
+def arch() -> str:
+    """The chip that kernels are compiled for, as `Platform.arch` spells it: `sm_90`, `gfx942`; `interpreter`."""
+    return "interpreter" if INTERPRETED else _target()[1]
+
+
+def num_multiprocessors(device: torch.device) -> int:
+    """Multiprocessors (compute units) of the chip, for grids that fill it. Few in the interpreter and for chips that are
+    not there."""
+    return 8 if INTERPRETED or device.type == "cpu" else _count_multiprocessors(device)
+
+
+def _target() -> tuple[str, str]:
+    """Backend and chip of the active driver; not cached, as tests change it."""
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend, f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch).split(":")[0]
+
+
+@cache
+def _count_multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
