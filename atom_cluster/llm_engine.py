@@ -22,6 +22,7 @@ from typing_extensions import Never, Self
 
 from atom_cluster.api.model_files import ServedModel
 from atom_cluster.api.tokenizer import IncrementalDetokenizer, Tokenizer
+from atom_cluster.config.compilation import CompilationConfig
 from atom_cluster.config.model_path import resolve_model_path
 from atom_cluster.config.quantization import QuantizationConfig
 from atom_cluster.config.scheduler import SchedulerConfig
@@ -77,6 +78,7 @@ class LLMEngine:
         quantization: QuantizationConfig | None = None,
         seed: int = 0,
         speculative: SpeculativeConfig | None = None,
+        compilation: CompilationConfig | None = None,
         tensor_parallel_size: Literal[1] = 1,
         metrics: MetricSink | None = None,
         **unknown: Never,
@@ -108,6 +110,7 @@ class LLMEngine:
             kv_dtype=kv_dtype,
             quantization=QuantizationConfig() if quantization is None else quantization,
             seed=seed,
+            compilation=CompilationConfig() if compilation is None else compilation,
             num_drafts=0 if speculative is None else speculative.num_tokens,
         )
         scheduler = SchedulerConfig(

@@ -6,6 +6,7 @@ from pydantic import model_validator
 
 from atom_cluster.config.base import FrozenConfig
 from atom_cluster.config.cache import CacheConfig
+from atom_cluster.config.compilation import CompilationConfig
 from atom_cluster.config.model import ModelOptions
 from atom_cluster.config.observability import ObservabilityConfig
 from atom_cluster.config.ops import OpsConfig
@@ -44,6 +45,8 @@ class ClusterConfig(FrozenConfig):
     """How replicas are chosen for a request."""
     quantization: QuantizationConfig = QuantizationConfig()
     """Quantization of a float checkpoint while it is loaded."""
+    compilation: CompilationConfig = CompilationConfig()
+    """Graphs on GPUs."""
     ops: OpsConfig = OpsConfig()
     """Which implementation each op uses."""
     api: ApiConfig = ApiConfig()

@@ -199,7 +199,7 @@ class _Resolver:
             self._because(key, "decided by each pair of engines: shm on the same host, tcp otherwise")
         return "auto"
 
-    def _ops_backend(self, devices: Set[str]) -> Literal["torch", "cpu"]:
+    def _ops_backend(self, devices: Set[str]) -> Literal["auto", "torch", "cpu", "triton"]:
         given, key = self._config.ops.backend, "ops.backend"
         if given == "cpu" and "cuda" in devices:
             raise ConfigError(f"`{key}` is cpu, and a group computes on GPUs")
@@ -208,7 +208,8 @@ class _Resolver:
         if self._is_simulated:
             self._because(key, "simulated: no op runs")
         elif "cuda" in devices:
-            self._because(key, "the only backend for GPUs in this version")
+            self._because(key, "each rank takes the fastest for its GPU, and says which at start")
+            return "auto"
         else:
             self._because(key, "fastest on CPUs")
             return "cpu"

@@ -17,6 +17,7 @@ from atom_cluster.models.protocol import CausalLM
 from atom_cluster.models.registry import describe_weights, load_model, read_spec
 from atom_cluster.models.spec import ModelSpec
 from atom_cluster.ops.select import select_ops
+from atom_cluster.ops.table import OpTable
 from atom_cluster.parallel.collectives import smallest
 from atom_cluster.parallel.groups import ProcessGroups
 from atom_cluster.platform.detect import detect_platform
@@ -28,6 +29,7 @@ from atom_cluster.runner.model_runner import ModelRunner
 from atom_cluster.runner.options import RunnerOptions
 from atom_cluster.runner.profiling import kv_budget_bytes
 from atom_cluster.runner.rank_info import RankInfo
+from atom_cluster.runner.row_state import slack
 from atom_cluster.units import GiB
 
 
@@ -63,7 +65,7 @@ def build_model_runner(options: RunnerOptions) -> ModelRunner:
             kv_dtype=None if options.kv_dtype == "auto" else str(ops.float8_dtype).removeprefix("torch."),
         )
         model, weights_choice = _load(options, context, num_draft_layers)
-        num_pages, blocks_choice = _num_pages(options, model, groups, device)
+        num_pages, blocks_choice = _num_pages(options, model, groups, ops, device)
         memory = allocate_kv_memory(model.kv_layout, num_pages=num_pages, block_size=options.block_size, device=device)
         agent, transfer_choice = _open_agent(options, memory)
         if agent is not None:
@@ -83,12 +85,26 @@ def build_model_runner(options: RunnerOptions) -> ModelRunner:
             model=model,
             groups=groups,
             memory=memory,
+            ops=ops,
             info=_rank_info(options, model, num_pages=num_pages, agent=agent, choices=choices),
             device=device,
             agent=agent,
+            graph_sizes=() if device.type == "cpu" else options.compilation.sizes(options.max_num_requests),
         )
+        choices["graphs"] = _capture(runner, options, device)
         on_failure.pop_all()
     return runner
+
+
+def _capture(runner: ModelRunner, options: RunnerOptions, device: torch.device) -> str:
+    """Capture graphs if that is to be done now; what there is of them, and why."""
+    graphs = runner.graphs
+    if graphs is None:
+        return "none: CPUs have no graphs" if device.type == "cpu" else "none (configured)"
+    if options.compilation.capture == "lazy":
+        return f"{graphs.describe()}, captured when first needed (configured)"
+    runner.capture_graphs()
+    return f"{graphs.describe()}, captured in {graphs.capture_s:.1f} s, {graphs.num_bytes / GiB:.2f} GiB"
 
 
 def _max_model_len(wanted: int | None, spec: ModelSpec) -> int:
@@ -135,7 +151,7 @@ def _load(options: RunnerOptions, context: LayerContext, num_draft_layers: int) 
     model = load_model(
         Path(options.model_dir),
         context=context,
-        max_model_len=options.max_model_len,
+        max_model_len=options.max_model_len + slack(options.num_drafts),
         num_draft_layers=num_draft_layers,
         load_format=options.load_format,
         seed=options.seed,
@@ -145,7 +161,7 @@ def _load(options: RunnerOptions, context: LayerContext, num_draft_layers: int) 
 
 
 def _num_pages(
-    options: RunnerOptions, model: CausalLM, groups: ProcessGroups, device: torch.device
+    options: RunnerOptions, model: CausalLM, groups: ProcessGroups, ops: OpTable, device: torch.device
 ) -> tuple[tuple[int, ...], str]:
     """Pages per cache group, equal on all ranks, and why that many."""
     sizing = KvSizing(
@@ -158,7 +174,7 @@ def _num_pages(
     if options.num_blocks is not None:
         num_blocks, reason = options.num_blocks, "configured"
     else:
-        budget_bytes, reason = _budget_bytes(options, model, groups, device)
+        budget_bytes, reason = _budget_bytes(options, model, groups, ops, device)
         # The smallest budget first: an error about it is then everybody's, and nobody waits for a rank that is gone.
         num_blocks = smallest(sizing.fit(smallest(budget_bytes, groups.tensor, device)), groups.tensor, device)
         reason = f"auto: {reason}"
@@ -167,7 +183,7 @@ def _num_pages(
 
 
 def _budget_bytes(
-    options: RunnerOptions, model: CausalLM, groups: ProcessGroups, device: torch.device
+    options: RunnerOptions, model: CausalLM, groups: ProcessGroups, ops: OpTable, device: torch.device
 ) -> tuple[int, str]:
     """Bytes for KV on this rank, and where they come from."""
     if device.type == "cpu":
@@ -176,6 +192,7 @@ def _budget_bytes(
     budget_bytes = kv_budget_bytes(
         model,
         groups,
+        ops,
         block_size=options.block_size,
         max_num_requests=options.max_num_requests,
         max_model_len=options.max_model_len,

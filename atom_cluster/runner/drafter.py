@@ -56,16 +56,16 @@ class LayerDrafter:
         """See `Drafter`."""
         batch, num_layers = inputs.batch, self._model.num_draft_layers
         rows = _DraftingRows(inputs, num_kept_S, self._table, self._num_drafts)
-        last_S = batch.sample_index[inputs.first_sample + num_kept_S]
+        last_S = batch.sample_index[inputs.layout.first_sample + num_kept_S]
         hidden_SD = hidden_TD[last_S]
         drafts: list[torch.Tensor] = []
         for layer in range(num_layers):
             next_T = self._table.tokens_at(inputs.token_row, self._behind(batch.positions, 1 + layer))
             hidden_TD = self._model.forward_draft(layer, next_T, hidden_TD, batch)
             hidden_SD = hidden_TD[last_S]
-            if inputs.sampling:
+            if inputs.layout.sampling:
                 drafts.append(self._choose(layer, hidden_SD, rows, len(drafts)))
-        while inputs.sampling and len(drafts) < self._num_drafts:
+        while inputs.layout.sampling and len(drafts) < self._num_drafts:
             alone = self._one_token_each(inputs, rows, drafts[-1], len(drafts) - num_layers + 1)
             hidden_SD = self._model.forward_draft(num_layers - 1, drafts[-1], hidden_SD, alone)
             drafts.append(self._choose(num_layers - 1, hidden_SD, rows, len(drafts)))
@@ -80,7 +80,7 @@ class LayerDrafter:
         read by anything but drafts.
         """
         limit = self._table.max_model_len
-        longest = tuple(min(step.position + step.num_drafts + num_behind + 1, limit) for step in inputs.sampling)
+        longest = tuple(min(step.position + step.num_drafts + num_behind + 1, limit) for step in inputs.layout.sampling)
         position_S = (rows.position_S + num_behind).clamp(max=limit - 1)
         return self._builder.build_single(inputs.sampling_row, position_S, token_S, longest=longest)
 
@@ -109,11 +109,11 @@ class _DraftingRows:
         self.position_S = inputs.newest_position + num_kept_S
         """The last position that the step computed for good. Its sampled token lies behind it, then come drafts."""
         self._num_kept_S = num_kept_S
-        rows = [table.get(step.row) for step in inputs.sampling]
+        rows = [table.get(step.row) for step in inputs.layout.sampling]
         self._samplings = [row.sampling for row in rows]
-        first = [step.position + 2 - row.num_prompt_tokens for step, row in zip(inputs.sampling, rows)]
+        first = [step.position + 2 - row.num_prompt_tokens for step, row in zip(inputs.layout.sampling, rows)]
         # How many drafts were kept is known on the device only: keys for all that may have been.
-        positions = np.array(first, dtype=np.int64)[:, None] + np.arange(inputs.max_drafts + num_drafts)
+        positions = np.array(first, dtype=np.int64)[:, None] + np.arange(inputs.layout.max_drafts + num_drafts)
         self._key_SJ2 = send(noise_keys([row.seed for row in rows], positions), num_kept_S.device)
 
     def choose(self, logits_SV: torch.Tensor, number: int) -> torch.Tensor:

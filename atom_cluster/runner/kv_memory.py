@@ -25,7 +25,8 @@ class KvMemory:
     """Allocated KV memory; freed when the last tensor over it is. Starts zeroed, so that stale values are finite."""
 
     regions: tuple[KvRegion, ...]
-    """Per cache group, in order of the groups, [num_pages, bytes per page] uint8; what KV transports export."""
+    """Per cache group, in order of the groups, [num_pages, bytes per page] uint8; what KV transports export. The spare
+    page behind them is not part of it."""
     layers: tuple[LayerCache, ...]
     """Views for each layer of the layout."""
     choice: str
@@ -33,8 +34,8 @@ class KvMemory:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all groups."""
-        return sum(region.blocks.nbytes for region in self.regions)
+        """Bytes of all groups, spare pages included."""
+        return sum(region.blocks.nbytes + region.blocks.stride(0) for region in self.regions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,20 +55,23 @@ class _Part:
 def allocate_kv_memory(
     layout: KvLayout, *, num_pages: Sequence[int], block_size: int, device: torch.device
 ) -> KvMemory:
-    """Memory for `num_pages[g]` pages of group g. On CPUs peers of the same host can map it, if the system lets us."""
+    """Memory for `num_pages[g]` pages of group g, and a spare one behind them.
+
+    On CPUs peers of the same host can map it, if the system lets us.
+    """
     regions = []
     views: dict[int, dict[str, torch.Tensor]] = {index: {} for index in range(len(layout.layers))}
     choice = ""
     for index, (group, count) in enumerate(zip(layout.groups, num_pages, strict=True)):
         page_bytes = layout.page_bytes(group, block_size)
-        flat, choice = _allocate(count * page_bytes, device)
-        pages = flat.view(count, page_bytes)
-        regions.append(KvRegion(_region_name(index, group), pages))
+        flat, choice = _allocate((count + 1) * page_bytes, device)
+        pages = flat.view(count + 1, page_bytes)
+        regions.append(KvRegion(_region_name(index, group), pages[:count]))
         offset = 0
         for part in _parts(layout, group, block_size):
             end = offset + part.num_bytes
             typed = pages[:, offset:end].view(getattr(torch, part.dtype))
-            views[part.layer][part.name] = typed.view(count, *part.shape)
+            views[part.layer][part.name] = typed.view(count + 1, *part.shape)
             offset = end
     layers: list[LayerCache] = []
     for layer, own in zip(layout.layers, views.values(), strict=True):

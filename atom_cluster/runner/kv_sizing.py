@@ -33,9 +33,9 @@ class KvSizing:
         return tuple(self._group_pages(group, num_blocks) for group in self.layout.groups)
 
     def num_bytes(self, num_blocks: int) -> int:
-        """Bytes that these take on one rank."""
+        """Bytes that these take on one rank, each group with a spare page."""
         return sum(
-            count * self.layout.page_bytes(group, self.block_size)
+            (count + 1) * self.layout.page_bytes(group, self.block_size)
             for group, count in zip(self.layout.groups, self.pages(num_blocks), strict=True)
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from atom_cluster.config.compilation import CompilationConfig
 from atom_cluster.config.quantization import QuantizationConfig
 
 
@@ -45,6 +46,8 @@ class RunnerOptions:
     """Dtype of keys and values in the cache. auto: as computed."""
     quantization: QuantizationConfig = QuantizationConfig()
     """How weights of a float checkpoint are quantized while they are loaded."""
+    compilation: CompilationConfig = CompilationConfig()
+    """Graphs on GPUs."""
     num_drafts: int = 0
     """Tokens to draft behind each sampled one; 0: no speculation."""
     num_threads: int | None = None

@@ -1,4 +1,4 @@
-"""Which pages each row holds, per cache group: on the host, where slots are worked out, and on the device, for ops.
+"""Which pages each row holds, per cache group, on the device; for states, on the host too, which decides about them.
 
 On CPUs both are the same memory, and untouched rows cost nothing. Knows no tokens, no models and no scheduling.
 """
@@ -16,19 +16,19 @@ from atom_cluster.runner.host_tensors import on_device, send
 class PageTable:
     """Pages of a group of kind full or window: column i of a row holds its i-th block of positions."""
 
-    def __init__(self, *, num_rows: int, num_columns: int, device: torch.device) -> None:
+    def __init__(self, *, num_rows: int, num_columns: int, spare_page: int, device: torch.device) -> None:
+        """spare_page: where a row has no page; a page that nobody reads, so that writing to it does no harm."""
         self._device = device
-        self._host = torch.zeros(num_rows, num_columns, dtype=torch.int32)
-        self.host: npt.NDArray[np.int32] = self._host.numpy()
-        """[num_rows, num_columns]; 0 where a row has no page."""
+        self._spare_page = spare_page
+        self._host = torch.full((num_rows, num_columns), spare_page, dtype=torch.int32)
         self.device = self._host.to(device)
-        """The same on the device, after `flush`."""
+        """[num_rows, num_columns] int32 on the device, after `flush`."""
         self._num_pages = [0] * num_rows
         self._grown: list[tuple[int, int, int]] = []
 
     def fill(self, row: int, pages: tuple[int, ...]) -> None:
         """The row begins with these pages."""
-        self.host[row] = 0
+        self._host[row] = self._spare_page
         self._num_pages[row] = 0
         self._append(row, pages)
         if self._device.type != "cpu":
@@ -49,16 +49,18 @@ class PageTable:
 
     def _append(self, row: int, pages: tuple[int, ...]) -> None:
         first, last = self._num_pages[row], self._num_pages[row] + len(pages)
-        if last > self.host.shape[1]:
+        if last > self._host.shape[1]:
             raise ProtocolError(f"row {row} was given {last} blocks, more than its context needs")
-        self.host[row, first:last] = pages
+        self._host.numpy()[row, first:last] = pages
         self._num_pages[row] = last
 
 
 class StateTable:
     """Pages of the state group: those that a row's steps write to, and the one that holds its newest state."""
 
-    def __init__(self, *, num_rows: int, pages_per_row: int, device: torch.device) -> None:
+    def __init__(self, *, num_rows: int, pages_per_row: int, spare_page: int, device: torch.device) -> None:
+        """spare_page: where states of rows go that stand for none."""
+        self.spare_page = spare_page
         self.written: npt.NDArray[np.int64] = np.full((num_rows, pages_per_row), -1)
         """[num_rows, pages_per_row]: where steps leave states; -1 before the row's first step."""
         self.newest = torch.full((num_rows,), -1, dtype=torch.int64, device=device)

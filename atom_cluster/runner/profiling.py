@@ -8,9 +8,11 @@ from atom_cluster.kv_cache.layout import KvLayout
 from atom_cluster.messages.requests import SamplingParams
 from atom_cluster.messages.steps import NewRow, RowStep, StepPlan
 from atom_cluster.models.protocol import CausalLM
+from atom_cluster.ops.table import OpTable
 from atom_cluster.parallel.groups import ProcessGroups
 from atom_cluster.platform.device import device_memory
 from atom_cluster.runner.kv_memory import allocate_kv_memory
+from atom_cluster.runner.kv_sizing import other_groups
 from atom_cluster.runner.model_runner import ModelRunner
 from atom_cluster.runner.rank_info import RankInfo
 from atom_cluster.units import ceil_div
@@ -19,6 +21,7 @@ from atom_cluster.units import ceil_div
 def kv_budget_bytes(
     model: CausalLM,
     groups: ProcessGroups,
+    ops: OpTable,
     *,
     block_size: int,
     max_num_requests: int,
@@ -42,6 +45,7 @@ def kv_budget_bytes(
     torch.cuda.reset_peak_memory_stats(device)
     info = RankInfo(
         num_blocks=num_pages[0],
+        other_groups=other_groups(model.kv_layout, num_pages),
         max_drafts=num_drafts,
         block_size=block_size,
         max_num_requests=max_num_requests,
@@ -51,7 +55,7 @@ def kv_budget_bytes(
         world_size=groups.tensor.size,
     )
     kv_memory = allocate_kv_memory(model.kv_layout, num_pages=num_pages, block_size=block_size, device=device)
-    runner = ModelRunner(model=model, groups=groups, memory=kv_memory, info=info, device=device)
+    runner = ModelRunner(model=model, groups=groups, memory=kv_memory, ops=ops, info=info, device=device)
     for plan in plans:
         runner.run(plan)
     step_bytes = torch.cuda.max_memory_allocated(device) - allocated_bytes - kv_memory.num_bytes

@@ -2,7 +2,8 @@
 
 A row is filled once (`NewRow`) and then only grows: by `RowStep.new_pages` before a step, by sampled tokens after it.
 Tokens stay on the model's device, so a decode step never waits for the host to learn them. A row's drafts lie behind
-its tokens, where a step that verifies them finds them as its input. Knows no model, no scheduling and no stop
+its tokens, where a step that verifies them finds them as its input. Behind the rows of requests there is one that
+stands for none: steps of a fixed number of rows are filled up with it. Knows no model, no scheduling and no stop
 conditions.
 """
 
@@ -17,6 +18,7 @@ from atom_cluster.errors import ProtocolError
 from atom_cluster.kv_cache.layout import CacheGroup
 from atom_cluster.messages.requests import SamplingParams
 from atom_cluster.messages.steps import NewRow, StepPlan
+from atom_cluster.ops.step_inputs import RowTables
 from atom_cluster.runner.host_tensors import on_device
 from atom_cluster.runner.page_tables import PageTable, StateTable
 from atom_cluster.units import ceil_div
@@ -33,10 +35,15 @@ class Row:
     """Tokens that would end the request; not sampled before `sampling.min_tokens`."""
 
 
+def slack(num_drafts: int) -> int:
+    """Positions that two plans in flight may reach behind the last one of a context."""
+    return 2 + 3 * num_drafts
+
+
 class RowTable:
     """All rows of one rank.
 
-    Device memory: `tokens` [num_rows, max_model_len + 1 + num_drafts] int32, and what the tables of pages have.
+    Device memory: `tokens`, int32 for each row and position, and what the tables of pages have.
     """
 
     def __init__(
@@ -46,23 +53,43 @@ class RowTable:
         max_model_len: int,
         block_size: int,
         groups: Sequence[CacheGroup],
+        num_pages: Sequence[int],
         num_drafts: int,
         device: torch.device,
     ) -> None:
-        """groups: those of the model's layout, in order."""
+        """groups: those of the model's layout, in order; each has a page more than its `num_pages`, which is spare."""
         self.block_size = block_size
         self.max_model_len = max_model_len
         self.rows: list[Row | None] = [None] * num_rows
         self._device = device
-        # One more than the context: with two plans in flight a request that has just become full may run once more.
-        width = max_model_len + 1 + num_drafts
+        # More than the context: with two plans in flight a request that has just become full may run once more.
+        width = max_model_len + slack(num_drafts)
+        self.padding_row = num_rows
+        """The row that stands for none. It has one token, 0, and spare pages."""
+        num_rows += 1
         self.tokens = torch.zeros(num_rows, width, dtype=torch.int32, device=device)
+        """[num_rows + 1, positions]"""
+        self.num_known = torch.ones(num_rows, dtype=torch.int64, device=device)
+        """[num_rows + 1]: tokens of each row, drafts not counted."""
         sizes = {"num_rows": num_rows, "num_columns": ceil_div(width, block_size)}
-        self.pages = {group.window: PageTable(**sizes, device=device) for group in groups if group.kind != "state"}
+        self.pages = {
+            group.window: PageTable(**sizes, spare_page=count, device=device)
+            for group, count in zip(groups, num_pages)
+            if group.kind != "state"
+        }
         """By the window of the group; None: the group that keeps everything."""
         self.states: StateTable | None = None
         if groups[-1].kind == "state":
-            self.states = StateTable(num_rows=num_rows, pages_per_row=1 + num_drafts, device=device)
+            self.states = StateTable(
+                num_rows=num_rows, pages_per_row=1 + num_drafts, spare_page=num_pages[-1], device=device
+            )
+        self.tensors = RowTables(
+            tokens=self.tokens,
+            num_known=self.num_known,
+            pages=tuple(table.device for table in self.pages.values()),
+            block_size=block_size,
+        )
+        """As ops see them."""
         self._num_groups = len(groups)
         self._num_drafts = num_drafts
 
@@ -82,6 +109,10 @@ class RowTable:
     def append(self, rows: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor) -> None:
         """Write tokens [S] at `positions` [S] of `rows` [S], all int64 on the device."""
         self.tokens.index_put_((rows, positions), token_ids.to(torch.int32))
+
+    def set_known(self, rows: torch.Tensor, counts: torch.Tensor) -> None:
+        """Rows [S] have so many tokens now, [S], all int64 on the device. Padding keeps its one."""
+        self.num_known.index_put_((rows,), counts.masked_fill(rows == self.padding_row, 1))
 
     def tokens_at(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Tokens, or what lies behind them, at `positions` of `rows`; int64."""
@@ -109,6 +140,7 @@ class RowTable:
         )
         tokens = (*new.token_ids, *new.drafts[: self._num_drafts])
         self.tokens[new.row, : len(tokens)] = on_device(tokens, torch.int32, self._device)
+        self.num_known[new.row : new.row + 1].fill_(len(new.token_ids))  # an assigned number would be waited for
         self._check_groups(new.row, new.pages)
         for table, pages in zip(self.pages.values(), new.pages):
             table.fill(new.row, pages)

@@ -81,6 +81,7 @@ def _ranks(config: ClusterConfig, group: GroupConfig) -> ModelRanks | SimulatedR
             max_num_requests=config.scheduler.max_num_requests,
             max_model_len=None if options.max_model_len == "auto" else options.max_model_len,
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+            compilation=config.compilation,
             num_drafts=config.num_drafts,
             num_threads=None if group.threads_per_rank == "auto" else group.threads_per_rank,
             ops_backend=config.ops.backend,

@@ -59,7 +59,7 @@ def value(config: ClusterConfig, key: str) -> object:
         (args(PAIR), GPU, MODEL, "kv_transfer.transport", "shm", "on one host"),
         (args(UNIFIED), GPU, MODEL, "kv_transfer.transport", "auto", "unused"),
         (args(PAIR), CPU, MODEL, "ops.backend", "cpu", "fastest on CPUs"),
-        (args(PAIR), GPU, MODEL, "ops.backend", "torch", "GPUs"),
+        (args(PAIR), GPU, MODEL, "ops.backend", "auto", "GPU"),
         (args(PAIR), CPU, MODEL, "model_options.served_name", "tiny", "last part"),
         (args(UNIFIED), CPU, MODEL, "model_options.served_name", "Tiny-1B", "last part"),
         (args(PAIR, simulation={"num_blocks": 9}), GPU, MODEL, "cache.num_blocks", 9, "simulated"),

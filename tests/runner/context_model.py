@@ -15,6 +15,7 @@ from atom_cluster.kv_cache.layout import KvLayerLayout, KvLayout, StateLayerLayo
 from atom_cluster.kv_transfer.agent import KvAgent
 from atom_cluster.layers.forward_batch import ForwardBatch, KvLayerCache, StateLayerCache
 from atom_cluster.messages.requests import SamplingParams
+from atom_cluster.ops.select import torch_table
 from atom_cluster.parallel.groups import ProcessGroups
 from atom_cluster.runner.kv_memory import KvMemory, allocate_kv_memory
 from atom_cluster.runner.kv_sizing import other_groups
@@ -254,6 +255,7 @@ def make_runner(
         model=model,
         groups=ProcessGroups.single(),
         memory=memory,
+        ops=torch_table("test"),
         info=info,
         device=torch.device("cpu"),
         agent=agent,

@@ -76,8 +76,8 @@ def test_info_tells_sizes_choices_and_identity() -> None:
     info = runner.info
     runner.close()
     assert (info.vocab_size, info.max_model_len, info.block_size) == (VOCAB_SIZE, 64, 8)
-    # 2 layers x 2 KV heads x (16 + 16) x 4 bytes x 8 tokens
-    assert info.num_blocks == int(0.001 * 2**30) // 4096
+    # 2 layers x 2 KV heads x (16 + 16) x 4 bytes x 8 tokens; one block is spare
+    assert info.num_blocks == int(0.001 * 2**30) // 4096 - 1
     assert info.choices["dtype"].startswith("float32 (auto")
     assert "cpu_cache_gib" in info.choices["kv_blocks"]
     assert {"config", "weights", "kv_layout", "block_size", "tensor_parallel", "code"} <= set(info.fingerprint_fields)

@@ -8,6 +8,7 @@ import torch
 from atom_cluster.kv_cache.layout import KvLayerLayout, KvLayout, StateLayerLayout, StateTensor
 from atom_cluster.messages.requests import SamplingParams
 from atom_cluster.messages.steps import NewRow, RowStep, StepPlan
+from atom_cluster.ops.torch_ref import place_tokens
 from atom_cluster.runner.inputs import InputBuilder, SamplingStep, StepInputs
 from atom_cluster.runner.row_state import RowTable
 
@@ -15,10 +16,17 @@ CPU = torch.device("cpu")
 LAYOUT = KvLayout(layers=(KvLayerLayout(num_kv_heads=1, key_dim=1, value_dim=1, dtype="float32"),))
 
 
+def build_inputs(table: RowTable, plan: StepPlan) -> StepInputs:
+    builder = InputBuilder(table=table, kv=(), place=place_tokens, device=CPU)
+    return builder.build(builder.lay_out(plan))
+
+
 @pytest.fixture
 def inputs() -> StepInputs:
     """Row 2 decodes its seventh token, row 0 computes the middle of a prompt, row 1 the last token of one."""
-    table = RowTable(num_rows=3, max_model_len=16, block_size=4, groups=LAYOUT.groups, num_drafts=0, device=CPU)
+    table = RowTable(
+        num_rows=3, max_model_len=16, block_size=4, groups=LAYOUT.groups, num_pages=(99,), num_drafts=0, device=CPU
+    )
     rows = [(2, range(20, 27), (5, 1)), (0, range(40, 50), (7, 3, 2)), (1, range(60, 65), (4, 6))]
     plan = StepPlan(
         step_id=0,
@@ -36,7 +44,7 @@ def inputs() -> StepInputs:
         rows=(RowStep(2, 6, 1, samples=True), RowStep(0, 3, 4, samples=False), RowStep(1, 4, 1, samples=True)),
     )
     table.apply(plan)
-    return InputBuilder(table=table, kv=(), device=CPU).build(plan)
+    return build_inputs(table, plan)
 
 
 def test_tokens_and_positions_are_those_of_the_rows(inputs: StepInputs) -> None:
@@ -61,7 +69,7 @@ def test_attention_metadata_describes_each_row(inputs: StepInputs) -> None:
 
 def test_the_rows_that_sample_are_told_with_the_place_of_their_new_token(inputs: StepInputs) -> None:
     assert inputs.batch.sample_index.tolist() == [0, 5]
-    assert inputs.sampling == (SamplingStep(2, 6, 0), SamplingStep(1, 4, 0))
+    assert inputs.layout.sampling == (SamplingStep(2, 6, 0), SamplingStep(1, 4, 0))
     assert (inputs.sample_row.tolist(), inputs.sample_position.tolist()) == ([2, 1], [7, 5])
 
 
@@ -71,7 +79,9 @@ def verifying() -> StepInputs:
     window = KvLayerLayout(num_kv_heads=1, key_dim=1, value_dim=1, dtype="float32", window=3)
     state = StateLayerLayout(tensors=(StateTensor(name="s", shape=(1,), dtype="float32"),))
     groups = KvLayout(layers=(*LAYOUT.layers, window, state)).groups
-    table = RowTable(num_rows=3, max_model_len=16, block_size=4, groups=groups, num_drafts=2, device=CPU)
+    table = RowTable(
+        num_rows=3, max_model_len=16, block_size=4, groups=groups, num_pages=(99, 99, 99), num_drafts=2, device=CPU
+    )
     entering = [
         (1, range(20, 26), (5, 1), (0, 3), (8,), ()),
         (0, range(40, 46), (7, 3), (6, 2), (), (91, 92)),
@@ -96,17 +106,17 @@ def verifying() -> StepInputs:
     )
     plan = StepPlan(step_id=0, new_rows=new_rows, rows=rows)
     table.apply(plan)
-    return InputBuilder(table=table, kv=(), device=CPU).build(plan)
+    return build_inputs(table, plan)
 
 
 def test_drafts_are_computed_behind_the_newest_token_and_sampled_after_each(verifying: StepInputs) -> None:
     assert verifying.batch.token_ids.tolist() == [25, 45, 91, 92, 62, 63, 64]
     assert verifying.batch.positions.tolist() == [5, 5, 6, 7, 2, 3, 4]
     assert verifying.batch.sample_index.tolist() == [0, 1, 2, 3, 6]
-    assert verifying.sampling == (SamplingStep(1, 5, 0), SamplingStep(0, 5, 2), SamplingStep(2, 4, 0))
+    assert verifying.layout.sampling == (SamplingStep(1, 5, 0), SamplingStep(0, 5, 2), SamplingStep(2, 4, 0))
     assert verifying.sample_row.tolist() == [1, 0, 0, 0, 2]
     assert verifying.sample_position.tolist() == [6, 6, 7, 8, 5]
-    assert verifying.first_sample.tolist() == [0, 1, 4]
+    assert verifying.layout.first_sample.tolist() == [0, 1, 4]
 
 
 def test_each_window_has_its_own_pages(verifying: StepInputs) -> None:

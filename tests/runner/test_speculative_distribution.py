@@ -14,8 +14,9 @@ from atom_cluster.kv_cache.layout import KvLayerLayout, KvLayout
 from atom_cluster.layers.forward_batch import ForwardBatch
 from atom_cluster.messages.requests import SamplingParams
 from atom_cluster.messages.steps import NewRow, RowStep, StepPlan
+from atom_cluster.ops.select import torch_table
 from atom_cluster.parallel.groups import ProcessGroups
-from atom_cluster.runner import model_runner, sampler
+from atom_cluster.runner import sampler, speculation
 from atom_cluster.runner.inputs import StepInputs
 from atom_cluster.runner.kv_memory import allocate_kv_memory
 from atom_cluster.runner.model_runner import ModelRunner
@@ -76,7 +77,8 @@ def draw_outputs(sampling: SamplingParams) -> tuple[Counter[tuple[int, ...]], fl
         vocab_size=VOCAB,
     )
     memory = allocate_kv_memory(BigramModel.kv_layout, num_pages=(NUM_DRAWS,), block_size=16, device=CPU)
-    runner = ModelRunner(model=BigramModel(), groups=ProcessGroups.single(), memory=memory, info=info, device=CPU)
+    groups, ops = ProcessGroups.single(), torch_table("test")
+    runner = ModelRunner(model=BigramModel(), groups=groups, memory=memory, ops=ops, info=info, device=CPU)
     new_rows = tuple(
         NewRow(
             row=row,
@@ -182,9 +184,9 @@ def keep_always(
     table: RowTable,
 ) -> torch.Tensor:
     is_draft = torch.ones_like(token_ids_P, dtype=torch.bool)
-    is_draft[inputs.first_sample + inputs.num_drafts] = False
+    is_draft[inputs.layout.first_sample + inputs.layout.num_drafts] = False
     token_ids_P[is_draft] = table.tokens_at(inputs.sample_row, inputs.sample_position)[is_draft]
-    return inputs.num_drafts
+    return inputs.layout.num_drafts
 
 
 def keep_by_ratio_without_correction(
@@ -193,8 +195,8 @@ def keep_by_ratio_without_correction(
     table: RowTable,
 ) -> torch.Tensor:
     """Rejection sampling, but for the distribution that a rejected draft's place is drawn from."""
-    if inputs.max_drafts == 0:
-        return torch.zeros_like(inputs.num_drafts)
+    if inputs.layout.max_drafts == 0:
+        return torch.zeros_like(inputs.layout.num_drafts)
     before = table.tokens_at(inputs.sample_row, inputs.sample_position - 1)
     draft = table.tokens_at(inputs.sample_row, inputs.sample_position)
     ratio = (BigramModel.target.softmax(-1) / BigramModel.proposal.softmax(-1))[before, draft]
@@ -207,6 +209,6 @@ def keep_by_ratio_without_correction(
 
 @pytest.mark.parametrize("rule", [keep_always, keep_by_ratio_without_correction])
 def test_a_wrong_rule_is_noticed(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_runner, "verify_drafts", rule)
+    monkeypatch.setattr(speculation, "verify_drafts", rule)
     counts, _ = draw_outputs(SamplingParams())
     assert p_value(counts, SamplingParams()) < 1e-6

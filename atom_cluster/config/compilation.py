@@ -1,0 +1,43 @@
+"""How steps become work of a GPU: captured once in graphs, or issued kernel by kernel. CPUs ignore it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from atom_cluster.config.base import FrozenConfig
+
+DEFAULT_CAPTURE_SIZES = (*range(1, 9), *range(12, 33, 4), *range(40, 65, 8), *range(80, 257, 16), *range(288, 513, 32))
+"""Rows of a step: fine steps where a row more costs much of the whole, coarse ones where it does not."""
+
+
+class CompilationConfig(FrozenConfig):
+    """CUDA and HIP graphs of decode steps."""
+
+    graph_mode: Literal["none", "full"] = "full"
+    """full: a step that only decodes, plain or speculative, runs as one captured graph; prompts are never captured.
+    none: every kernel is launched by the host."""
+    capture_sizes: tuple[int, ...] | None = None
+    """Numbers of rows to capture steps of; a step of fewer is filled up to the next. null: up to the most requests, in
+    steps of 1 up to 8, of 4 up to 32, of 8 up to 64, of 16 up to 256, of 32 beyond."""
+    capture: Literal["start", "lazy"] = "start"
+    """start: all sizes before the first request. lazy: each when it is first needed, which then takes longer."""
+    max_capture_rows: int = Field(default=512, gt=0)
+    """Steps of more rows than this are not captured."""
+
+    @field_validator("capture_sizes")
+    @classmethod
+    def _are_sizes(cls, sizes: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if sizes is not None and (not sizes or min(sizes) < 1):
+            raise ValueError("sizes are numbers of rows, 1 or more; leave it out for the usual ones")
+        return sizes
+
+    def sizes(self, max_num_requests: int) -> tuple[int, ...]:
+        """Rows of the steps to capture, ascending; the last one covers all requests, if that many may be captured."""
+        if self.graph_mode == "none":
+            return ()
+        limit = min(max_num_requests, self.max_capture_rows)
+        wanted = DEFAULT_CAPTURE_SIZES if self.capture_sizes is None else self.capture_sizes
+        sizes = {size for size in wanted if size <= limit}
+        return tuple(sorted(sizes | {limit} if self.capture_sizes is None else sizes))
