@@ -14,10 +14,8 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import shutil
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +31,7 @@ from atom_cluster.models.hf_config import HfConfig
 from atom_cluster.models.registry import build_model, load_model, spec_from_config
 from atom_cluster.ops.select import torch_table
 from atom_cluster.parallel.groups import Group, ProcessGroups
-from benchmarks.report import RESULTS_DIR, cpu_name, current_commit
+from benchmarks.records import save_record
 
 GB = 1e9
 MARGIN_BYTES = 2 * GB
@@ -118,7 +116,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=8, help="that read the plain files")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--keep", action="store_true", help="leave the checkpoint where it is")
-    parser.add_argument("--save", action="store_true", help=f"write JSON to {RESULTS_DIR}")
+    parser.add_argument("--save", action="store_true", help="write JSON to benchmarks/results")
     return parser.parse_args(arguments)
 
 
@@ -284,13 +282,7 @@ def print_round(result: Round, num_bytes: int) -> None:
 
 def save(rounds: list[Round], args: argparse.Namespace, num_bytes: int) -> Path:
     """Write the rounds and everything needed to repeat them."""
-    record = {
-        "benchmark": "load_checkpoint",
-        "command": f"{Path(sys.executable).name} -m benchmarks.load_checkpoint {' '.join(sys.argv[1:])}",
-        "commit": current_commit(),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "hardware": {"cpu": cpu_name(), "num_cpus": os.cpu_count(), "load_average": os.getloadavg()[0]},
-        "software": {"python": platform.python_version(), "torch": torch.__version__},
+    details = {
         "checkpoint_bytes": num_bytes,
         "ranks": args.ranks,
         "at_once": not args.in_turn,
@@ -298,10 +290,7 @@ def save(rounds: list[Round], args: argparse.Namespace, num_bytes: int) -> Path:
         "rounds": [asdict(each) for each in rounds],
         "ratio_to_plain_reading": statistics.median(statistics.fmean(each.plain_s) / each.load_s for each in rounds),
     }
-    RESULTS_DIR.mkdir(exist_ok=True)
-    path = RESULTS_DIR / f"load_checkpoint_{time.strftime('%Y%m%d_%H%M%S', time.gmtime())}.json"
-    path.write_text(json.dumps(record, indent=2) + "\n")
-    return path
+    return save_record("load_checkpoint", "", details)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,6 @@ import argparse
 import gzip
 import json
 import math
-import os
-import platform
-import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -40,7 +37,7 @@ from atom_cluster.platform.detect import detect_platform
 from atom_cluster.platform.device import select_device
 from atom_cluster.runner.kv_memory import allocate_kv_memory
 from atom_cluster.units import ceil_div
-from benchmarks.report import RESULTS_DIR, cpu_name, current_commit
+from benchmarks.records import save_record
 
 BLOCK_SIZE = 16
 
@@ -82,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
             )
             print(f"{num_tokens:6} tokens  {online:10} {results[-1].perplexity:9.4f}", flush=True)
     if args.save:
-        print(f"saved {save(results, arguments, model_dir.name)}")
+        print(f"saved {save(results, model_dir.name)}")
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -96,7 +93,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--save", action="store_true", help=f"write JSON to {RESULTS_DIR}")
+    parser.add_argument("--save", action="store_true", help="write JSON to benchmarks/results")
     return parser.parse_args(arguments)
 
 
@@ -193,22 +190,9 @@ def prompt_logits(model: CausalLM, tokens: list[int], device: torch.device) -> t
     return logits
 
 
-def save(results: list[Result], arguments: list[str], model: str) -> Path:
+def save(results: list[Result], model: str) -> Path:
     """Write the results with what is needed to repeat them."""
-    record = {
-        "benchmark": "perplexity",
-        "command": f"python -m benchmarks.perplexity {shlex.join(arguments)}",
-        "commit": current_commit(),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "hardware": {"cpu": cpu_name(), "num_cpus": os.cpu_count(), "load_average": os.getloadavg()[0]},
-        "platform": platform.platform(),
-        "torch": torch.__version__,
-        "results": [asdict(result) for result in results],
-    }
-    RESULTS_DIR.mkdir(exist_ok=True)
-    path = RESULTS_DIR / f"perplexity_{model}_{time.strftime('%Y%m%d_%H%M%S', time.gmtime())}.json"
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return path
+    return save_record("perplexity", model, {"results": [asdict(result) for result in results]})
 
 
 if __name__ == "__main__":

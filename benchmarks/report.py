@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import shlex
 import statistics
-import subprocess
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.client import RequestRecord
-
-RESULTS_DIR = Path(__file__).parent / "results"
+from benchmarks.records import save_record
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,31 +125,5 @@ def as_table(report: Report) -> str:
 
 
 def save(report: Report, *, arguments: Sequence[str], details: dict[str, object]) -> Path:
-    """Write the report with what is needed to repeat it: command, commit, hardware and the given details."""
-    record = {
-        "benchmark": "serving",
-        "command": f"python -m benchmarks.serving {shlex.join(arguments)}",
-        "commit": current_commit(),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "client_hardware": {"cpu": cpu_name(), "num_cpus": os.cpu_count(), "load_average": os.getloadavg()[0]},
-        "client_platform": platform.platform(),
-        "report": asdict(report),
-        **details,
-    }
-    RESULTS_DIR.mkdir(exist_ok=True)
-    path = RESULTS_DIR / f"serving_{time.strftime('%Y%m%d_%H%M%S', time.gmtime())}.json"
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return path
-
-
-def current_commit() -> str:
-    """The commit of the working directory, marked when that has changes."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return git.stdout.strip()
-
-
-def cpu_name() -> str:
-    """Model name of the CPU."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+    """Write the report with what is needed to repeat it, and the given details."""
+    return save_record("serving", "", {"report": asdict(report), **details}, arguments=arguments)

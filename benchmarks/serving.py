@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.client import CompletionsClient, RequestRecord, closed_loop, open_loop
-from benchmarks.report import RESULTS_DIR, Report, as_table, save, summarize
+from benchmarks.report import Report, as_table, save, summarize
 from benchmarks.workloads import Workload, make_prompts, poisson_arrivals
 
 
@@ -71,7 +71,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--timeout-s", type=float, default=600.0, help="per request")
     parser.add_argument("--frontend-overhead", action="store_true", help="report CPU time of the ingress per token")
-    parser.add_argument("--save", action="store_true", help=f"write JSON to {RESULTS_DIR}")
+    parser.add_argument("--save", action="store_true", help="write JSON to benchmarks/results")
     return parser.parse_args(arguments)
 
 

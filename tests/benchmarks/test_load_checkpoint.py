@@ -11,7 +11,7 @@ SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "
 def test_ranks_load_beside_plain_readings_and_the_result_is_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(load_checkpoint, "RESULTS_DIR", tmp_path / "results")
+    monkeypatch.setenv("ATOM_BENCHMARK_RESULTS", str(tmp_path / "results"))
     monkeypatch.setattr(load_checkpoint, "CONFIG", {**load_checkpoint.CONFIG, **SMALL, "vocab_size": 128})
     monkeypatch.setattr(load_checkpoint, "FILE_BYTES", 10_000)
     directory = tmp_path / "checkpoint"

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import report as report_module
 from benchmarks.client import RequestRecord
 from benchmarks.report import as_table, percentile, save, summarize
 
@@ -78,7 +77,7 @@ def test_single_token_answers_have_no_time_per_output_token() -> None:
 
 
 def test_a_saved_result_says_how_to_repeat_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report_module, "RESULTS_DIR", tmp_path)
+    monkeypatch.setenv("ATOM_BENCHMARK_RESULTS", str(tmp_path))
     path = save(
         summarize([_record(0.0, 0.5, tokens=1)]),
         arguments=["--model", "my model"],
@@ -86,7 +85,7 @@ def test_a_saved_result_says_how_to_repeat_it(tmp_path: Path, monkeypatch: pytes
     )
     saved = json.loads(path.read_text())
     assert saved["command"] == "python -m benchmarks.serving --model 'my model'"
-    assert saved["client_hardware"]["num_cpus"] >= 1
+    assert saved["hardware"]["num_cpus"] >= 1
     assert saved["report"]["ttft_ms"]["mean"] == pytest.approx(500)
     assert saved["cluster"] == {"replicas": []}
     assert {"commit", "time"} <= saved.keys()
