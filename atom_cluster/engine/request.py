@@ -47,6 +47,8 @@ class Request:
     row: int | None = None
     num_computed: int = 0
     """Leading tokens whose KV is in place or being put there by a plan in flight; drafts do not count."""
+    num_unverified: int = 0
+    """Drafts that plans in flight verify: so many tokens more than `num_computed` may turn out to be computed."""
     num_confirmed: int = 0
     """Leading tokens whose KV is in place."""
     num_sampling: int = 0

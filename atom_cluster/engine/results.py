@@ -50,8 +50,8 @@ def confirm_row(row: ScheduledRow, sampled: SampledTokens | None) -> None:
     if row.residence != request.residence or request.phase is not Phase.RUNNING:
         return
     num_kept = 0 if sampled is None else len(sampled.token_ids) - 1
-    request.num_confirmed = row.end + num_kept
-    # Rows with drafts are alone with their request; others keep none.
+    request.num_confirmed += row.num_tokens - row.num_drafts + num_kept
     request.num_computed += num_kept
+    request.num_unverified -= row.num_drafts
     if sampled is not None:
         request.drafts = sampled.drafts

@@ -7,8 +7,9 @@ tokens are missing. When blocks run out, the request that goes last is preempted
 again later. Prompts computed for other engines are not: their blocks are being read. They get all of them at once.
 
 A request that decodes may bring drafts, which its row verifies in one step with its newest token. How many tokens come
-out is known with the result only, so such a request is planned again when no plan that samples for it is in flight.
-Knows nothing of tensors, of clients or of other engines.
+out is known with the result only. Until then the least is counted on, and pages are there for the most, so that the
+next step can be planned; but rows with states wait, since what they would read is not known either. Knows nothing of
+tensors, of clients or of other engines.
 """
 
 from __future__ import annotations
@@ -34,8 +35,6 @@ class ScheduledRow:
     request: Request
     residence: int
     num_tokens: int
-    end: int
-    """Tokens of the request computed once the step has run, not counting drafts."""
     samples: bool
     num_drafts: int = 0
 
@@ -210,13 +209,13 @@ class Scheduler:
             return None
         end = request.num_computed + num_tokens
         samples = end == len(request.tokens) + request.num_sampling
-        has_drafts = bool(request.drafts) and samples and not is_prefilling
-        num_drafts = self._num_drafts_for(request) if has_drafts else 0
-        return _Part(end, num_drafts, samples, end + num_drafts + (self._blocks.lookahead if samples else 0))
+        num_drafts = self._num_drafts_for(request) if samples and not is_prefilling else 0
+        furthest = end + request.num_unverified + num_drafts
+        return _Part(end, num_drafts, samples, furthest + (self._blocks.lookahead if samples else 0))
 
     def _num_decode_tokens(self, request: Request) -> int:
-        if self._max_drafts and request.num_sampling:
-            return 0  # where it goes on is known with the result
+        if self._max_drafts and request.num_sampling and self._blocks.has_states:
+            return 0  # which state it goes on from is known with the result
         return min(request.num_uncomputed, self._budget) if self._num_left(request) > 0 else 0
 
     def _num_chunk_tokens(self, request: Request) -> int:
@@ -235,7 +234,9 @@ class Scheduler:
     def _num_drafts_for(self, request: Request) -> int:
         """Drafts worth verifying: behind each there must be a token left to sample. That keeps them in the context,
         too, since what is left to sample does."""
-        return int(min(len(request.drafts), self._max_drafts, self._num_left(request) - 1, self._draft_budget))
+        # A step that samples leaves as many drafts as there can be.
+        num_drafts = self._max_drafts if request.num_sampling else len(request.drafts)
+        return int(max(0, min(num_drafts, self._max_drafts, self._num_left(request) - 1, self._draft_budget)))
 
     def _extend(self, request: Request, num_tokens: int) -> NewPages | None:
         """Pages for so many tokens, for which those that go last are preempted. None when the request had to be
@@ -262,7 +263,7 @@ class Scheduler:
         # Plans in flight may still write to these blocks. But plans run in order, and reads from other engines begin
         # after the plans before them: whoever gets the blocks next writes later.
         self._blocks.release(request.table)
-        request.num_computed = request.num_confirmed = 0
+        request.num_computed = request.num_confirmed = request.num_unverified = 0
         request.drafts = ()
         self._has_preempted = True
         self._metrics.inc(PREEMPTIONS)
@@ -282,13 +283,12 @@ class Scheduler:
         if request.row is None:
             raise AssertionError(f"{request.request_id} is placed without a row")
         self._blocks.plan_checkpoint(request.table, part.end)
-        start = request.num_computed
-        num_tokens = part.end + part.num_drafts - start
+        num_tokens = part.end + part.num_drafts - request.num_computed
+        start = request.num_computed + request.num_unverified
         self._step.steps.append(RowStep(request.row, start, num_tokens, part.samples, new_pages, part.num_drafts))
-        self._step.rows.append(
-            ScheduledRow(request, request.residence, num_tokens, part.end, part.samples, part.num_drafts)
-        )
+        self._step.rows.append(ScheduledRow(request, request.residence, num_tokens, part.samples, part.num_drafts))
         request.num_computed = part.end
+        request.num_unverified += part.num_drafts
         request.num_sampling += part.samples
         request.num_in_flight += 1
         self._budget -= num_tokens

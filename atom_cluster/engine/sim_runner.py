@@ -16,6 +16,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import msgspec
+
 from atom_cluster.config.simulation import SimulationConfig
 from atom_cluster.engine.protocols import RunnerInfo
 from atom_cluster.engine.sim_groups import GroupView, check_nobody_interferes, make_views
@@ -202,14 +204,15 @@ class SimulatedRunner:
             self._fill(new)
         for step in plan.rows:
             self._prepare(step)
+        steps = [self._start_at_newest(step) for step in plan.rows]
         check_nobody_interferes(
             [
                 (group, pages.pages_read(step.start), pages.pages_written(step.start, step.start + step.num_tokens))
-                for step in plan.rows
+                for step in steps
                 for group, pages in enumerate(self._rows[step.row].others, 1)
             ]
         )
-        sampled = [token for step in plan.rows if (token := self._run(step)) is not None]
+        sampled = [token for step in steps if (token := self._run(step)) is not None]
         for command in plan.kv:
             self._transfers.execute(command, flight.ends_s)
         return StepResult(step_id=plan.step_id, sampled=tuple(sampled), run_s=flight.ends_s - flight.begins_s)
@@ -245,6 +248,15 @@ class SimulatedRunner:
             raise ProtocolError(f"row {step.row} has {len(row.view.block_ids)} blocks for {end} tokens")
         for pages in row.others:
             pages.check_room(end)
+
+    def _start_at_newest(self, step: RowStep) -> RowStep:
+        """The step as it is to be run: a row that decodes goes on behind its newest token."""
+        if not (step.samples and step.num_tokens == 1 + step.num_drafts):
+            return step
+        newest = len(self._rows[step.row].view.token_ids) - 1
+        if newest > step.start or (newest < step.start and not self._info.max_drafts):
+            raise ProtocolError(f"row {step.row} is to start at {step.start}, but its newest token is at {newest}")
+        return msgspec.structs.replace(step, start=newest)
 
     def _run(self, step: RowStep) -> SampledTokens | None:
         row = self._rows[step.row]

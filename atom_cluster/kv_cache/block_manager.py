@@ -79,7 +79,8 @@ class BlockManager:
         """Most tokens of one request in a step; None: any number."""
         self.has_other_groups = bool(others)
         """Whether there are groups besides the first."""
-        self._has_states = any(group.kind == "state" for group in other_groups)
+        self.has_states = any(group.kind == "state" for group in other_groups)
+        """Whether there is a group of states."""
         self._seed = seed
         self._prefix_caching = prefix_caching
         for group, limit in zip(other_groups, limits):
@@ -179,20 +180,20 @@ class BlockManager:
         is_any_missing = any(missing)
         if is_any_missing and not self.has_room(missing):
             return None
-        if not is_any_missing and not self._has_states:
+        if not is_any_missing and not self.has_states:
             return ()
         new = tuple(pages.extend(count, table.holder) for pages, count in zip(table.groups, missing))
         return new if any(new) else ()
 
     def plan_checkpoint(self, table: BlockTable, num_tokens: int) -> None:
         """A step is planned after which so many tokens are computed: if it can be done, keep the state there."""
-        if self._has_states and self._prefix_caching:
+        if self.has_states and self._prefix_caching:
             for states in _states_of(table):
                 states.plan_checkpoint(num_tokens, table.holder)
 
     def chunk_end(self, start: int, end: int, num_known: int) -> int:
         """Where a chunk that could end at `end` should, so that there is a checkpoint of all that is reusable."""
-        if not (self._has_states and self._prefix_caching):
+        if not (self.has_states and self._prefix_caching):
             return end
         last = (num_known - 1) // self.block_size * self.block_size
         boundary = min(end, last) // self.block_size * self.block_size

@@ -50,6 +50,9 @@ class RowStep(Struct, frozen=True, array_like=True):
 
     The last `num_drafts` of them are the row's first drafts, of which it has at least that many; then `samples` is set,
     and it samples after each of the last `num_drafts + 1` positions.
+
+    A row that samples after each of its positions goes on behind its newest token, wherever that is: while plans in
+    flight verify its drafts, only the runner knows, and `start` is the most that it can be.
     """
 
     row: int

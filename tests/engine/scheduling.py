@@ -90,7 +90,7 @@ class Loop:
         for scheduled in step.rows:
             request = scheduled.request
             assert request.num_computed <= len(request.tokens) + request.num_sampling
-            room = request.num_computed + scheduled.num_drafts + scheduled.samples * max(0, self.max_drafts - 1)
+            room = request.num_computed + request.num_unverified + scheduled.samples * max(0, self.max_drafts - 1)
             assert len(request.table.block_ids) * self.blocks.block_size >= room
 
     def _apply(self, step: ScheduledStep) -> None:

@@ -42,7 +42,10 @@ def test_without_chunks_a_prompt_waits_until_a_step_has_room_for_all_of_it() -> 
     assert shape(loop.step()) == [("r0", 10)]
     assert shape(loop.step()) == [("r0", 1), ("r1", 10), ("r2", 2)]
     loop.run()
-    assert all(row.end >= row.request.num_prompt for step in loop.steps for row in step.rows)
+    computed = [
+        (part.start + part.num_tokens, row.request) for step in loop.steps for part, row in zip(step.steps, step.rows)
+    ]
+    assert all(end >= request.num_prompt for end, request in computed)
 
 
 def test_prefill_first_lets_nobody_decode_while_a_prompt_can_be_computed() -> None:
