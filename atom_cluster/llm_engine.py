@@ -12,7 +12,7 @@ import difflib
 import inspect
 import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
@@ -24,15 +24,16 @@ from atom_cluster.api.model_files import ServedModel
 from atom_cluster.api.tokenizer import IncrementalDetokenizer, Tokenizer
 from atom_cluster.config.compilation import CompilationConfig
 from atom_cluster.config.model_path import resolve_model_path
+from atom_cluster.config.ops import OpBackend, OpBackendChoice, OpFamily
 from atom_cluster.config.quantization import QuantizationConfig
 from atom_cluster.config.scheduler import SchedulerConfig
 from atom_cluster.config.speculative import SpeculativeConfig
 from atom_cluster.config.transfer import KvTransferConfig
 from atom_cluster.engine.core import EngineCore
-from atom_cluster.engine.local_runner import LocalRunner
 from atom_cluster.engine.protocols import EngineOutput, RunnerInfo
 from atom_cluster.engine.stopping import validate_sampling
 from atom_cluster.errors import ConfigError, ContextLengthExceeded, InvalidRequest, RequestFailed
+from atom_cluster.gang.local_gang import open_local_gang
 from atom_cluster.llm_output import GenerationOutput, OutputBuilder, StreamCallback, StreamedOutput
 from atom_cluster.messages.cluster import PeerAddress
 from atom_cluster.messages.requests import (
@@ -43,7 +44,6 @@ from atom_cluster.messages.requests import (
     TokenDelta,
 )
 from atom_cluster.observability.metrics import MetricSink, NullMetrics
-from atom_cluster.runner.build import build_model_runner
 from atom_cluster.runner.options import RunnerOptions
 
 __all__ = ["GenerationOutput", "LLMEngine", "StreamedOutput"]
@@ -72,26 +72,28 @@ class LLMEngine:
         chunked_prefill: bool = True,
         async_scheduling: bool = True,
         num_threads: int | None = None,
-        ops_backend: Literal["auto", "torch", "cpu", "triton"] = "auto",
+        ops_backend: OpBackendChoice = "auto",
+        ops_overrides: Mapping[OpFamily, OpBackend] | None = None,
         load_format: Literal["safetensors", "dummy"] = "safetensors",
         kv_dtype: Literal["auto", "fp8"] = "auto",
         quantization: QuantizationConfig | None = None,
         seed: int = 0,
         speculative: SpeculativeConfig | None = None,
         compilation: CompilationConfig | None = None,
-        tensor_parallel_size: Literal[1] = 1,
+        tensor_parallel_size: int = 1,
         metrics: MetricSink | None = None,
         **unknown: Never,
     ) -> None:
         """Load `model`: a directory in Hugging Face layout, a hub id, or `demo:` and the name of the demo model.
 
         Options mean what they do in `config/` and `runner/options.py`; `num_blocks` None sizes the KV cache by memory.
+        With `tensor_parallel_size` above 1, as many GPUs compute together, each driven by a process of its own.
         `seed` starts the sequence of seeds given to requests without one; `metrics` records what the engine does.
         Raises ConfigError or WeightsError for what cannot work, TypeError for an unknown option.
         """
         _refuse_unknown(unknown)
-        if tensor_parallel_size != 1:
-            raise ConfigError("tensor_parallel_size: one process runs one rank; larger gangs run in a cluster")
+        if tensor_parallel_size < 1:
+            raise ConfigError("tensor_parallel_size is a number of ranks, 1 or more")
         model_dir = resolve_model_path(str(model))
         options = RunnerOptions(
             model_dir=str(model_dir),
@@ -106,6 +108,7 @@ class LLMEngine:
             max_model_len=max_model_len,
             num_threads=num_threads,
             ops_backend=ops_backend,
+            ops_overrides=ops_overrides or {},
             load_format=load_format,
             kv_dtype=kv_dtype,
             quantization=QuantizationConfig() if quantization is None else quantization,
@@ -127,7 +130,7 @@ class LLMEngine:
         self._num_added = 0
         self._open: dict[str, OutputBuilder] = {}
         self._outbox = _DeltaOutbox()
-        self._runner = LocalRunner(build_model_runner(options))
+        self._runner = open_local_gang(options, tensor_parallel_size)
         self._core = EngineCore(
             runner=self._runner,
             outbox=self._outbox,

@@ -132,6 +132,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-num-requests", type=int, default=256)
     parser.add_argument("--max-num-batched-tokens", type=int, default=16384)
     parser.add_argument("--max-model-len", type=int, help="longest context; the workloads' longest if not given")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs that compute together")
     parser.add_argument("--memory-fraction", type=float, default=0.85)
 
 
@@ -156,6 +157,7 @@ def open_engine(directory: Path, args: argparse.Namespace) -> LLMEngine:
         kv_dtype=args.kv_dtype,
         quantization=QuantizationConfig(online=args.quantize),
         speculative=SpeculativeConfig(num_tokens=args.speculative) if args.speculative else None,
+        tensor_parallel_size=args.tensor_parallel_size,
         compilation=CompilationConfig(graph_mode=args.graph_mode, capture_sizes=sizes),
     )
 

@@ -211,9 +211,9 @@ def test_an_unknown_option_is_a_type_error_that_names_the_nearest() -> None:
         LLMEngine("anywhere", blok_size=8)  # type: ignore[arg-type]
 
 
-def test_more_ranks_than_one_are_refused() -> None:
+def test_a_gang_of_no_ranks_is_refused() -> None:
     with pytest.raises(ConfigError, match="tensor_parallel_size"):
-        LLMEngine("anywhere", tensor_parallel_size=2)  # type: ignore[arg-type]
+        LLMEngine("anywhere", tensor_parallel_size=0)
 
 
 def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
@@ -227,3 +227,12 @@ def test_a_model_without_a_tokenizer_takes_token_ids_only() -> None:
         assert (output["text"], output["num_tokens_output"]) == ("", 12)
         with pytest.raises(InvalidRequest, match=r"tokenizer\.json"):
             engine.generate("Hello", GREEDY)
+
+
+def test_two_ranks_in_processes_of_their_own_say_what_one_does() -> None:
+    prompts, params = [[5, 6, 7], [9, 8]], SamplingParams(temperature=0.8, seed=3, max_tokens=6)
+    outputs = []
+    for size in (1, 2):
+        with LLMEngine(tiny_model_dir("llama"), dtype="float64", num_blocks=64, tensor_parallel_size=size) as engine:
+            outputs.append([output["token_ids"] for output in engine.generate(prompts, params)])
+    assert outputs[0] == outputs[1]

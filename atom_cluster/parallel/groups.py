@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.distributed as dist
 
 from atom_cluster.errors import ConfigError
+
+if TYPE_CHECKING:
+    from atom_cluster.parallel.peer_all_reduce import PeerAllReduce  # imports triton, which CPUs do without
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +23,8 @@ class Group:
     size: int
     handle: dist.ProcessGroup | None
     """None for a group of one, which needs no communication."""
+    peers: PeerAllReduce | None = None
+    """For small sums, where ranks can read each other's memory."""
 
 
 _ALONE = Group(rank=0, size=1, handle=None)
@@ -28,11 +33,13 @@ _ALONE = Group(rank=0, size=1, handle=None)
 class ProcessGroups:
     """All groups that a rank belongs to. `close` leaves them; it is idempotent and every rank must call it."""
 
-    def __init__(self, tensor: Group, expert: Group | None = None) -> None:
+    def __init__(self, tensor: Group, expert: Group | None = None, *, choice: str = "one rank") -> None:
         self.tensor = tensor
         """Ranks that split every layer's weights and KV heads."""
         self.expert = expert or _ALONE
         """Ranks that divide experts among them, each holding whole ones; a group of one: experts are split as well."""
+        self.choice = choice
+        """How ranks communicate and why, for the start-up log."""
 
     @classmethod
     def single(cls) -> ProcessGroups:
@@ -69,8 +76,13 @@ class ProcessGroups:
             timeout=timedelta(seconds=timeout_s),
             device_id=None if device.type == "cpu" else device,
         )
-        everyone = Group(rank=rank, size=world_size, handle=dist.group.WORLD)
-        return cls(everyone, everyone if divides_experts else None)
+        peers, reason = None, "CPUs"
+        if device.type != "cpu":
+            from atom_cluster.parallel.peer_all_reduce import open_peer_all_reduce
+
+            peers, reason = open_peer_all_reduce(dist.group.WORLD, device)
+        everyone = Group(rank=rank, size=world_size, handle=dist.group.WORLD, peers=peers)
+        return cls(everyone, everyone if divides_experts else None, choice=f"{backend}; small sums: {reason}")
 
     def close(self) -> None:
         """Leave the groups."""

@@ -1,0 +1,160 @@
+"""Sums of small messages over the ranks of one host, read straight from each other's memory (NVLink, XGMI).
+
+A collective library's all-reduce takes tens of microseconds whatever the size, and a decode step has two per layer.
+Here each rank copies its addend to memory that all can read, says so to every other rank, waits until they all have,
+and adds what it reads, in the order of ranks: so all get the same sum, bit for bit. Nothing tells a rank that others
+have read its addend; instead two copies take turns, and who has seen everyone arrive at a call knows that everyone has
+left the one before. Each block of threads does all that for a region of its own, with a count of its own, so calls of
+different sizes and replayed graphs may follow each other in any order, as long as it is the same order on all ranks.
+
+Messages that are large are left to the library, which divides the work. Knows no layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import triton
+import triton.language as tl
+
+from atom_cluster.units import KiB, ceil_div
+
+_NUM_BLOCKS = 48
+_REGION_BYTES = 16 * KiB
+"""Of one block of threads, in each of the two copies."""
+_ALIGNMENT_BYTES = 16
+_FLAG_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """What is where in the memory that ranks share, in bytes from its start: flags [blocks, ranks], then two copies."""
+
+    num_ranks: int
+
+    @property
+    def data_start(self) -> int:
+        """Behind the flags, which say how often each rank has arrived at each block."""
+        return ceil_div(_NUM_BLOCKS * self.num_ranks * _FLAG_BYTES, 128) * 128
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all."""
+        return self.data_start + 2 * _NUM_BLOCKS * _REGION_BYTES
+
+
+class PeerAllReduce:
+    """One rank's part. Made by `open_peer_all_reduce`; keeps the shared memory alive."""
+
+    def __init__(self, *, rank: int, memory: torch.Tensor, addresses: torch.Tensor, keep: object) -> None:
+        """memory: this rank's; addresses: [ranks] int64 on the device, of every rank's memory as seen from here."""
+        self._rank = rank
+        self._num_ranks = addresses.shape[0]
+        self._layout = _Layout(self._num_ranks)
+        self._memory = memory
+        self._addresses = addresses
+        self._keep = keep
+        self._counts = torch.zeros(_NUM_BLOCKS, dtype=torch.int32, device=memory.device)
+
+    def takes(self, x: torch.Tensor) -> bool:
+        """Whether `sum` is for this tensor: whole 16-byte words, and not too many."""
+        num_bytes = x.numel() * x.element_size()
+        is_small = 0 < num_bytes <= _NUM_BLOCKS * _REGION_BYTES and num_bytes % _ALIGNMENT_BYTES == 0
+        return is_small and x.is_contiguous() and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum of the ranks' `x` in float32, rounded to its dtype; new memory, the same on every rank."""
+        out = torch.empty_like(x)
+        num_items, region = x.numel(), _REGION_BYTES // x.element_size()
+        # A block's part is as small as possible, so that many take part, but a whole number of words.
+        unit = _ALIGNMENT_BYTES // x.element_size()
+        per_block = min(region, max(512, triton.next_power_of_2(ceil_div(num_items, _NUM_BLOCKS * unit) * unit)))
+        _sum_kernel[(ceil_div(num_items, per_block),)](
+            x,
+            out,
+            num_items,
+            self._addresses,
+            self._counts,
+            RANK=self._rank,
+            NUM_RANKS=self._num_ranks,
+            DATA_START=self._layout.data_start,
+            NUM_BLOCKS=_NUM_BLOCKS,
+            REGION=region,
+            ITEMS=per_block,
+            num_warps=max(1, min(16, per_block // 256)),
+        )
+        return out
+
+
+def open_peer_all_reduce(group: dist.ProcessGroup, device: torch.device) -> tuple[PeerAllReduce | None, str]:
+    """For ranks that can map each other's memory; else None. And why. All ranks of the group call it together."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    layout = _Layout(size)
+    problem = ""
+    memory = handle = None
+    try:
+        # Torch's symmetric memory: allocated so that peers can map it, through CUDA's or HIP's own means.
+        import torch.distributed._symmetric_memory as symmetric
+
+        memory = symmetric.empty(layout.num_bytes, dtype=torch.uint8, device=device)
+        memory.zero_()
+        torch.cuda.synchronize(device)
+        handle = symmetric.rendezvous(memory, group)
+    except (ImportError, RuntimeError, AttributeError, TypeError, ValueError) as exc:
+        problem = f"{type(exc).__name__}: {exc}".splitlines()[0]
+    can_all = torch.tensor(handle is not None, dtype=torch.int32, device=device)
+    dist.all_reduce(can_all, op=dist.ReduceOp.MIN, group=group)  # behind it, everybody's flags are zero too
+    if memory is None or handle is None or not bool(can_all.item()):
+        return None, problem or "another rank cannot map its peers' memory"
+    addresses = torch.tensor(list(handle.buffer_ptrs), dtype=torch.int64, device=device)
+    limit = _NUM_BLOCKS * _REGION_BYTES // KiB
+    return PeerAllReduce(rank=rank, memory=memory, addresses=addresses, keep=handle), f"peer memory up to {limit} KiB"
+
+
+@triton.jit
+def _sum_kernel(
+    x_ptr,
+    out_ptr,
+    num_items,
+    addresses_ptr,
+    counts_ptr,
+    RANK: tl.constexpr,
+    NUM_RANKS: tl.constexpr,
+    DATA_START: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    REGION: tl.constexpr,
+    ITEMS: tl.constexpr,
+):
+    block = tl.program_id(0)
+    count = tl.load(counts_ptr + block) + 1
+    item = tl.arange(0, ITEMS)
+    is_inside = block * ITEMS + item < num_items
+    x = tl.load(x_ptr + block * ITEMS + item, is_inside, other=0.0)
+    # Where this block's data is, in items of the dtype, in every rank's memory alike.
+    first = ((count % 2) * NUM_BLOCKS + block) * REGION
+    own = (tl.load(addresses_ptr + RANK) + DATA_START).to(tl.pointer_type(x_ptr.dtype.element_ty))
+    tl.store(own + first + item, x, is_inside)
+    tl.debug_barrier()  # what all threads stored comes before the flag that one of them raises
+    for step in tl.static_range(1, NUM_RANKS):
+        peer = (RANK + step) % NUM_RANKS
+        flags = tl.load(addresses_ptr + peer).to(tl.pointer_type(tl.int32))
+        tl.atomic_xchg(flags + block * NUM_RANKS + RANK, count, sem="release", scope="sys")
+    mine = tl.load(addresses_ptr + RANK).to(tl.pointer_type(tl.int32))
+    for step in tl.static_range(1, NUM_RANKS):
+        peer = (RANK + step) % NUM_RANKS
+        seen = tl.atomic_add(mine + block * NUM_RANKS + peer, 0, sem="acquire", scope="sys")
+        while seen - count < 0:
+            seen = tl.atomic_add(mine + block * NUM_RANKS + peer, 0, sem="acquire", scope="sys")
+    tl.debug_barrier()  # and what all threads load comes behind the flags that one of them saw
+    total = tl.zeros([ITEMS], tl.float32)
+    for rank in tl.static_range(0, NUM_RANKS):
+        if rank == RANK:
+            total += x.to(tl.float32)
+        else:
+            other = (tl.load(addresses_ptr + rank) + DATA_START).to(tl.pointer_type(x_ptr.dtype.element_ty))
+            addend = tl.load(other + first + item, is_inside, other=0.0, volatile=True)
+            total += addend.to(tl.float32)
+    tl.store(out_ptr + block * ITEMS + item, total.to(x_ptr.dtype.element_ty), is_inside)
+    tl.store(counts_ptr + block, count)
