@@ -25,6 +25,7 @@ from atom_cluster import LLMEngine, SamplingParams
 from atom_cluster.config.compilation import CompilationConfig
 from atom_cluster.config.quantization import QuantizationConfig
 from atom_cluster.config.speculative import SpeculativeConfig
+from atom_cluster.observability.metrics import MetricSink
 from benchmarks.records import save_record
 from benchmarks.shapes import model_dir
 
@@ -136,7 +137,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory-fraction", type=float, default=0.85)
 
 
-def open_engine(directory: Path, args: argparse.Namespace) -> LLMEngine:
+def open_engine(directory: Path, args: argparse.Namespace, metrics: MetricSink | None = None) -> LLMEngine:
     """An engine as the command line describes it; dummy weights where there are no others."""
     longest = max(workload.input_len + workload.output_len for workload in args.workload)
     has_weights = any(directory.glob("*.safetensors")) or any(directory.glob("*.gguf"))
@@ -157,6 +158,7 @@ def open_engine(directory: Path, args: argparse.Namespace) -> LLMEngine:
         kv_dtype=args.kv_dtype,
         quantization=QuantizationConfig(online=args.quantize),
         speculative=SpeculativeConfig(num_tokens=args.speculative) if args.speculative else None,
+        metrics=metrics,
         tensor_parallel_size=args.tensor_parallel_size,
         compilation=CompilationConfig(graph_mode=args.graph_mode, capture_sizes=sizes),
     )
