@@ -19,8 +19,10 @@ from atom_cluster.errors import GangError
 from atom_cluster.gang import wire
 from atom_cluster.gang.follower import Follower
 from atom_cluster.gang.gang_runner import GangRunner
-from atom_cluster.gang.join import ChannelAddresses, connect, listen
 from atom_cluster.gang.plan_channel import PlanReceiver
+from atom_cluster.gang.shm_receiver import connect_shm
+from atom_cluster.gang.shm_sender import ShmPlanSender
+from atom_cluster.gang.shm_wire import ShmAddress
 from atom_cluster.gang.step_clock import StepClock
 from atom_cluster.runner.build import build_model_runner
 from atom_cluster.runner.options import RunnerOptions
@@ -28,7 +30,6 @@ from atom_cluster.runner.options import RunnerOptions
 _log = logging.getLogger(__name__)
 
 _HOST = "127.0.0.1"
-_NODE = "local"
 _JOIN_S = 600.0
 _SEND_S = 60.0
 _EXIT_LEADERLESS = 70
@@ -43,10 +44,12 @@ def open_local_gang(options: RunnerOptions, num_ranks: int) -> StepRunner:
         return LocalRunner(build_model_runner(options))
     options = dataclasses.replace(options, world_size=num_ranks, init_method=f"tcp://{_HOST}:{_free_port()}")
     ranks = range(1, num_ranks)
-    sender, addresses = listen(node=_NODE, host=_HOST, node_by_rank=dict.fromkeys(ranks, _NODE), send_timeout_s=_SEND_S)
+    sender = ShmPlanSender(tuple(ranks), send_timeout_s=_SEND_S)
     spawn = multiprocessing.get_context("spawn")
     followers = [
-        spawn.Process(target=_follow, args=(_options_of(options, rank), addresses), name=f"rank-{rank}", daemon=True)
+        spawn.Process(
+            target=_follow, args=(_options_of(options, rank), sender.address), name=f"rank-{rank}", daemon=True
+        )
         for rank in ranks
     ]
     for follower in followers:
@@ -85,10 +88,10 @@ def _end_with_a_follower(followers: list[SpawnProcess]) -> None:
             _log.error("%s ended with status %d", follower.name, follower.exitcode)
 
 
-def _follow(options: RunnerOptions, addresses: ChannelAddresses) -> None:
+def _follow(options: RunnerOptions, address: ShmAddress) -> None:
     """A follower's process."""
     runner = build_model_runner(options)
-    receiver = connect(addresses, rank=options.rank, node=_NODE, timeout_s=_JOIN_S)
+    receiver = connect_shm(address, rank=options.rank, timeout_s=_JOIN_S)
     threading.Thread(target=_watch, args=(receiver,), daemon=True).start()
     try:
         Follower(runner, receiver, StepClock()).run()
