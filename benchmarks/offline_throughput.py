@@ -127,6 +127,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--speculative", type=int, default=0, metavar="K", help="draft K tokens")
     parser.add_argument("--graph-mode", choices=["full", "none"], default="full")
     parser.add_argument("--capture-sizes", type=int, nargs="+", help="rows of decode steps to capture")
+    parser.add_argument("--capture", choices=["start", "lazy"], default="start", help="when graphs are captured")
     parser.add_argument("--ops-backend", choices=["auto", "torch", "cpu", "triton"], default="auto")
     parser.add_argument("--threads", type=int, help="compute threads on CPUs")
     parser.add_argument("--block-size", type=int, default=16)
@@ -160,7 +161,7 @@ def open_engine(directory: Path, args: argparse.Namespace, metrics: MetricSink |
         speculative=SpeculativeConfig(num_tokens=args.speculative) if args.speculative else None,
         metrics=metrics,
         tensor_parallel_size=args.tensor_parallel_size,
-        compilation=CompilationConfig(graph_mode=args.graph_mode, capture_sizes=sizes),
+        compilation=CompilationConfig(graph_mode=args.graph_mode, capture=args.capture, capture_sizes=sizes),
     )
 
 

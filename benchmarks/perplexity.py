@@ -185,9 +185,7 @@ def prompt_logits(model: CausalLM, tokens: list[int], device: torch.device) -> t
         sample_index=positions,
         state=state if groups[-1].kind == "state" else None,
     )
-    logits = model.compute_logits(model.forward(batch))
-    assert logits is not None, "there is one rank"
-    return logits
+    return model.compute_logits(model.forward(batch)).gather()
 
 
 def save(results: list[Result], model: str) -> Path:
