@@ -3,6 +3,7 @@
 AtomClusterError
 ├── InvalidRequest            400  the client sent something wrong; names the field
 │   ├── ContextLengthExceeded 400
+│   ├── ProfileRefused        409  a profiler window is open already, or none is, or none can be
 │   ├── UnknownModel          404
 │   ├── RequestTooLarge       413  body over `api.max_body_bytes`
 │   └── BodyTimeout           408  the body did not arrive within `api.body_timeout_s`
@@ -55,6 +56,13 @@ class UnknownModel(InvalidRequest):
 
     http_status = 404
     code = "model_not_found"
+
+
+class ProfileRefused(InvalidRequest):
+    """A profiler window was asked for that cannot be: there is one already, or none to stop, or no directory."""
+
+    http_status = 409
+    code = "profile_refused"
 
 
 class RequestTooLarge(InvalidRequest):

@@ -24,6 +24,7 @@ from atom_cluster.api.model_files import ServedModel
 from atom_cluster.api.tokenizer import IncrementalDetokenizer, Tokenizer
 from atom_cluster.config.compilation import CompilationConfig
 from atom_cluster.config.model_path import resolve_model_path
+from atom_cluster.config.observability import ProfileConfig
 from atom_cluster.config.ops import OpBackend, OpBackendChoice, OpFamily
 from atom_cluster.config.quantization import QuantizationConfig
 from atom_cluster.config.scheduler import SchedulerConfig
@@ -32,10 +33,11 @@ from atom_cluster.config.transfer import KvTransferConfig
 from atom_cluster.engine.core import EngineCore
 from atom_cluster.engine.protocols import EngineOutput, RunnerInfo
 from atom_cluster.engine.stopping import validate_sampling
-from atom_cluster.errors import ConfigError, ContextLengthExceeded, InvalidRequest, RequestFailed
+from atom_cluster.errors import ConfigError, ContextLengthExceeded, InvalidRequest, ProfileRefused, RequestFailed
 from atom_cluster.gang.local_gang import open_local_gang
 from atom_cluster.llm_output import GenerationOutput, OutputBuilder, StreamCallback, StreamedOutput
 from atom_cluster.messages.cluster import PeerAddress
+from atom_cluster.messages.profile import ProfileAnswer, StartProfile, StopProfile
 from atom_cluster.messages.requests import (
     CancelRequest,
     EngineRequest,
@@ -50,6 +52,8 @@ __all__ = ["GenerationOutput", "LLMEngine", "StreamedOutput"]
 
 _CLIENT = "local"
 _UNBOUNDED = 2**31 - 1
+_ANSWER_WAIT_S = 0.1
+"""Longest sleep of an engine that has nothing to do but to answer."""
 
 
 class LLMEngine:
@@ -80,6 +84,7 @@ class LLMEngine:
         seed: int = 0,
         speculative: SpeculativeConfig | None = None,
         compilation: CompilationConfig | None = None,
+        profile: ProfileConfig | None = None,
         tensor_parallel_size: int = 1,
         metrics: MetricSink | None = None,
         **unknown: Never,
@@ -114,6 +119,7 @@ class LLMEngine:
             quantization=QuantizationConfig() if quantization is None else quantization,
             seed=seed,
             compilation=CompilationConfig() if compilation is None else compilation,
+            profile=ProfileConfig() if profile is None else profile,
             num_drafts=0 if speculative is None else speculative.num_tokens,
         )
         scheduler = SchedulerConfig(
@@ -128,6 +134,7 @@ class LLMEngine:
         self._eos_token_ids = ServedModel.from_directory(model_dir).eos_token_ids
         self._seeds = random.Random(seed)
         self._num_added = 0
+        self._num_calls = 0
         self._open: dict[str, OutputBuilder] = {}
         self._outbox = _DeltaOutbox()
         self._runner = open_local_gang(options, tensor_parallel_size)
@@ -240,6 +247,28 @@ class LLMEngine:
         """Print how many drafts came true since the engine started: overall, by position, and tokens per step."""
         print(self._core.drafts.describe())  # noqa: T201 - what it is for
 
+    def start_profile(
+        self, *, num_steps: int | None = None, with_stack: bool | None = None, record_shapes: bool | None = None
+    ) -> None:
+        """Record a trace of every step from now on, on every rank, until `stop_profile` or for `num_steps` steps.
+
+        What is None is as in the engine's `profile` option, which says where traces go. Raises ProfileRefused when
+        there is a window already, or no directory.
+        """
+        self._call(
+            StartProfile(
+                call_id=self._num_calls, num_steps=num_steps, with_stack=with_stack, record_shapes=record_shapes
+            )
+        )
+
+    def stop_profile(self) -> list[Path]:
+        """End the window; its traces, in order of rank, once they are written. Requests go on meanwhile.
+
+        Raises ProfileRefused when there is no window or no trace, RequestFailed when only a part could not be written.
+        """
+        answer = self._call(StopProfile(call_id=self._num_calls))
+        return [Path(file) for file in answer.files]
+
     def close(self) -> None:
         """Drop open requests and stop the runner; idempotent. Model and KV memory go with this object."""
         self._open.clear()
@@ -252,6 +281,17 @@ class LLMEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _call(self, message: StartProfile | StopProfile) -> ProfileAnswer:
+        self._num_calls += 1
+        self._core.put(_CLIENT, message)
+        while (answer := self._outbox.take_answer()) is None:
+            self._core.step(wait_s=_ANSWER_WAIT_S)
+        if answer.error is not None and isinstance(message, StopProfile) and answer.files:
+            raise RequestFailed(answer.error)
+        if answer.error is not None:
+            raise ProfileRefused(answer.error)
+        return answer
 
     def _resolve(
         self, base_id: str, prompt: str | Sequence[int], sampling: SamplingParams
@@ -292,15 +332,23 @@ class LLMEngine:
 
 
 class _DeltaOutbox:
-    """An `Outbox` that keeps token deltas for the engine's owner. The rest is dropped: there is no router, no peer."""
+    """An `Outbox` that keeps token deltas and answers for the engine's owner. The rest is dropped: there is no router,
+    no peer."""
 
     def __init__(self) -> None:
         self._deltas: deque[TokenDelta] = deque()
+        self._answers: deque[ProfileAnswer] = deque()
 
     def send(self, destination: str | PeerAddress, message: EngineOutput) -> None:
         """Keep what is for our client."""
         if isinstance(message, TokenBatch):
             self._deltas.extend(message.deltas)
+        elif isinstance(message, ProfileAnswer):
+            self._answers.append(message)
+
+    def take_answer(self) -> ProfileAnswer | None:
+        """The oldest answer that was not taken."""
+        return self._answers.popleft() if self._answers else None
 
     def take(self) -> list[TokenDelta]:
         """Deltas since the last call, in order."""

@@ -125,7 +125,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv-dtype", choices=["auto", "fp8"], default="auto")
     parser.add_argument("--quantize", help="online quantization: fp8, fp8_block, mxfp8, mxfp4, int8 or int4")
     parser.add_argument("--speculative", type=int, default=0, metavar="K", help="draft K tokens")
-    parser.add_argument("--graph-mode", choices=["full", "none"], default="full")
+    parser.add_argument("--graph-mode", choices=["full_and_piecewise", "full", "none"], default="full_and_piecewise")
     parser.add_argument("--capture-sizes", type=int, nargs="+", help="rows of decode steps to capture")
     parser.add_argument("--capture", choices=["start", "lazy"], default="start", help="when graphs are captured")
     parser.add_argument("--ops-backend", choices=["auto", "torch", "cpu", "triton"], default="auto")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -14,7 +14,7 @@ from atom_cluster.engine.protocols import ROUTER, EngineInput, EngineOutput, Run
 from atom_cluster.messages.cluster import PeerAddress
 from atom_cluster.messages.requests import TokenBatch, TokenDelta
 from atom_cluster.messages.steps import StepPlan, StepResult
-from atom_cluster.messages.transfer import KvReport
+from atom_cluster.messages.transfer import Report
 
 
 @dataclass
@@ -207,7 +207,7 @@ class RecordingRunner:
     def collect(self, timeout_s: float | None = None) -> StepResult | None:
         return self._inner.collect(timeout_s)
 
-    def poll_kv(self) -> list[KvReport]:
+    def poll_kv(self) -> Sequence[Report]:
         return self._inner.poll_kv()
 
     def close(self) -> None:

@@ -10,8 +10,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from atom_cluster import LLMEngine, SamplingParams
-from atom_cluster.errors import ConfigError, ContextLengthExceeded, InvalidRequest
-from atom_cluster.llm_output import StreamedOutput
+from atom_cluster.config.observability import ProfileConfig
+from atom_cluster.errors import ConfigError, ContextLengthExceeded, InvalidRequest, ProfileRefused
+from atom_cluster.llm_output import GenerationOutput, StreamedOutput
 from tests.tiny_models import VOCAB_SIZE, random_tokens, tiny_model_dir
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
@@ -186,7 +187,7 @@ def test_the_context_is_what_the_kv_cache_can_hold() -> None:
 
 
 def test_a_step_that_fails_is_raised_and_open_requests_end(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*arguments: object, tokens: object) -> None:
+    def fail(*arguments: object, **options: object) -> None:
         raise MemoryError("no memory for logits")
 
     with LLMEngine(model_dir, device="cpu", num_blocks=16, num_threads=1) as engine:
@@ -236,3 +237,33 @@ def test_two_ranks_in_processes_of_their_own_say_what_one_does() -> None:
         with LLMEngine(tiny_model_dir("llama"), dtype="float64", num_blocks=64, tensor_parallel_size=size) as engine:
             outputs.append([output["token_ids"] for output in engine.generate(prompts, params)])
     assert outputs[0] == outputs[1]
+
+
+def test_a_profiler_window_leaves_a_trace_and_requests_go_on(model_dir: Path, tmp_path: Path) -> None:
+    prompts = [random_tokens(5, seed=seed) for seed in range(2)]
+    profile = ProfileConfig(directory=str(tmp_path))
+    with LLMEngine(model_dir, device="cpu", num_blocks=64, block_size=8, num_threads=1, profile=profile) as engine:
+        expected = engine.generate(prompts, GREEDY)
+        with pytest.raises(ProfileRefused, match="no window is open"):
+            engine.stop_profile()
+        names = engine.add_request(prompts, GREEDY)
+        engine.start_profile()
+        with pytest.raises(ProfileRefused, match="a window is open already"):
+            engine.start_profile()
+        engine.step()
+        (trace,) = engine.stop_profile()
+        outputs = {output["request_id"]: output for output in _finish(engine)}
+    assert [outputs[name]["token_ids"] for name in names] == [output["token_ids"] for output in expected]
+    assert trace.parent == tmp_path and trace.name.startswith("local_rank0_")
+
+
+def test_profiling_without_a_directory_is_refused_by_the_name_of_its_key(engine: LLMEngine) -> None:
+    with pytest.raises(ProfileRefused, match=r"observability\.profile\.directory"):
+        engine.start_profile()
+
+
+def _finish(engine: LLMEngine) -> list[GenerationOutput]:
+    outputs = []
+    while not engine.is_finished():
+        outputs += engine.step()
+    return outputs

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from atom_cluster.api.profile_types import ProfileRequest, ProfileTarget
 from atom_cluster.messages.requests import SamplingParams, TokenDelta
 
 
@@ -42,4 +43,12 @@ class Generator(Protocol):
 
     async def metrics_text(self) -> str:
         """Prometheus text of the whole cluster's atom_cluster metrics."""
+        ...
+
+    async def start_profile(self, request: ProfileRequest) -> dict[str, Any]:
+        """Open profiler windows; what each replica said, JSON-serializable. Raises `ProfileRefused` when all refuse."""
+        ...
+
+    async def stop_profile(self, target: ProfileTarget) -> dict[str, Any]:
+        """Close them; what each replica said, with its trace files, once they are written. Raises as above."""
         ...

@@ -22,6 +22,7 @@ from atom_cluster.api.generator import Generator
 from atom_cluster.api.model_files import ServedModel
 from atom_cluster.api.openai_types import ChatCompletionRequest, CompletionRequest, GenerationFields
 from atom_cluster.api.outputs import Output
+from atom_cluster.api.profiling import add_profile_routes
 from atom_cluster.api.prompts import chat_prompt, completion_prompts
 from atom_cluster.api.request_body import read_json_body, validate
 from atom_cluster.api.request_counter import RequestCounter
@@ -60,6 +61,7 @@ def create_app(
     app.get("/health")(routes.health)
     app.get("/ready")(routes.ready)
     app.get("/metrics")(routes.metrics_text)
+    add_profile_routes(app, generator, limits)
     return app
 
 

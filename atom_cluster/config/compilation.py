@@ -12,12 +12,17 @@ DEFAULT_CAPTURE_SIZES = (*range(1, 9), *range(12, 33, 4), *range(40, 65, 8), *ra
 """Rows of a step: fine steps where a row more costs much of the whole, coarse ones where it does not."""
 
 
-class CompilationConfig(FrozenConfig):
-    """CUDA and HIP graphs of decode steps."""
+PIECEWISE_SIZES = (*range(16, 129, 16), *range(160, 257, 32), *range(320, 513, 64), *range(640, 1025, 128))
+PIECEWISE_SIZES += tuple(range(1280, 2049, 256))
 
-    graph_mode: Literal["none", "full"] = "full"
-    """full: a step that only decodes, plain or speculative, runs as one captured graph; prompts are never captured.
-    none: every kernel is launched by the host."""
+
+class CompilationConfig(FrozenConfig):
+    """CUDA and HIP graphs."""
+
+    graph_mode: Literal["none", "full", "full_and_piecewise"] = "full_and_piecewise"
+    """full: a step that only decodes, plain or speculative, runs as a captured graph. full_and_piecewise: steps with
+    prompts too, in pieces between their attentions, up to as many tokens as a GPU computes in less time than the host
+    needs to launch their kernels. none: every kernel is launched by the host."""
     capture_sizes: tuple[int, ...] | None = None
     """Numbers of rows to capture steps of; a step of fewer is filled up to the next. null: up to the most requests, in
     steps of 1 up to 8, of 4 up to 32, of 8 up to 64, of 16 up to 256, of 32 beyond."""
@@ -41,3 +46,9 @@ class CompilationConfig(FrozenConfig):
         wanted = DEFAULT_CAPTURE_SIZES if self.capture_sizes is None else self.capture_sizes
         sizes = {size for size in wanted if size <= limit}
         return tuple(sorted(sizes | {limit} if self.capture_sizes is None else sizes))
+
+    def piecewise_sizes(self, max_num_tokens: int) -> tuple[int, ...]:
+        """Tokens of the steps with prompts to capture in pieces, ascending."""
+        if self.graph_mode != "full_and_piecewise":
+            return ()
+        return tuple(size for size in PIECEWISE_SIZES if size <= max_num_tokens)

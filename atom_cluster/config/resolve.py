@@ -10,6 +10,7 @@ from typing import Literal
 
 from atom_cluster.config.cluster import ClusterConfig
 from atom_cluster.config.facts import ModelFacts, PlatformFacts
+from atom_cluster.config.ops import OpBackendChoice
 from atom_cluster.config.parallel import GroupConfig
 from atom_cluster.errors import ConfigError
 from atom_cluster.units import GiB
@@ -199,7 +200,7 @@ class _Resolver:
             self._because(key, "decided by each pair of engines: shm on the same host, tcp otherwise")
         return "auto"
 
-    def _ops_backend(self, devices: Set[str]) -> Literal["auto", "torch", "cpu", "triton"]:
+    def _ops_backend(self, devices: Set[str]) -> OpBackendChoice:
         given, key = self._config.ops.backend, "ops.backend"
         if given == "cpu" and "cuda" in devices:
             raise ConfigError(f"`{key}` is cpu, and a group computes on GPUs")

@@ -23,6 +23,7 @@ from atom_cluster.engine.admission import make_request
 from atom_cluster.engine.decode_side import DecodeSide
 from atom_cluster.engine.inbox import Inbox, Item, Lost, SnapshotWanted
 from atom_cluster.engine.prefill_side import PrefillSide
+from atom_cluster.engine.profiling import ProfileDesk
 from atom_cluster.engine.protocols import EngineInput, Outbox, StepRunner
 from atom_cluster.engine.replies import Replies
 from atom_cluster.engine.reporting import CacheReporter
@@ -34,6 +35,7 @@ from atom_cluster.errors import AtomClusterError, InvalidRequest, Overloaded, Re
 from atom_cluster.kv_cache.block_manager import BlockManager
 from atom_cluster.kv_cache.prefix_hash import fingerprint_of, seed_of
 from atom_cluster.messages.cluster import EngineStatus, PeerAddress
+from atom_cluster.messages.profile import StartProfile, StopProfile, WindowWritten
 from atom_cluster.messages.requests import CancelRequest, EngineRequest, TokenDelta
 from atom_cluster.messages.steps import SampledTokens, StepPlan
 from atom_cluster.messages.transfer import (
@@ -41,10 +43,10 @@ from atom_cluster.messages.transfer import (
     KvCommand,
     KvExport,
     KvPublication,
-    KvReport,
     PrefillAccepted,
     PrefillFailed,
     PrefillOrder,
+    Report,
     TicketRelease,
     TicketRenew,
 )
@@ -147,6 +149,7 @@ class EngineCore:
             metrics=metrics,
             clock=clock,
         )
+        self._profile = ProfileDesk(refusal=info.profile_refusal, replica=peer.peer_id, outbox=outbox)
         self._inbox = Inbox()
         self._requests: dict[str, Request] = {}
         self._deadlines: list[tuple[float, int, Request]] = []
@@ -227,6 +230,8 @@ class EngineCore:
             return 0.0
         if self._decode.tickets.num_reads or any(ticket.unpublished for ticket in self._prefill.tickets.all()):
             return min(wait_s, _KV_POLL_S)
+        if self._profile.is_waiting:
+            return min(wait_s, _BLOCKED_WAIT_S)
         # What waits here waits for blocks, which come back with a message or a clock.
         return min(wait_s, _BLOCKED_WAIT_S) if self._has_work() else wait_s
 
@@ -235,6 +240,7 @@ class EngineCore:
             self._in_flight
             or self._requests
             or self._kv_commands
+            or self._profile.has_command
             or len(self._prefill.tickets)
             or len(self._decode.tickets)
         )
@@ -245,7 +251,7 @@ class EngineCore:
             self._prefill.give_up(
                 step.starved, Overloaded("prompts of other engines hold all pages", retry_after_s=1.0)
             )
-        if not (step.rows or step.freed_rows or self._kv_commands):
+        if not (step.rows or step.freed_rows or self._kv_commands or self._profile.has_command):
             return False
         plan = StepPlan(
             step_id=next(self._step_ids),
@@ -253,6 +259,7 @@ class EngineCore:
             new_rows=tuple(step.new_rows),
             rows=tuple(step.steps),
             kv=tuple(self._kv_commands),
+            profile=self._profile.take_command(),
         )
         self._kv_commands.clear()
         self._runner.submit(plan)
@@ -362,14 +369,20 @@ class EngineCore:
         elif isinstance(message, TicketRelease):
             for ticket in self._prefill.tickets.release(message.ticket_ids, peer_id=source):
                 self._prefill.close(ticket)
+        elif isinstance(message, StartProfile):
+            self._profile.start(source, message)
+        elif isinstance(message, StopProfile):
+            self._profile.stop(source, message)
         elif isinstance(message, Lost):
             self._drop(message.peer_id)
         else:
             self._reporter.send_snapshot()
 
-    def _handle_report(self, report: KvReport) -> None:
+    def _handle_report(self, report: Report) -> None:
         if isinstance(report, BlocksTagged):
             self._prefill.on_tagged(report)
+        elif isinstance(report, WindowWritten):
+            self._profile.on_written(report)
         else:
             self._decode.on_read(report)
 
@@ -448,6 +461,7 @@ class EngineCore:
         for ticket in self._prefill.tickets.all():
             self._prefill.announce_failure(ticket, error)
         self._decode.abandon()
+        self._profile.fail(str(error))
         for request in self._requests.values():
             self._replies.error(request, error)
         for source, message in self._inbox.drain(0.0):

@@ -19,7 +19,7 @@ from atom_cluster.engine.protocols import RunnerInfo
 from atom_cluster.errors import AtomClusterError
 from atom_cluster.kv_transfer.combine import ReportCombiner, merge_offers
 from atom_cluster.messages.steps import StepPlan, StepResult
-from atom_cluster.messages.transfer import KvReport, RankReport
+from atom_cluster.messages.transfer import RankReport, Report
 from atom_cluster.runner.model_runner import LaunchedStep, ModelRunner
 from atom_cluster.runner.rank_info import RankInfo
 from atom_cluster.units import Deadline
@@ -47,6 +47,7 @@ def merge_rank_infos(infos: Sequence[RankInfo]) -> RunnerInfo:
         kv_transports=tuple(offer.transport for offer in offers),
         fingerprint_fields=first.fingerprint_fields,
         choices=first.choices,
+        profile_refusal=first.profile_refusal,
     )
 
 
@@ -182,8 +183,8 @@ class LocalRunner:
             self._failure = exc
             raise
 
-    def poll_kv(self) -> list[KvReport]:
-        """Reports of KV commands that ended since the last call."""
+    def poll_kv(self) -> list[Report]:
+        """Reports of KV commands and profiler windows that ended since the last call."""
         self._check_usable()
         combined = (self._combiner.add(report) for report in self._steps.poll_kv())
         return [report for report in combined if report is not None]

@@ -5,20 +5,22 @@ An engine cannot tell a simulated device from a local one or from sixteen ranks,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from atom_cluster.kv_cache.layout import PageGroup
 from atom_cluster.messages.cluster import CacheEvents, CacheSnapshot, PeerAddress, ReplicaLoad
+from atom_cluster.messages.profile import ProfileAnswer, StartProfile, StopProfile
 from atom_cluster.messages.requests import CancelRequest, EngineRequest, TokenBatch
 from atom_cluster.messages.steps import StepPlan, StepResult
 from atom_cluster.messages.transfer import (
     KvOffer,
     KvPublication,
-    KvReport,
     PrefillAccepted,
     PrefillFailed,
     PrefillOrder,
+    Report,
     TicketRelease,
     TicketRenew,
 )
@@ -35,6 +37,8 @@ EngineInput = (
     | PrefillFailed
     | TicketRenew
     | TicketRelease
+    | StartProfile
+    | StopProfile
 )
 """What an engine accepts from others."""
 
@@ -49,6 +53,7 @@ EngineOutput = (
     | CacheEvents
     | CacheSnapshot
     | ReplicaLoad
+    | ProfileAnswer
 )
 """What an engine sends to others."""
 
@@ -78,6 +83,8 @@ class RunnerInfo:
     """Everything that must be equal for another engine's blocks to mean the same here."""
     choices: dict[str, str] = field(default_factory=dict)
     """What was chosen automatically and why, for the start-up log and /v1/cluster."""
+    profile_refusal: str = "this engine records no traces"
+    """Why the runner takes no window commands; empty when it does."""
 
     @property
     def max_request_tokens(self) -> int:
@@ -104,8 +111,9 @@ class StepRunner(Protocol):
         """The result of the oldest plan in flight; None if it was not ready within `timeout_s`."""
         ...
 
-    def poll_kv(self) -> list[KvReport]:
-        """Reports of KV commands that ended since the last call, combined over ranks. Never blocks."""
+    def poll_kv(self) -> Sequence[Report]:
+        """Reports of KV commands and profiler windows that ended since the last call, combined over ranks. Never
+        blocks."""
         ...
 
     def close(self) -> None:

@@ -26,6 +26,7 @@ from atom_cluster.link.auth import ClusterKey
 from atom_cluster.link.codec import Message
 from atom_cluster.link.endpoint import Endpoint
 from atom_cluster.messages.cluster import EngineStatus, MemberCard, PeerAddress, SnapshotRequest
+from atom_cluster.messages.profile import ProfileAnswer, StartProfile, StopProfile
 from atom_cluster.messages.requests import EngineRequest, RequestError, TokenBatch, TokenDelta
 from atom_cluster.messages.transfer import PrefillFailed, PrefillOrder
 from atom_cluster.observability.metrics import MetricSink
@@ -152,6 +153,8 @@ class EngineHost:
             self._core.request_snapshot()
         elif isinstance(message, (EngineRequest, PrefillOrder)) and (reason := self._reason_to_refuse()) is not None:
             self._endpoint.send(source, _refusal(message, reason))
+        elif isinstance(message, (StartProfile, StopProfile)) and self._failure is not None:
+            self._endpoint.send(source, ProfileAnswer(call_id=message.call_id, error=self._reason_to_refuse()))
         elif isinstance(message, _INPUTS):
             self._core.put(source, message)
         else:

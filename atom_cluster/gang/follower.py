@@ -1,4 +1,4 @@
-"""Follower: the loop of every rank but the first. Executes rank 0's plans in order and reports KV commands that ended.
+"""Follower: the loop of every rank but the first. Executes rank 0's plans in order and reports what ended.
 
 Knows no Ray and no sockets; ends with the gang's dismissal, with an error of its own, or because rank 0 is gone.
 """
@@ -11,6 +11,7 @@ from atom_cluster.gang import wire
 from atom_cluster.gang.plan_channel import PlanReceiver
 from atom_cluster.gang.rank_runner import Launched, RankRunner
 from atom_cluster.gang.step_clock import StepClock
+from atom_cluster.messages.profile import OpenWindow
 from atom_cluster.messages.steps import StepPlan
 from atom_cluster.messages.transfer import ReadBlocks, TagBlocks
 
@@ -48,6 +49,7 @@ class Follower:
             self._launched.popleft().wait()
         self._clock.end()
         self._num_open_commands += sum(isinstance(command, (TagBlocks, ReadBlocks)) for command in plan.kv)
+        self._num_open_commands += isinstance(plan.profile, OpenWindow)
 
     def _report_kv(self) -> None:
         reports = tuple(self._runner.poll_kv())

@@ -17,7 +17,7 @@ from atom_cluster.gang import wire
 from atom_cluster.gang.plan_channel import PlanSender
 from atom_cluster.kv_transfer.combine import ReportCombiner
 from atom_cluster.messages.steps import StepPlan, StepResult
-from atom_cluster.messages.transfer import KvReport, RankReport
+from atom_cluster.messages.transfer import RankReport, Report
 from atom_cluster.units import Deadline
 
 _log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class GangRunner:
         self._poll_local_kv = poll_local_kv
         self._sender = sender
         self._combiner = ReportCombiner(info.world_size)
-        self._combined: list[KvReport] = []
+        self._combined: list[Report] = []
         self._failure: Exception | None = None
         self._is_closed = False
 
@@ -78,8 +78,8 @@ class GangRunner:
             if result is not None or (deadline is not None and deadline.has_passed):
                 return result
 
-    def poll_kv(self) -> list[KvReport]:
-        """Reports of KV commands that ended on every rank since the last call."""
+    def poll_kv(self) -> list[Report]:
+        """Reports of KV commands and profiler windows that ended on every rank since the last call."""
         self._check_usable()
         self._read_followers()
         self._combine(self._poll_local_kv())

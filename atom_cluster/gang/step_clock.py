@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 
 from atom_cluster.engine.protocols import RunnerInfo, StepRunner
 from atom_cluster.messages.steps import StepPlan, StepResult
-from atom_cluster.messages.transfer import KvReport
+from atom_cluster.messages.transfer import Report
 
 
 class StepClock:
@@ -67,7 +68,7 @@ class ClockedRunner:
                 self._clock.end()
         return result
 
-    def poll_kv(self) -> list[KvReport]:
+    def poll_kv(self) -> Sequence[Report]:
         """See `StepRunner`."""
         return self._inner.poll_kv()
 

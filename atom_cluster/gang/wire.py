@@ -21,7 +21,7 @@ class Dismiss(Struct, frozen=True, tag="dismiss"):
 
 
 class RankReports(Struct, frozen=True, tag="reports"):
-    """A follower to rank 0: its KV commands that ended."""
+    """A follower to rank 0: its KV commands and profiler windows that ended."""
 
     reports: tuple[RankReport, ...]
 

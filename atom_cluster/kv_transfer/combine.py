@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from atom_cluster.errors import ProtocolError
-from atom_cluster.messages.transfer import BlocksTagged, KvOffer, KvReport, RankReport, ReadFinished
+from atom_cluster.messages.profile import WindowWritten
+from atom_cluster.messages.transfer import BlocksTagged, KvOffer, RankReport, ReadFinished, Report
 
-_Key = tuple[str, int, int] | int
+_Key = tuple[str, int, int] | tuple[int] | int
 
 
 def merge_offers(descriptors_by_rank: Sequence[Mapping[str, bytes]]) -> tuple[KvOffer, ...]:
@@ -27,15 +28,15 @@ class ReportCombiner:
 
     def __init__(self, world_size: int) -> None:
         self._world_size = world_size
-        self._pending: dict[_Key, dict[int, KvReport]] = {}
+        self._pending: dict[_Key, dict[int, Report]] = {}
 
-    def add(self, report: RankReport) -> KvReport | None:
+    def add(self, report: RankReport) -> Report | None:
         """The combined report if this was the last one missing, else None.
 
         Raises `ProtocolError` for a rank that does not exist or reports twice.
         """
         if not 0 <= report.rank < self._world_size:
-            raise ProtocolError(f"KV report of rank {report.rank}; there are {self._world_size}")
+            raise ProtocolError(f"report of rank {report.rank}; there are {self._world_size}")
         key = _key(report.report)
         reports = self._pending.setdefault(key, {})
         if report.rank in reports:
@@ -47,24 +48,37 @@ class ReportCombiner:
         return _combine(reports)
 
 
-def _key(report: KvReport) -> _Key:
+def _key(report: Report) -> _Key:
     if isinstance(report, ReadFinished):
         return report.read_id
+    if isinstance(report, WindowWritten):
+        return (report.window_id,)
     return (report.ticket_id, report.group, report.first_block)
 
 
-def _combine(reports: Mapping[int, KvReport]) -> KvReport:
+def _combine(reports: Mapping[int, Report]) -> Report:
     in_order = [reports[rank] for rank in sorted(reports)]
     first = in_order[0]
     if isinstance(first, BlocksTagged):
         tags = tuple(one for report in in_order if isinstance(report, BlocksTagged) for one in report.tags)
         return BlocksTagged(ticket_id=first.ticket_id, first_block=first.first_block, tags=tags, group=first.group)
+    if isinstance(first, WindowWritten):
+        windows = {rank: report for rank, report in reports.items() if isinstance(report, WindowWritten)}
+        return WindowWritten(
+            window_id=first.window_id,
+            files=tuple(file for rank in sorted(windows) for file in windows[rank].files),
+            error=_errors(windows),
+        )
     reads = {rank: report for rank, report in reports.items() if isinstance(report, ReadFinished)}
-    errors = [f"rank {rank}: {reads[rank].error}" for rank in sorted(reads) if reads[rank].error is not None]
     return ReadFinished(
         read_id=first.read_id,
         bad_blocks=tuple(sorted({index for read in reads.values() for index in read.bad_blocks})),
-        error="; ".join(errors) or None,
+        error=_errors(reads),
         num_bytes=sum(read.num_bytes for read in reads.values()),
         seconds=max(read.seconds for read in reads.values()),
     )
+
+
+def _errors(reports: Mapping[int, ReadFinished] | Mapping[int, WindowWritten]) -> str | None:
+    errors = [f"rank {rank}: {reports[rank].error}" for rank in sorted(reports) if reports[rank].error is not None]
+    return "; ".join(errors) or None

@@ -19,6 +19,7 @@ from atom_cluster.layers.linear import ColumnLinear, Output, RowLinear
 from atom_cluster.layers.module import CachingModule
 from atom_cluster.layers.norm import RmsNorm
 from atom_cluster.layers.rotary import RotaryTable
+from atom_cluster.ops.attention import HeadNorms, Rotation
 from atom_cluster.parallel.collectives import all_reduce_sum
 from atom_cluster.parallel.sharding import Span, WeightPart, WeightParts, even_span, kv_head_span
 
@@ -78,13 +79,20 @@ class Attention(CachingModule):
             num_out=spec.hidden_size,
             has_bias=spec.has_output_bias,
         )
-        self.norms: tuple[_HeadNorm, ...] = ()
-        if spec.qk_norm is not None:
-            query_span = _times(head_span, spec.head_dim)
-            self.norms = (
-                _HeadNorm(context.at("q_norm"), spec, spec.num_heads * spec.head_dim, query_span),
-                _HeadNorm(context.at("k_norm"), spec, spec.num_kv_heads * spec.head_dim, key_span),
+        self.head_norms: tuple[RmsNorm, ...] = ()
+        self.projection_norms: tuple[_ProjectionNorm, ...] = ()
+        if spec.qk_norm == "head":
+            self.head_norms = tuple(
+                RmsNorm(context.at(name), size=spec.head_dim, eps=spec.norm_eps, is_offset=spec.is_norm_offset)
+                for name in ("q_norm", "k_norm")
             )
+        elif spec.qk_norm == "projection":
+            query_span = _times(head_span, spec.head_dim)
+            self.projection_norms = (
+                _ProjectionNorm(context.at("q_norm"), spec, spec.num_heads * spec.head_dim, query_span),
+                _ProjectionNorm(context.at("k_norm"), spec, spec.num_kv_heads * spec.head_dim, key_span),
+            )
+        self._norms = _head_norms(self.head_norms, spec.norm_eps)
         self.kv_scales = KvScales(context)
         self._sink_H: torch.Tensor | None = None
         self._sink_part: dict[str, WeightPart] = {}
@@ -123,47 +131,40 @@ class Attention(CachingModule):
         gate: torch.Tensor | None = None
         if self._spec.has_output_gate:
             query, gate = query.reshape(num_tokens, -1, 2 * self._spec.head_dim).chunk(2, dim=-1)
-            query = query.flatten(1)
-        if self.norms:
-            query, key = self.norms[0](query), self.norms[1](key)
-        query_THD = query.view(num_tokens, -1, self._spec.head_dim)
+        if self.projection_norms:
+            query, key = self.projection_norms[0](query), self.projection_norms[1](key)
+        query_THD = query if gate is not None else query.view(num_tokens, -1, self._spec.head_dim)
         key_TKD = key.view(num_tokens, -1, self._spec.head_dim)
         value_TKD = value.view(num_tokens, -1, self._value_dim)
         if self._spec.value_scale != 1.0:
             value_TKD = value_TKD * self._spec.value_scale
-        if self._rotary is not None:
-            cos, sin = inputs.once(self._rotary, lambda: _at(self._rotary, inputs))
-            query_THD, key_TKD = self._ops.rotary(query_THD, key_TKD, cos, sin)
+        rotation = _rotation(self._rotary, inputs)
         plan = inputs.plan(self._spec.window, keeps_all=self._spec.keeps_all)
         kv = self.kv_scales.of(inputs.kv(self.cache_index))
-        plan.store(key_TKD, value_TKD, kv)
-        output_TI = plan.attend(query_THD, kv, scale=self._scale, sink_H=self._sink_H).flatten(1)
+        query_THD = plan.store(query_THD, key_TKD, value_TKD, kv, norms=self._norms, rotation=rotation)
+        output_THD = plan.attend(query_THD, kv, scale=self._scale, sink_H=self._sink_H)
         if gate is not None:
-            output_TI = output_TI * torch.sigmoid(gate.flatten(1))
-        return self.output(output_TI)
+            output_THD = self._ops.sigmoid_and_mul(output_THD, gate)
+        return self.output(output_THD.flatten(1))
 
 
-class _HeadNorm(RmsNorm):
-    """The norm of one of queries and keys, of all of this rank's heads at once."""
+class _ProjectionNorm(RmsNorm):
+    """The norm over all heads, of all ranks, of one of queries and keys."""
 
     def __init__(self, context: LayerContext, spec: AttentionSpec, full_size: int, span: Span) -> None:
-        self._is_per_head = spec.qk_norm == "head"
-        size, group = (spec.head_dim if self._is_per_head else span.length), context.groups.tensor
         super().__init__(
             context,
-            size=size,
+            size=span.length,
             eps=spec.norm_eps,
             is_offset=spec.is_norm_offset,
-            full_size=size if self._is_per_head else full_size,
-            span=None if self._is_per_head else span,
+            full_size=full_size,
+            span=span,
         )
-        self._group = group
+        self._group = context.groups.tensor
         self._full_norm_size = full_size
 
     def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
         """[T, heads * D] -> the same"""
-        if self._is_per_head:
-            return super().__call__(x_TI.reshape(len(x_TI), -1, self.weight_D.shape[0])).flatten(1)
         if self._group.size == 1:
             return super().__call__(x_TI)
         wide = x_TI.to(torch.promote_types(x_TI.dtype, torch.float32))
@@ -173,10 +174,19 @@ class _HeadNorm(RmsNorm):
         return (wide * torch.rsqrt(squares_T1 / size + self._eps)).to(x_TI.dtype) * self.weight_D
 
 
-def _at(table: RotaryTable | None, inputs: LayerInputs) -> tuple[torch.Tensor, torch.Tensor]:
+def _rotation(table: RotaryTable | None, inputs: LayerInputs) -> Rotation | None:
+    """By what the step's tokens are rotated, worked out once for all layers with this table."""
     if table is None:
-        raise AssertionError("a layer without positions asked for angles")
-    return table.at(inputs.batch.positions)
+        return None
+    return inputs.once((Rotation, table), lambda: Rotation(*table.at(inputs.batch.positions)))
+
+
+def _head_norms(norms: tuple[RmsNorm, ...], eps: float) -> HeadNorms | None:
+    """As the op takes them, of queries and of keys; None if there are none."""
+    if not norms:
+        return None
+    query, key = norms
+    return HeadNorms(query.weight_D, key.weight_D, eps)
 
 
 def _times(span: Span, unit: int) -> Span:

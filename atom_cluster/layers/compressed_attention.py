@@ -120,7 +120,7 @@ class CompressedAttention(CachingModule):
         scale, tokens = self._spec.head_dim**-0.5, inputs.kv(self.cache_index)
         if self.compressor is None:
             window = inputs.plan(self._spec.window)
-            window.store(key_T1D, key_T1D[..., :0], tokens)
+            query_THD = window.store(query_THD, key_T1D, key_T1D[..., :0], tokens)
             shared = replace(tokens, value=tokens.key, value_scale=tokens.key_scale)
             return window.attend(query_THD, shared, scale=scale, sink_H=self._sink_H)
         plan = inputs.once((self._spec.window, self._spec.compressor), lambda: self._plan(inputs))

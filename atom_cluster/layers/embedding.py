@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from atom_cluster.layers.context import LayerContext
 from atom_cluster.layers.module import Module
@@ -45,17 +44,11 @@ class Embedding(Module):
         self._group: Group = context.groups.tensor
         self._dtype = context.dtype
         self._factor = factor
+        self._look_up = context.ops.look_up
 
     def __call__(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         """[T] int64 -> [T, D]"""
-        rows_TD = self._look_up(token_ids_T)
-        return rows_TD if self._factor == 1.0 else rows_TD * self._factor
-
-    def _look_up(self, token_ids_T: torch.Tensor) -> torch.Tensor:
-        if self._group.size == 1:
-            return F.embedding(token_ids_T, self.shard.rows_VD).to(self._dtype)
-        span = self.shard.span
-        local_T = token_ids_T - span.start
-        is_elsewhere_T = (local_T < 0) | (local_T >= span.length)
-        rows_TD = F.embedding(local_T.masked_fill(is_elsewhere_T, 0), self.shard.rows_VD).to(self._dtype)
-        return all_reduce_sum(rows_TD.masked_fill(is_elsewhere_T[:, None], 0), self._group)
+        is_split = self._group.size > 1
+        shard = range(self.shard.span.start, self.shard.span.stop) if is_split else None
+        rows_TD = self._look_up(self.shard.rows_VD, token_ids_T, dtype=self._dtype, factor=self._factor, shard=shard)
+        return all_reduce_sum(rows_TD, self._group) if is_split else rows_TD

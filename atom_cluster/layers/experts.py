@@ -193,10 +193,17 @@ class Experts(Module):
         """All experts together."""
         return [self.op]
 
-    def __call__(self, x_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
-        """[T, D] -> this rank's addend of the result, [T, D]. expert_TK: int64, among all experts."""
+    def __call__(
+        self,
+        x_TD: torch.Tensor,
+        expert_TK: torch.Tensor,
+        weight_TK: torch.Tensor,
+        *,
+        addend_TD: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """[T, D] -> this rank's addend of the result, plus `addend_TD`, [T, D]. expert_TK: int64, among all experts."""
         if self._is_divided:
             local_TK = expert_TK - self._span.start
             is_elsewhere_TK = (local_TK < 0) | (local_TK >= self._span.length)
             expert_TK = local_TK.masked_fill(is_elsewhere_TK, self._span.length)
-        return self.op(x_TD, expert_TK, weight_TK)
+        return self.op(x_TD, expert_TK, weight_TK, addend_TD=addend_TD)

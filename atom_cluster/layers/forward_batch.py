@@ -65,13 +65,22 @@ class LayerInputs:
             self._shared[key] = make()
         return cast("V", self._shared[key])
 
+    def mixer(self, key: Hashable, make: Callable[[LayerInputs], V]) -> V:
+        """A plan of what mixes tokens, made once per pass. `make` gets the pass that it is for, and knows no other.
+
+        What layers do between their mixers may be captured, and repeated for other rows.
+        """
+        return self.once(("mixer", key), lambda: make(self))
+
     def plan(self, window: int | None = None, *, keeps_all: bool = False) -> AttentionPlan:
         """Attention for layers with this window. keeps_all: their caches keep what is behind it too."""
         pages = None if keeps_all else window
-        metadata = self.batch.attention[pages]
-        if pages != window:
-            metadata = replace(metadata, window=window)
-        return self.once(("plan", pages, window), lambda: self.ops.plan_attention(metadata))
+
+        def make(inputs: LayerInputs) -> AttentionPlan:
+            metadata = inputs.batch.attention[pages]
+            return inputs.ops.plan_attention(metadata if pages == window else replace(metadata, window=window))
+
+        return self.mixer(("attention", pages, window), make)
 
     def kv(self, index: int) -> KvLayerCache:
         """Keys and values of the layer with this cache index."""

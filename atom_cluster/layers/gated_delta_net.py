@@ -105,14 +105,19 @@ class GatedDeltaNet(CachingModule):
             )
         return {**super().weight_parts(), **own}
 
+    def finish_loading(self) -> None:
+        """All weights are in place: those of channels that are neighbours become neighbours, as their inputs are."""
+        super().finish_loading()
+        self._conv_CW = self._conv_C1W[:, 0].T.contiguous().T
+
     def __call__(self, x_TM: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
         """[T, M] -> [T, M]; writes the step's states into its cache."""
         spec, states = self._spec, inputs.state(self.cache_index).tensors
-        plan = inputs.once("gated delta plan", lambda: _plan(inputs))
+        plan = inputs.mixer("gated delta", _plan)
         qkvz = self.qkvz(x_TM)
         qkv_TC, z_TI = qkvz[:, : self._heads.num_channels], qkvz[:, self._heads.num_channels :]
         learn_TH, decay_TH = self.ba(x_TM).chunk(2, dim=-1)
-        qkv_TC = plan.convolve(qkv_TC, self._conv_C1W[:, 0], states["conv"])
+        qkv_TC = plan.convolve(qkv_TC, self._conv_CW, states["conv"])
         query, key, value = torch.split(qkv_TC, self._heads.channel_sizes, dim=-1)
         num_tokens = len(x_TM)
         output_THV = plan.delta_rule(

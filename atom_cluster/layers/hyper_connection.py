@@ -57,12 +57,11 @@ class HyperConnection(_Streams):
         """(block input [T, D], w_TN, mix_TNN)"""
         return self._ops.connect_streams(streams_TND, self._fn_JI, self._scale, self._bias_J, self._spec)
 
-    @staticmethod
     def write(
-        streams_TND: torch.Tensor, output_TD: torch.Tensor, write_TN: torch.Tensor, mix_TNN: torch.Tensor
+        self, streams_TND: torch.Tensor, output_TD: torch.Tensor, write_TN: torch.Tensor, mix_TNN: torch.Tensor
     ) -> torch.Tensor:
         """The streams behind a block, of its output and of what `read` returned; [T, N, D]."""
-        return write_TN[..., None] * output_TD[:, None] + torch.matmul(mix_TNN.transpose(1, 2), streams_TND)
+        return self._ops.write_streams(streams_TND, output_TD, write_TN, mix_TNN)
 
 
 class JoinedStreams(_Streams):

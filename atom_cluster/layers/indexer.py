@@ -18,6 +18,7 @@ from atom_cluster.layers.linear import ColumnLinear, Output
 from atom_cluster.layers.module import CachingModule
 from atom_cluster.layers.norm import LayerNorm
 from atom_cluster.layers.rotary import RotaryTable
+from atom_cluster.ops.attention import Rotation
 from atom_cluster.quantization.unquantized import NOTHING_QUANTIZED
 
 
@@ -61,12 +62,12 @@ class Indexer(CachingModule):
 
     def __call__(self, x_TM: torch.Tensor, latent_query_TQ: torch.Tensor, inputs: LayerInputs) -> torch.Tensor | None:
         """Selected positions as `ops.sparse_index` has them, [T, K] or None; writes the step's keys into the cache."""
-        plan = inputs.once("index", lambda: self._ops.plan_index(inputs.batch.attention[None]))
+        plan = inputs.mixer("index", lambda inputs: inputs.ops.plan_index(inputs.batch.attention[None]))
         query_TJD = self.query(latent_query_TQ).view(len(x_TM), -1, self._spec.head_dim)
         key_T1D = self.key_norm(self.key(x_TM))[:, None]
-        cos, sin = inputs.once(self._rotary, lambda: self._rotary.at(inputs.batch.positions))
+        rotation = inputs.once((Rotation, self._rotary), lambda: Rotation(*self._rotary.at(inputs.batch.positions)))
         query_TJD, key_T1D = self._ops.rotary(
-            query_TJD, key_T1D, cos, sin, is_interleaved=self._spec.is_rope_interleaved
+            query_TJD, key_T1D, rotation.cos_T1P, rotation.sin_T1P, is_interleaved=self._spec.is_rope_interleaved
         )
         kv = inputs.kv(self.cache_index)
         plan.store(key_T1D[:, 0], kv)

@@ -17,7 +17,7 @@ from atom_cluster.layers.module import Module
 from atom_cluster.layers.stored_part import stored_part
 from atom_cluster.ops.linear import LinearOp
 from atom_cluster.ops.moe import ExpertsOp
-from atom_cluster.parallel.collectives import all_reduce_sum
+from atom_cluster.parallel.collectives import all_reduce_sum, is_worth_overlapping, sum_while_computing
 from atom_cluster.parallel.sharding import Share, Span, WeightPart, WeightParts
 from atom_cluster.quantization.scheme import LinearShape
 
@@ -156,5 +156,8 @@ class RowLinear(_Linear):
 
     def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
         """[T, I] -> [T, all outputs]"""
-        y_TO = self.op(x_TI)
-        return all_reduce_sum(y_TO, self._group) if self._sums else y_TO
+        if not self._sums:
+            return self.op(x_TI)
+        if is_worth_overlapping(x_TI.shape[0], self._group):
+            return sum_while_computing(self.op, x_TI, self._group)
+        return all_reduce_sum(self.op(x_TI), self._group)

@@ -1,6 +1,8 @@
-"""The output head: logits over the vocabulary, split over the ranks and gathered on rank 0. Knows no sampling."""
+"""The output head: logits over the vocabulary, of which each rank computes a part. Knows no sampling."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 
@@ -10,7 +12,32 @@ from atom_cluster.layers.module import Module
 from atom_cluster.ops.linear import LinearOp
 from atom_cluster.ops.moe import ExpertsOp
 from atom_cluster.parallel.collectives import gather_last_dim
+from atom_cluster.parallel.groups import Group
 from atom_cluster.parallel.sharding import WeightPart
+
+
+@dataclass(frozen=True, slots=True)
+class Logits:
+    """Logits of S samples over the vocabulary, divided among the ranks of a group."""
+
+    part: torch.Tensor
+    """[S, V'] float32, equally many on all ranks; the last ones have columns that stand for no token."""
+    vocab_size: int
+    group: Group
+
+    @property
+    def first_token_id(self) -> int:
+        """The token of this rank's first column; the size of the vocabulary or more if it has none."""
+        return self.group.rank * self.part.shape[1]
+
+    @property
+    def own(self) -> torch.Tensor:
+        """This rank's columns that stand for tokens; there may be none."""
+        return self.part[:, : max(0, self.vocab_size - self.first_token_id)]
+
+    def gather(self) -> torch.Tensor:
+        """[S, V] over the full vocabulary, on every rank. All ranks must call it."""
+        return gather_last_dim(self.part, self.group)[:, : self.vocab_size]
 
 
 class LogitsHead(Module):
@@ -34,17 +61,18 @@ class LogitsHead(Module):
     def finish_loading(self) -> None:
         """All weights are in place: prepare them for the op backend."""
         rows_VD = self._unfinished_shard().rows_VD
-        self.op = self._context.ops.prepare_linear(rows_VD, None, dtype=self._context.dtype)
+        dtype = self._context.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        self.op = self._context.ops.prepare_linear(rows_VD, None, dtype=dtype, out_dtype=wide)
         self._shards.clear()
 
     def linear_ops(self) -> list[LinearOp | ExpertsOp]:
         """The one product."""
         return [self.op]
 
-    def __call__(self, hidden_SD: torch.Tensor) -> torch.Tensor | None:
-        """[S, D] -> [S, full vocabulary] float32 on rank 0, None on the others. All ranks must call it."""
-        logits = gather_last_dim(self.op(hidden_SD), self._context.groups.tensor)
-        return None if logits is None else logits[:, : self._vocab_size].float()
+    def __call__(self, hidden_SD: torch.Tensor) -> Logits:
+        """[S, D] -> logits of S samples."""
+        return Logits(self.op(hidden_SD).float(), self._vocab_size, self._context.groups.tensor)
 
     def _unfinished_shard(self) -> VocabularyShard:
         if not self._shards:

@@ -19,7 +19,8 @@ from atom_cluster.layers.linear import ColumnLinear, DequantizedLinear, Output, 
 from atom_cluster.layers.module import CachingModule
 from atom_cluster.layers.norm import RmsNorm
 from atom_cluster.layers.rotary import RotaryTable
-from atom_cluster.ops.mla import LatentWeights, MlaDims
+from atom_cluster.ops.attention import Rotation
+from atom_cluster.ops.mla import LatentNorm, LatentWeights, MlaDims
 from atom_cluster.parallel.sharding import Span, even_span
 
 
@@ -107,13 +108,18 @@ class MlaAttention(CachingModule):
         query_THN, rope_THP = torch.split(
             query.view(num_tokens, dims.num_heads, -1), [spec.nope_dim, spec.rope_dim], dim=-1
         )
-        cos, sin = inputs.once(self._rotary, lambda: self._rotary.at(inputs.batch.positions))
-        rope_THP, key_T1P = self._ops.rotary(
-            rope_THP, key_TP[:, None], cos, sin, is_interleaved=spec.is_rope_interleaved
-        )
-        plan = inputs.once(dims, lambda: self._ops.plan_mla(inputs.batch.attention[None], dims))
+        rotation = inputs.once((Rotation, self._rotary), lambda: Rotation(*self._rotary.at(inputs.batch.positions)))
+        plan = inputs.mixer(dims, lambda inputs: inputs.ops.plan_mla(inputs.batch.attention[None], dims))
         kv = inputs.kv(self.cache_index)
-        plan.store(self.latent_norm(latent_TL), key_T1P[:, 0], kv)
+        rope_THP = plan.store(
+            latent_TL,
+            key_TP,
+            rope_THP,
+            kv,
+            norm=LatentNorm(self.latent_norm.weight_D, spec.norm_eps),
+            rotation=rotation,
+            is_interleaved=spec.is_rope_interleaved,
+        )
         selected_TK = self._select(x_TM, latent_query_TQ, inputs)
         output_THV = plan.attend(query_THN, rope_THP, self.up.weights, kv, scale=spec.scale, selected_TK=selected_TK)
         return self.output(output_THV.flatten(1))

@@ -6,6 +6,7 @@ Shape suffixes: T tokens, D hidden dims.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -15,7 +16,6 @@ from atom_cluster.layers.linear import ColumnLinear, Output
 from atom_cluster.layers.mlp import GatedMlp
 from atom_cluster.layers.module import Module
 from atom_cluster.layers.router import Router, RouterSpec
-from atom_cluster.ops.activation import GateAndMul
 from atom_cluster.parallel.collectives import all_reduce_sum
 
 
@@ -46,32 +46,19 @@ class SparseMoe(Module):
                 hidden_size=spec.hidden_size,
                 intermediate_size=spec.shared_size,
                 names=spec.projection_names,
-                activation=_clamped(context.ops.silu_and_mul, spec.activation.limit),
+                activation=partial(context.ops.silu_and_mul, limit=spec.activation.limit),
                 sums=False,
             )
         if spec.shared_gate_name is not None:
             outputs = [Output(spec.shared_gate_name, 1)]
             self.shared_gate = ColumnLinear(context.unquantized, num_in=spec.hidden_size, outputs=outputs)
         self._group = context.groups.tensor
+        self._ops = context.ops
 
     def __call__(self, x_TD: torch.Tensor, token_ids_T: torch.Tensor | None = None) -> torch.Tensor:
         """[T, D], [T] int64 -> [T, D]. Token ids are needed if the router has a table."""
-        y_TD = self.experts(x_TD, *self.router(x_TD, token_ids_T))
-        if self.shared is not None:
-            shared_TD = self.shared(x_TD)
-            if self.shared_gate is not None:
-                shared_TD = shared_TD * torch.sigmoid(self.shared_gate(x_TD))
-            y_TD = y_TD + shared_TD
+        shared_TD = None if self.shared is None else self.shared(x_TD)
+        if shared_TD is not None and self.shared_gate is not None:
+            shared_TD = self._ops.sigmoid_and_mul(shared_TD, self.shared_gate(x_TD))
+        y_TD = self.experts(x_TD, *self.router(x_TD, token_ids_T), addend_TD=shared_TD)
         return all_reduce_sum(y_TD, self._group)
-
-
-def _clamped(activation: GateAndMul, limit: float | None) -> GateAndMul:
-    """The activation behind a clamp, as `ExpertActivation.limit` says it."""
-    if limit is None:
-        return activation
-
-    def clamp_and_activate(gate_up: torch.Tensor) -> torch.Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return activation(torch.cat((gate.clamp(max=limit), up.clamp(-limit, limit)), dim=-1))
-
-    return clamp_and_activate

@@ -13,7 +13,7 @@ import torch
 from atom_cluster.layers.context import LayerContext
 from atom_cluster.layers.forward_batch import LayerInputs
 from atom_cluster.layers.linear import ColumnLinear, Output
-from atom_cluster.layers.logits import LogitsHead
+from atom_cluster.layers.logits import Logits, LogitsHead
 from atom_cluster.layers.module import Module
 from atom_cluster.layers.norm import RmsNorm
 
@@ -67,6 +67,6 @@ class MtpLayer(Module):
         x_TD, residual_TD = self.block(x_TD, torch.zeros_like(x_TD), inputs)
         return self.output_norm.add(x_TD, residual_TD)[0]
 
-    def compute_logits(self, hidden_SD: torch.Tensor) -> torch.Tensor | None:
-        """Logits over the full vocabulary, [S, V] float32, from what `__call__` returned; None on ranks but 0."""
+    def compute_logits(self, hidden_SD: torch.Tensor) -> Logits:
+        """Logits of S samples, from [S, D] of what `__call__` returned."""
         return self._project_to_logits(hidden_SD)

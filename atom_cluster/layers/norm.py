@@ -38,7 +38,6 @@ class RmsNorm(Module):
         self._is_offset = is_offset
         self._full_size = size if full_size is None else full_size
         self._span = Span(0, size) if span is None else span
-        self._is_wide = is_wide
         dtype = torch.promote_types(context.dtype, torch.float32) if is_wide else context.dtype
         self.weight_D = torch.empty(size, dtype=dtype, device=context.device)
 
@@ -54,12 +53,10 @@ class RmsNorm(Module):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., D]"""
-        if self._is_wide:
-            return self._ops.rms_norm(x.to(self.weight_D.dtype), self.weight_D, self._eps).to(x.dtype)
         return self._ops.rms_norm(x, self.weight_D, self._eps)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(norm of x + residual, x + residual); `residual` may be overwritten. Not for wide norms."""
+        """(norm of x + residual, x + residual); `residual` may be overwritten."""
         return self._ops.add_rms_norm(x, residual, self.weight_D, self._eps)
 
 

@@ -1,4 +1,4 @@
-"""The router of a mixture of experts, replicated on every rank and computed in float32. Knows no experts and no models.
+"""The router of a mixture of experts, replicated on every rank; its logits are float32. Knows no experts and no models.
 
 Shape suffixes: T tokens, D hidden dims, E experts over all ranks, K experts per token.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -39,8 +40,14 @@ class Router(Module):
     def __init__(self, context: LayerContext, spec: RouterSpec, *, hidden_size: int, num_experts: int) -> None:
         # Which experts are best is decided by small differences, which half precision would blur.
         self._dtype = torch.promote_types(context.dtype, torch.float32)
+        gate_context = replace(context.unquantized, dtype=self._dtype)
+        if gate_context.storage_dtype([f"{spec.gate_name}.weight"]) == context.dtype:
+            # Products of the weights as they are stored, added up in float32, lose nothing either.
+            prepare = partial(context.ops.prepare_linear, out_dtype=self._dtype)
+            gate_context = replace(context.unquantized, ops=replace(context.ops, prepare_linear=prepare))
+        self._gate_dtype = gate_context.dtype
         self.gate = ColumnLinear(
-            replace(context.unquantized, dtype=self._dtype),
+            gate_context,
             num_in=hidden_size,
             outputs=[Output(spec.gate_name, num_experts)],
             has_bias=spec.has_logit_bias,
@@ -71,4 +78,4 @@ class Router(Module):
             if token_ids_T is None:
                 raise AssertionError("a router with a table of experts was not given token ids")
             chosen_TK = self._expert_VK.index_select(0, token_ids_T)
-        return self._ops.route(self.gate(x_TD.to(self._dtype)), self._bias_E, self._spec, expert_TK=chosen_TK)
+        return self._ops.route(self.gate(x_TD.to(self._gate_dtype)), self._bias_E, self._spec, expert_TK=chosen_TK)

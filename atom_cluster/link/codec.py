@@ -14,6 +14,7 @@ from atom_cluster.messages.cluster import (
     RouteQuery,
     SnapshotRequest,
 )
+from atom_cluster.messages.profile import ProfileAnswer, StartProfile, StopProfile
 from atom_cluster.messages.requests import CancelRequest, EngineRequest, Ping, Pong, TokenBatch
 from atom_cluster.messages.transfer import (
     KvPublication,
@@ -47,6 +48,9 @@ Message = (
     | RouteQuery
     | RouteDecision
     | RequestDone
+    | StartProfile
+    | StopProfile
+    | ProfileAnswer
 )
 """Everything that travels between processes of a cluster."""
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
+from atom_cluster.messages.profile import WindowCommand
 from atom_cluster.messages.requests import SamplingParams, TokenLogprobs
 from atom_cluster.messages.transfer import KvCommand
 
@@ -75,6 +76,8 @@ class StepPlan(Struct, frozen=True, kw_only=True):
     """Rows of one token first, then those with drafts, then chunks. A row appears at most once."""
     kv: tuple[KvCommand, ...] = ()
     """KV transfer commands, executed by every rank after the forward pass of this plan was issued."""
+    profile: WindowCommand | None = None
+    """Executed by every rank before the forward pass."""
 
     @property
     def num_tokens(self) -> int:

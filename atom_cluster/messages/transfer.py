@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
+from atom_cluster.messages.profile import WindowWritten
 from atom_cluster.messages.requests import SamplingParams, TokenDelta
 
 
@@ -178,6 +179,7 @@ class ReadFinished(Struct, frozen=True, kw_only=True, tag="read_finished"):
 
 
 KvReport = BlocksTagged | ReadFinished
+Report = KvReport | WindowWritten
 
 
 class RankReport(Struct, frozen=True, kw_only=True):
@@ -187,4 +189,4 @@ class RankReport(Struct, frozen=True, kw_only=True):
     """
 
     rank: int
-    report: KvReport
+    report: Report

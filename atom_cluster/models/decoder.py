@@ -16,7 +16,7 @@ from atom_cluster.kv_cache.layout import KvLayout
 from atom_cluster.layers.context import LayerContext
 from atom_cluster.layers.embedding import Embedding, VocabularyShard
 from atom_cluster.layers.forward_batch import ForwardBatch, LayerInputs
-from atom_cluster.layers.logits import LogitsHead
+from atom_cluster.layers.logits import Logits, LogitsHead
 from atom_cluster.layers.module import Module, number_caches
 from atom_cluster.layers.norm import RmsNorm
 from atom_cluster.layers.rope_spec import RopeSpec
@@ -46,8 +46,8 @@ class DraftLayer(Protocol):
         """(embedding of each token's successor, hidden state of each token) -> hidden state for drafting, [T, D]."""
         ...
 
-    def compute_logits(self, hidden_SD: torch.Tensor) -> torch.Tensor | None:
-        """Logits over the full vocabulary, [S, V] float32, from what `__call__` returned; None on ranks but 0."""
+    def compute_logits(self, hidden_SD: torch.Tensor) -> Logits:
+        """Logits of S samples, from what `__call__` returned."""
         ...
 
 
@@ -142,12 +142,15 @@ class DecoderModel(Module, Generic[S]):
             ignored=(_DERIVED, *tied, *self.ignored_names(), *self.context.quantization.ignored),
         )
 
-    def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """Hidden states after the final norm, [T, D]; writes what the step leaves behind into `batch.caches`."""
-        return self.run_layers(self.embedding(batch.token_ids), LayerInputs(batch, self.context.ops))
+    def forward(self, batch: ForwardBatch, inputs: LayerInputs | None = None) -> torch.Tensor:
+        """Hidden states after the final norm, [T, D]; writes what the step leaves behind into `batch.caches`.
 
-    def compute_logits(self, hidden_SD: torch.Tensor) -> torch.Tensor | None:
-        """Logits over the full vocabulary, [S, V] float32; None on ranks other than 0 (they took part in gathering)."""
+        inputs: how layers are to see the batch; None: as it is.
+        """
+        return self.run_layers(self.embedding(batch.token_ids), inputs or LayerInputs(batch, self.context.ops))
+
+    def compute_logits(self, hidden_SD: torch.Tensor) -> Logits:
+        """Logits of S samples, from hidden states [S, D]."""
         return self.head(hidden_SD)
 
     def forward_draft(
@@ -161,6 +164,6 @@ class DecoderModel(Module, Generic[S]):
         embedded_TD = self.embedding(next_token_ids_T)
         return self.draft_layers[index](embedded_TD, hidden_TD, LayerInputs(batch, self.context.ops))
 
-    def compute_draft_logits(self, index: int, hidden_SD: torch.Tensor) -> torch.Tensor | None:
-        """Logits of the drafted tokens, [S, V] float32, from what `forward_draft` returned; None on ranks but 0."""
+    def compute_draft_logits(self, index: int, hidden_SD: torch.Tensor) -> Logits:
+        """Logits of S drafted tokens, from what `forward_draft` returned."""
         return self.draft_layers[index].compute_logits(hidden_SD)

@@ -7,7 +7,8 @@ from typing import Protocol
 import torch
 
 from atom_cluster.kv_cache.layout import KvLayout
-from atom_cluster.layers.forward_batch import ForwardBatch
+from atom_cluster.layers.forward_batch import ForwardBatch, LayerInputs
+from atom_cluster.layers.logits import Logits
 
 
 class CausalLM(Protocol):
@@ -26,12 +27,15 @@ class CausalLM(Protocol):
         """Layers that can draft tokens; 0: none."""
         ...
 
-    def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """Hidden states after the final norm, [T, D]; writes what the step leaves behind into `batch.caches`."""
+    def forward(self, batch: ForwardBatch, inputs: LayerInputs | None = None) -> torch.Tensor:
+        """Hidden states after the final norm, [T, D]; writes what the step leaves behind into `batch.caches`.
+
+        inputs: how layers are to see the batch; None: as it is.
+        """
         ...
 
-    def compute_logits(self, hidden_SD: torch.Tensor) -> torch.Tensor | None:
-        """Logits over the full vocabulary, [S, V] float32; None on ranks other than 0 (they took part in gathering)."""
+    def compute_logits(self, hidden_SD: torch.Tensor) -> Logits:
+        """Logits of S samples."""
         ...
 
     def forward_draft(
@@ -44,6 +48,6 @@ class CausalLM(Protocol):
         """
         ...
 
-    def compute_draft_logits(self, index: int, hidden_SD: torch.Tensor) -> torch.Tensor | None:
-        """Logits of drafted tokens, [S, V] float32; None on ranks other than 0."""
+    def compute_draft_logits(self, index: int, hidden_SD: torch.Tensor) -> Logits:
+        """Logits of S drafted tokens."""
         ...

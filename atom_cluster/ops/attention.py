@@ -28,6 +28,23 @@ class KvLayerCache:
     """The same of values."""
 
 
+@dataclass(frozen=True, slots=True)
+class HeadNorms:
+    """RMS norms over each head, as `ops.norm`; of queries and of keys."""
+
+    query_D: torch.Tensor
+    key_D: torch.Tensor
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """Angles of the step's tokens, as `ops.rotary` takes them; pairs are half the rotated dims apart."""
+
+    cos_T1P: torch.Tensor
+    sin_T1P: torch.Tensor
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionMetadata:
     """Which tokens belong to which row and where each row's KV lives. Rows with one query token come first.
@@ -59,8 +76,22 @@ class AttentionMetadata:
 class AttentionPlan(Protocol):
     """Attention of one step, prepared once and used by every layer. Holds no reference to KV memory."""
 
-    def store(self, key_TKD: torch.Tensor, value_TKD: torch.Tensor, kv: KvLayerCache) -> None:
-        """Write the step's keys and values to their slots of one layer."""
+    def store(
+        self,
+        query_THD: torch.Tensor,
+        key_TKD: torch.Tensor,
+        value_TKD: torch.Tensor,
+        kv: KvLayerCache,
+        *,
+        norms: HeadNorms | None = None,
+        rotation: Rotation | None = None,
+    ) -> torch.Tensor:
+        """Norm and rotate queries and keys, and write keys and values to their slots of one layer.
+
+        Norms come first; what is None is left out. Returns the queries to attend with, [T, H, D]. The tensors may be
+        strided views, as they come out of a projection, with heads whole; they may be overwritten. Values may have no
+        dims: only keys are written then.
+        """
         ...
 
     def attend(

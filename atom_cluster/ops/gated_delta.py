@@ -77,8 +77,9 @@ class GatedDeltaPlan(Protocol):
             S <- exp(g) S;  S <- S + k (beta (v - k^T S))^T;  o = S^T q / sqrt(K)
 
         with q and k divided by sqrt(|.|^2 + 1e-6), beta = sigmoid(learn) and
-        g = -exp(log_rate) * softplus(decay + decay_bias). Computed in float32 or wider, the states' dtype. Inputs may
-        be strided views and are kept.
+        g = -exp(log_rate) * softplus(decay + decay_bias). Gates, sums and states are float32 or wider, the states'
+        dtype; where several tokens are worked on at once, factors of a product may be rounded to the values' dtype.
+        Inputs may be strided views and are kept.
         """
         ...
 

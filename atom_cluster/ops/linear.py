@@ -16,13 +16,24 @@ class LinearOp(Protocol):
         ...
 
     def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
-        """[T, in] -> [T, out], plus the bias if there is one, in the dtype it was prepared for. The input is kept."""
+        """[T, in] -> [T, out], plus the bias if there is one, of the out dtype it was made for. The input is kept."""
         ...
 
 
 class PrepareLinear(Protocol):
     """Makes a LinearOp of a loaded weight. Callers drop their reference, so a packed copy replaces the original."""
 
-    def __call__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None, *, dtype: torch.dtype) -> LinearOp:
-        """Prepare [out, in] weights, stored in any float dtype, for inputs of `dtype`. Does not change `weight_OI`."""
+    def __call__(
+        self,
+        weight_OI: torch.Tensor,
+        bias_O: torch.Tensor | None,
+        *,
+        dtype: torch.dtype,
+        out_dtype: torch.dtype | None = None,
+    ) -> LinearOp:
+        """Prepare [out, in] weights, stored in any float dtype, for inputs of `dtype`. Does not change `weight_OI`.
+
+        out_dtype: `dtype` (None means the same), or float32 for sums that are not rounded to half precision; the
+        weights are rounded to `dtype` in any case.
+        """
         ...

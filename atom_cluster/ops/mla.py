@@ -20,7 +20,7 @@ from typing import Protocol
 
 import torch
 
-from atom_cluster.ops.attention import AttentionMetadata, KvLayerCache
+from atom_cluster.ops.attention import AttentionMetadata, KvLayerCache, Rotation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +45,14 @@ class MlaDims:
         expanded = self.nope_dim + self.value_dim
         saved = 2 * self.latent_dim - expanded
         return self.latent_dim * expanded // saved if saved > 0 else None
+
+
+@dataclass(frozen=True, slots=True)
+class LatentNorm:
+    """The RMS norm of latents; see `ops.norm` for what is rounded when."""
+
+    weight_L: torch.Tensor
+    eps: float
 
 
 class LatentWeights(Protocol):
@@ -74,8 +82,23 @@ class PrepareLatentWeights(Protocol):
 class MlaPlan(Protocol):
     """Latent attention of one step, prepared once and used by every layer. Holds no reference to KV memory."""
 
-    def store(self, latent_TL: torch.Tensor, rope_TP: torch.Tensor, kv: KvLayerCache) -> None:
-        """Write the step's latents and positional keys side by side to their slots: `kv.key` [N, block_size, 1, S]."""
+    def store(
+        self,
+        latent_TL: torch.Tensor,
+        key_TP: torch.Tensor,
+        query_THP: torch.Tensor,
+        kv: KvLayerCache,
+        *,
+        norm: LatentNorm,
+        rotation: Rotation,
+        is_interleaved: bool,
+    ) -> torch.Tensor:
+        """Norm the latents, rotate positional keys and queries, and write what is cached to its slots.
+
+        Latents and keys lie side by side: `kv.key` [N, block_size, 1, S]. All P dims are rotated, paired as
+        `ops.rotary` says. Returns the rotated queries, [T, H, P]. The tensors may be strided views, as they come out of
+        a projection; they may be overwritten.
+        """
         ...
 
     def attend(
@@ -91,8 +114,8 @@ class MlaPlan(Protocol):
         """Causal attention of the step's queries (q and p) over their rows' latents, which `store` has completed.
 
         Returns [T, H, V], contiguous, in the query's dtype. Scores are multiplied by `scale`; they and the softmax are
-        computed in float32 or wider. selected_TK: what `ops.sparse_index` selected; a token sees those positions of its
-        row and nothing else. None: all up to its own.
+        computed in float32 or wider. query_THN may be a strided view. selected_TK: what `ops.sparse_index` selected; a
+        token sees those positions of its row and nothing else. None: all up to its own.
         """
         ...
 

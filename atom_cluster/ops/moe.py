@@ -73,11 +73,18 @@ class ExpertsOp(Protocol):
         """What became of the weights, for the start-up log: `bfloat16 x 8 experts`."""
         ...
 
-    def __call__(self, x_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self,
+        x_TD: torch.Tensor,
+        expert_TK: torch.Tensor,
+        weight_TK: torch.Tensor,
+        *,
+        addend_TD: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Sum over k of weight_TK[t, k] * expert_TK[t, k](x_TD[t]), [T, D] in the dtype of the input, which is kept.
 
         expert_TK: int64, in [0, E], where E stands for an expert that is not on this rank and contributes nothing. A
-        token names an expert at most once, E aside. weight_TK: float32 or wider.
+        token names an expert at most once, E aside. weight_TK: float32 or wider. addend_TD: added to the sum.
         """
         ...
 

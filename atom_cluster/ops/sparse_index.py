@@ -28,9 +28,10 @@ class IndexPlan(Protocol):
         """[T, K] int32: of the positions 0..p that a token at p of its row sees, the K = `num_selected` best.
 
         It sees the entries that are complete with it: of n tokens per entry, the first (p + 1) // n.
-        In any order, each once. A token that sees K or fewer selects all of them, and -1 stands for what is missing.
-        None when this is so for every token. Scores are computed in float32 or wider from `weight_TJ`, which has that
-        dtype. Among equal scores earlier positions win, so that a token selects alike in any batch.
+        In any order, each once. A token that sees K or fewer selects all of them, and behind them -1 stands for what is
+        missing. None when this is so for every token, as far as the host knows. Scores are computed in float32 or wider
+        from `weight_TJ`, which has that dtype. Among equal scores earlier positions win, so that a token selects alike
+        in any batch.
         """
         ...
 

@@ -49,6 +49,16 @@ class ConnectStreams(Protocol):
         ...
 
 
+class WriteStreams(Protocol):
+    """The streams behind a block."""
+
+    def __call__(
+        self, streams_TND: torch.Tensor, output_TD: torch.Tensor, write_TN: torch.Tensor, mix_TNN: torch.Tensor
+    ) -> torch.Tensor:
+        """S'_k = w_k y + sum_j mix[j, k] S_j, [T, N, D], all in one dtype. Sums are taken in float32 or wider."""
+        ...
+
+
 class JoinStreams(Protocol):
     """What is read of the last streams: sum_n r_n S_n alone."""
 

@@ -80,6 +80,7 @@ class ProcessGroups:
         if device.type != "cpu":
             from atom_cluster.parallel.peer_all_reduce import open_peer_all_reduce
 
+            assert dist.group.WORLD is not None, "just initialised"
             peers, reason = open_peer_all_reduce(dist.group.WORLD, device)
         everyone = Group(rank=rank, size=world_size, handle=dist.group.WORLD, peers=peers)
         return cls(everyone, everyone if divides_experts else None, choice=f"{backend}; small sums: {reason}")

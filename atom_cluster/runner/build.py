@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -21,14 +22,14 @@ from atom_cluster.ops.table import OpTable
 from atom_cluster.parallel.collectives import smallest
 from atom_cluster.parallel.groups import ProcessGroups
 from atom_cluster.platform.detect import detect_platform
-from atom_cluster.platform.device import select_device
+from atom_cluster.platform.device import device_memory, select_device
 from atom_cluster.runner.fingerprint import fingerprint_fields, weights_identity
 from atom_cluster.runner.kv_memory import KvMemory, allocate_kv_memory
 from atom_cluster.runner.kv_sizing import KvSizing, describe_pages, other_groups
 from atom_cluster.runner.model_runner import ModelRunner
 from atom_cluster.runner.options import RunnerOptions
 from atom_cluster.runner.profiling import kv_budget_bytes
-from atom_cluster.runner.rank_info import RankInfo
+from atom_cluster.runner.rank_info import NO_TRACES, RankInfo
 from atom_cluster.runner.row_state import slack
 from atom_cluster.units import GiB
 
@@ -38,6 +39,7 @@ def build_model_runner(options: RunnerOptions) -> ModelRunner:
 
     Raises ConfigError, WeightsError or TransferError; what was opened until then is closed.
     """
+    clock = _PartClock()
     platform = detect_platform(options.device)
     device = select_device(platform, options.device_index)
     if options.num_threads is not None:
@@ -55,7 +57,7 @@ def build_model_runner(options: RunnerOptions) -> ModelRunner:
             divides_experts=options.divides_experts,
         )
         on_failure.callback(groups.close)
-        ops = select_ops(OpsConfig(backend=options.ops_backend), platform, dtype)
+        ops = select_ops(OpsConfig(backend=options.ops_backend, overrides=dict(options.ops_overrides)), platform, dtype)
         context = LayerContext(
             ops=ops,
             groups=groups,
@@ -64,14 +66,18 @@ def build_model_runner(options: RunnerOptions) -> ModelRunner:
             weight_dtype=_weight_dtype(dtype, spec),
             kv_dtype=None if options.kv_dtype == "auto" else str(ops.float8_dtype).removeprefix("torch."),
         )
+        clock.note("join")
         model, weights_choice = _load(options, context, num_draft_layers)
+        clock.note("load")
         num_pages, blocks_choice = _num_pages(options, model, groups, ops, device)
         memory = allocate_kv_memory(model.kv_layout, num_pages=num_pages, block_size=options.block_size, device=device)
+        clock.note("size the cache")
         agent, transfer_choice = _open_agent(options, memory)
         if agent is not None:
             on_failure.callback(agent.close)
         choices = {
             "device": f"{device} ({platform.arch})",
+            "collectives": groups.choice,
             "dtype": dtype_choice,
             "kv_blocks": blocks_choice,
             "kv_dtype": f"{context.cache_dtype} ({'as computed' if context.kv_dtype is None else 'configured'})",
@@ -89,22 +95,54 @@ def build_model_runner(options: RunnerOptions) -> ModelRunner:
             info=_rank_info(options, model, num_pages=num_pages, agent=agent, choices=choices),
             device=device,
             agent=agent,
-            graph_sizes=() if device.type == "cpu" else options.compilation.sizes(options.max_num_requests),
+            profile=options.profile,
+            graph_sizes=options.compilation.sizes(options.max_num_requests) if ops.is_capturable else (),
+            piecewise_sizes=_piecewise_sizes(options) if ops.is_capturable else (),
         )
-        choices["graphs"] = _capture(runner, options, device)
+        choices["graphs"] = _capture(runner, options, ops)
+        clock.note("capture")
+        choices["start"] = clock.describe()
         on_failure.pop_all()
     return runner
 
 
-def _capture(runner: ModelRunner, options: RunnerOptions, device: torch.device) -> str:
+class _PartClock:
+    """How long the parts of a start take."""
+
+    def __init__(self) -> None:
+        self._last_s = time.perf_counter()
+        self._parts: list[str] = []
+
+    def note(self, part: str) -> None:
+        """This part is over, and the next one begins."""
+        now_s = time.perf_counter()
+        self._parts.append(f"{part} {now_s - self._last_s:.1f} s")
+        self._last_s = now_s
+
+    def describe(self) -> str:
+        """All parts, in order."""
+        return ", ".join(self._parts)
+
+
+def _piecewise_sizes(options: RunnerOptions) -> tuple[int, ...]:
+    assert options.max_model_len is not None, "resolved by build_model_runner"
+    return options.compilation.piecewise_sizes(min(options.max_num_batched_tokens, options.max_model_len))
+
+
+def _capture(runner: ModelRunner, options: RunnerOptions, ops: OpTable) -> str:
     """Capture graphs if that is to be done now; what there is of them, and why."""
-    graphs = runner.graphs
-    if graphs is None:
-        return "none: CPUs have no graphs" if device.type == "cpu" else "none (configured)"
+    if options.compilation.graph_mode == "none":
+        return "none (configured)"
+    if not ops.is_capturable:
+        return "none: these ops cannot be captured"
     if options.compilation.capture == "lazy":
-        return f"{graphs.describe()}, captured when first needed (configured)"
-    runner.capture_graphs()
-    return f"{graphs.describe()}, captured in {graphs.capture_s:.1f} s, {graphs.num_bytes / GiB:.2f} GiB"
+        return "captured when first needed (configured)"
+    free_before = device_memory(runner.device).free_bytes
+    problems = runner.capture_graphs()
+    taken = max(0, free_before - device_memory(runner.device).free_bytes) / GiB
+    parts = [f"{kind}: none: {problem}" for kind, problem in problems.items()]
+    parts += [f"{part.describe()}, in {part.capture_s:.1f} s" for part in (runner.graphs, runner.pieces) if part]
+    return f"{'; '.join(parts)}; {taken:.2f} GiB"
 
 
 def _max_model_len(wanted: int | None, spec: ModelSpec) -> int:
@@ -148,15 +186,24 @@ def _weight_dtype(dtype: torch.dtype, spec: ModelSpec) -> torch.dtype:
 def _load(options: RunnerOptions, context: LayerContext, num_draft_layers: int) -> tuple[CausalLM, str]:
     """The loaded model, and what became of its matrices."""
     assert options.max_model_len is not None, "resolved by build_model_runner"
-    model = load_model(
-        Path(options.model_dir),
-        context=context,
-        max_model_len=options.max_model_len + slack(options.num_drafts),
-        num_draft_layers=num_draft_layers,
-        load_format=options.load_format,
-        seed=options.seed,
-        quantization=options.quantization,
-    )
+    try:
+        model = load_model(
+            Path(options.model_dir),
+            context=context,
+            max_model_len=options.max_model_len + slack(options.num_drafts),
+            num_draft_layers=num_draft_layers,
+            load_format=options.load_format,
+            seed=options.seed,
+            quantization=options.quantization,
+        )
+    except torch.cuda.OutOfMemoryError as exc:
+        memory = device_memory(context.device)
+        in_use, total = torch.cuda.memory_allocated(context.device) / GiB, memory.total_bytes / GiB
+        raise ConfigError(
+            f"the weights of rank {options.rank} of {options.world_size} do not fit: the GPU has {total:.1f} GiB, of "
+            f"which {in_use:.1f} GiB hold weights so far and {memory.free_bytes / GiB:.1f} GiB are free; split the "
+            "model over more GPUs (parallel.tensor) or quantize it (quantization.online)"
+        ) from exc
     return model, f"{describe_weights(model)} ({options.load_format})"
 
 
@@ -176,10 +223,19 @@ def _num_pages(
     else:
         budget_bytes, reason = _budget_bytes(options, model, groups, ops, device)
         # The smallest budget first: an error about it is then everybody's, and nobody waits for a rank that is gone.
-        num_blocks = smallest(sizing.fit(smallest(budget_bytes, groups.tensor, device)), groups.tensor, device)
+        num_blocks = smallest(
+            _fit(sizing, smallest(budget_bytes, groups.tensor, device), reason), groups.tensor, device
+        )
         reason = f"auto: {reason}"
     num_pages = tuple(smallest(count, groups.tensor, device) for count in sizing.pages(num_blocks))
     return num_pages, f"{describe_pages(model.kv_layout, num_pages)} ({reason})"
+
+
+def _fit(sizing: KvSizing, budget_bytes: int, arithmetic: str) -> int:
+    try:
+        return sizing.fit(budget_bytes)
+    except ConfigError as exc:
+        raise ConfigError(f"{exc} ({arithmetic})") from exc
 
 
 def _budget_bytes(
@@ -189,7 +245,7 @@ def _budget_bytes(
     if device.type == "cpu":
         return int(options.cpu_cache_gib * GiB), f"cpu_cache_gib {options.cpu_cache_gib}"
     assert options.max_model_len is not None, "resolved by build_model_runner"
-    budget_bytes = kv_budget_bytes(
+    return kv_budget_bytes(
         model,
         groups,
         ops,
@@ -201,7 +257,6 @@ def _budget_bytes(
         memory_fraction=options.memory_fraction,
         device=device,
     )
-    return budget_bytes, f"memory_fraction {options.memory_fraction} after a profiling step"
 
 
 def _open_agent(options: RunnerOptions, memory: KvMemory) -> tuple[KvAgent | None, str]:
@@ -240,6 +295,7 @@ def _rank_info(
             world_size=options.world_size,
         ),
         choices=choices,
+        profile_refusal=NO_TRACES if options.profile.directory is None else "",
     )
 
 

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from atom_cluster.layers.forward_batch import ForwardBatch
+from atom_cluster.layers.logits import Logits
 from atom_cluster.models.protocol import CausalLM
-from atom_cluster.parallel.collectives import broadcast_from_first
-from atom_cluster.parallel.groups import Group
-from atom_cluster.runner.host_tensors import send
+from atom_cluster.ops.sampling import Draw
+from atom_cluster.ops.table import OpTable
 from atom_cluster.runner.inputs import InputBuilder, StepInputs
-from atom_cluster.runner.noise import noise_keys
 from atom_cluster.runner.row_state import RowTable
 from atom_cluster.runner.sampler import choose
 
@@ -25,13 +23,14 @@ from atom_cluster.runner.sampler import choose
 class Drafter(Protocol):
     """Proposes tokens after every step. All ranks of a gang call it alike."""
 
-    def draft(self, inputs: StepInputs, hidden_TD: torch.Tensor, num_kept_S: torch.Tensor) -> torch.Tensor:
+    def draft(self, inputs: StepInputs, hidden_TD: torch.Tensor, num_kept_S: torch.Tensor, draw: Draw) -> torch.Tensor:
         """Tokens proposed behind the newest one of each row that sampled, [S, K] int64, equal on all ranks.
 
         The row table has the sampled tokens already, and gets the drafts behind them. Steps in which no row samples
         are given too, since what drafts are made from may have to be computed for their tokens.
 
-        hidden_TD: the model's hidden states of the step's tokens; num_kept_S: how many drafts each row just kept.
+        hidden_TD: the model's hidden states of the step's tokens; num_kept_S: how many drafts each row just kept; draw:
+        what it takes to choose tokens for the step's rows.
         """
         ...
 
@@ -44,18 +43,24 @@ class LayerDrafter:
     """
 
     def __init__(
-        self, *, model: CausalLM, num_drafts: int, table: RowTable, builder: InputBuilder, group: Group
+        self,
+        *,
+        model: CausalLM,
+        num_drafts: int,
+        table: RowTable,
+        builder: InputBuilder,
+        ops: OpTable,
     ) -> None:
         self._model = model
         self._num_drafts = num_drafts
         self._table = table
         self._builder = builder
-        self._group = group
+        self._ops = ops
 
-    def draft(self, inputs: StepInputs, hidden_TD: torch.Tensor, num_kept_S: torch.Tensor) -> torch.Tensor:
+    def draft(self, inputs: StepInputs, hidden_TD: torch.Tensor, num_kept_S: torch.Tensor, draw: Draw) -> torch.Tensor:
         """See `Drafter`."""
         batch, num_layers = inputs.batch, self._model.num_draft_layers
-        rows = _DraftingRows(inputs, num_kept_S, self._table, self._num_drafts)
+        rows = _DraftingRows(inputs, num_kept_S, self._table, draw)
         last_S = batch.sample_index[inputs.layout.first_sample + num_kept_S]
         hidden_SD = hidden_TD[last_S]
         drafts: list[torch.Tensor] = []
@@ -86,9 +91,7 @@ class LayerDrafter:
 
     def _choose(self, layer: int, hidden_SD: torch.Tensor, rows: _DraftingRows, number: int) -> torch.Tensor:
         """The draft with this number, from 0, for each row; also in the table."""
-        logits_SV = self._model.compute_draft_logits(layer, hidden_SD)
-        draft_S = torch.empty_like(rows.position_S) if logits_SV is None else rows.choose(logits_SV, number)
-        broadcast_from_first(draft_S, self._group)
+        draft_S = rows.choose(self._model.compute_draft_logits(layer, hidden_SD), number, self._ops)
         self._table.append(rows.row_S, self._behind(rows.position_S, 2 + number), draft_S)
         return draft_S
 
@@ -104,19 +107,14 @@ class _DraftingRows:
     min-p, top-k and top-p, allow.
     """
 
-    def __init__(self, inputs: StepInputs, num_kept_S: torch.Tensor, table: RowTable, num_drafts: int) -> None:
+    def __init__(self, inputs: StepInputs, num_kept_S: torch.Tensor, table: RowTable, draw: Draw) -> None:
         self.row_S = inputs.sampling_row
         self.position_S = inputs.newest_position + num_kept_S
         """The last position that the step computed for good. Its sampled token lies behind it, then come drafts."""
-        self._num_kept_S = num_kept_S
-        rows = [table.get(step.row) for step in inputs.layout.sampling]
-        self._samplings = [row.sampling for row in rows]
-        first = [step.position + 2 - row.num_prompt_tokens for step, row in zip(inputs.layout.sampling, rows)]
-        # How many drafts were kept is known on the device only: keys for all that may have been.
-        positions = np.array(first, dtype=np.int64)[:, None] + np.arange(inputs.layout.max_drafts + num_drafts)
-        self._key_SJ2 = send(noise_keys([row.seed for row in rows], positions), num_kept_S.device)
+        self._params = table.sampling.tensors
+        self._draw = draw
 
-    def choose(self, logits_SV: torch.Tensor, number: int) -> torch.Tensor:
+    def choose(self, logits: Logits, number: int, ops: OpTable) -> torch.Tensor:
         """The draft with this number of each row."""
-        index_S11 = (self._num_kept_S + number)[:, None, None].expand(-1, 1, 2)
-        return choose(logits_SV, self._samplings, self._key_SJ2.gather(1, index_S11)[:, 0])
+        position_S = self.position_S + (2 + number)
+        return choose(logits, self.row_S, position_S, self._params, draw=self._draw, ops=ops)

@@ -8,30 +8,31 @@ All sizes share one pool of memory for what is needed in between. Knows no reque
 from __future__ import annotations
 
 import bisect
-import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from atom_cluster.messages.steps import RowStep
+from atom_cluster.ops.sampling import Draw
+from atom_cluster.runner.capture import capture_stream, captured
 from atom_cluster.runner.inputs import InputBuilder
 from atom_cluster.runner.row_state import RowTable
 from atom_cluster.runner.step_layout import StepLayout, lay_out
 from atom_cluster.runner.step_program import Computed, Outcome, StepProgram
-from atom_cluster.units import MiB
 
-_log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _NUM_WARM_UPS = 2
 """Runs before a capture: the first compiles kernels and creates handles, which a capture must not."""
 _NUM_STAGES = 8
 """Pinned buffers that take turns: more than steps can be in flight, so none is overwritten before it was read."""
 
-Choose = Callable[[Computed], torch.Tensor]
+Choose = Callable[[Computed, Draw], torch.Tensor]
 """What the model computed -> token ids [P], equal on all ranks, on the device alone."""
 
 
@@ -40,6 +41,7 @@ class GraphedStep:
     """What a replay leaves behind, in memory that the next replay overwrites."""
 
     layout: StepLayout
+    """Its first rows are those of the step; the others stand for none."""
     computed: Computed
     outcome: Outcome | None
     """None: tokens are still to be chosen from `computed`."""
@@ -57,9 +59,13 @@ class StepGraphs:
         sizes: Sequence[int],
         num_drafts: int,
         choose: Choose,
+        pool: Any,
         device: torch.device,
     ) -> None:
-        """sizes: rows of the steps to capture, ascending. choose: how tokens are chosen where that is captured too."""
+        """sizes: rows of the steps to capture, ascending. choose: how tokens are chosen where that is captured too.
+
+        pool: memory of graphs, shared with others.
+        """
         self._program = program
         self._inputs = inputs
         self._table = table
@@ -67,10 +73,9 @@ class StepGraphs:
         self._num_drafts = num_drafts
         self._choose = choose
         self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
-        self._captured: dict[tuple[int, bool], _Captured] = {}
+        self._pool = pool
+        self._captured: dict[int, _Captured] = {}
         self.capture_s = 0.0
-        self.num_bytes = 0
 
     def describe(self) -> str:
         """For the start-up log: `full: 35 sizes of decode steps, 1 to 256 rows`."""
@@ -82,43 +87,53 @@ class StepGraphs:
             step.samples and step.num_tokens == step.num_drafts + 1 for step in steps
         )
 
-    def run(self, steps: Sequence[RowStep], *, chooses: bool) -> GraphedStep:
-        """Issue a step that `takes` allows. chooses: with the choice of tokens and what follows from it."""
+    def run(self, steps: Sequence[RowStep], draw: Draw | None) -> GraphedStep:
+        """Issue a step that `takes` allows. draw: how tokens are chosen; None leaves that, and what follows, to the
+        caller."""
         size = self._sizes[bisect.bisect_left(self._sizes, len(steps))]
-        captured = self._captured.get((size, chooses)) or self.capture(size, chooses=chooses)
-        captured.write(steps, self._inputs.written_pages(steps))
-        captured.graph.replay()
-        return captured.step
+        step = self._captured.get(size) or self._capture(size)
+        choice = None if draw is None else step.choices.get(draw) or self._capture_choice(step, draw)
+        step.write(steps, self._inputs.written_pages(steps))
+        step.graph.replay()
+        if choice is None:
+            return GraphedStep(layout=step.layout, computed=step.computed, outcome=None)
+        choice.graph.replay()
+        return GraphedStep(layout=step.layout, computed=step.computed, outcome=choice.outcome)
 
     def capture_all(self) -> None:
         """Capture every size, the largest first, so that the others find their memory in the pool."""
         for size in reversed(self._sizes):
-            self.capture(size, chooses=True)
+            step = self._capture(size)
+            for draw in Draw:
+                self._capture_choice(step, draw)
+            # All that reads logits is captured: other sizes may use their memory.
+            step.computed = step.computed.without_owning()
 
-    def capture(self, size: int, *, chooses: bool) -> _Captured:
-        """Capture steps of this many rows. Waits for the device. All ranks of a gang capture in the same order."""
+    def _capture(self, size: int) -> _Captured:
+        """Capture the model's part of steps of this many rows. All ranks of a gang capture in the same order."""
+        step = _Captured(self._padding_layout(size))
+        block_tables = self._inputs.new_block_tables(size, step.layout.end_cpu[0])
+        step.computed = self._record(step.graph, lambda: self._program.compute(step.layout, block_tables))
+        self._captured[size] = step
+        return step
+
+    def _capture_choice(self, step: _Captured, draw: Draw) -> _Choice:
+        """Capture what comes behind the model's part."""
+        computed, graph = step.computed, torch.cuda.CUDAGraph()
+        step.graph.replay()  # logits to choose from: garbage would do, but for numbers that are none
+        outcome = self._record(graph, lambda: self._program.finish(computed, self._choose(computed, draw), draw))
+        step.choices[draw] = _Choice(graph, outcome)
+        return step.choices[draw]
+
+    def _record(self, graph: torch.cuda.CUDAGraph, issue: Callable[[], T]) -> T:
+        """Capture what `issue` launches. Waits for the device."""
         started_s = time.perf_counter()
-        free_before = torch.cuda.mem_get_info(self._device)[0]
-        captured = _Captured(self._padding_layout(size))
-        block_tables = self._inputs.new_block_tables(size, captured.layout.end_cpu[0])
-
-        def step() -> tuple[Computed, Outcome | None]:
-            computed = self._program.compute(captured.layout, block_tables)
-            if not chooses:
-                return computed, None
-            return computed, self._program.finish(computed, self._choose(computed))
-
         for _ in range(_NUM_WARM_UPS):
-            step()
-        torch.cuda.synchronize(self._device)
-        with torch.cuda.graph(captured.graph, pool=self._pool):
-            computed, outcome = step()
-        captured.step = GraphedStep(layout=captured.layout, computed=computed, outcome=outcome)
-        self._captured[size, chooses] = captured
+            issue()
+        with capture_stream(self._device), captured(graph, self._pool):
+            left = issue()
         self.capture_s += time.perf_counter() - started_s
-        self.num_bytes += max(0, free_before - torch.cuda.mem_get_info(self._device)[0])
-        _log.debug("captured a step of %d rows, %.0f MiB so far", size, self.num_bytes / MiB)
-        return captured
+        return left
 
     def _padding_layout(self, size: int) -> StepLayout:
         """Of a step in which no row stands for a request; bounds are those of the longest context.
@@ -133,10 +148,16 @@ class StepGraphs:
         return lay_out([step] * size, written, self._device)
 
 
-class _Captured:
-    """One captured step, and where its rows are written."""
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    graph: torch.cuda.CUDAGraph
+    outcome: Outcome
 
-    step: GraphedStep
+
+class _Captured:
+    """Captured steps of one size, and where their rows are written."""
+
+    computed: Computed
     """Set by the capture."""
 
     def __init__(self, layout: StepLayout) -> None:
@@ -144,14 +165,14 @@ class _Captured:
         num_rows, num_written = layout.written.shape
         num_drafts = torch.zeros_like(layout.num_drafts)
         self._rows = torch.cat((layout.rows.row, num_drafts, layout.written.flatten()))
-        row, num_drafts, written = self._rows.split([num_rows, num_rows, num_rows * num_written])
         self.layout = replace(
             layout,
-            rows=replace(layout.rows, row=row),
-            num_drafts=num_drafts,
-            written=written.view(num_rows, num_written),
+            rows=replace(layout.rows, row=self._rows[:num_rows]),
+            num_drafts=self._rows[num_rows : 2 * num_rows],
+            written=self._rows[2 * num_rows :].view(num_rows, num_written),
         )
         self.graph = torch.cuda.CUDAGraph()
+        self.choices: dict[Draw, _Choice] = {}
         self._padding = self._rows.cpu().numpy()
         self._stages = [torch.empty(len(self._padding), dtype=torch.int64, pin_memory=True) for _ in range(_NUM_STAGES)]
         self._turn = 0

@@ -4,35 +4,43 @@ Rows are brought up to date (runner/row_state.py) and the plan becomes a layout 
 happens on the device alone (runner/step_program.py): the layout becomes tensors (runner/inputs.py), the model computes
 logits, tokens are chosen from them (runner/sampler.py), compared with the drafts that the step verifies, if any
 (runner/speculation.py), and written to their rows; with speculation, the next drafts follow (runner/drafter.py). On
-GPUs, steps that only decode are graphs (runner/graphs.py). All ranks of a gang execute the same plans; rank 0 samples
-and sends the token ids to the others, so each rank knows the tokens of every row and the next plan needs none. Knows
-rows and pages; knows no requests, policies or sockets.
+GPUs, steps that only decode are graphs (runner/graphs.py). All ranks of a gang execute the same plans and
+choose the same tokens, so each rank knows the tokens of every row and the next plan needs none. Knows rows and pages;
+knows no requests, policies or sockets.
 """
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from atom_cluster.config.observability import ProfileConfig
 from atom_cluster.kv_transfer.agent import KvAgent
 from atom_cluster.messages.steps import SampledTokens, StepPlan, StepResult
 from atom_cluster.messages.transfer import RankReport
 from atom_cluster.models.protocol import CausalLM
+from atom_cluster.ops.sampling import Draw
 from atom_cluster.ops.table import OpTable
-from atom_cluster.parallel.collectives import broadcast_from_first
+from atom_cluster.parallel.collectives import smallest
 from atom_cluster.parallel.groups import ProcessGroups
 from atom_cluster.runner.drafter import Drafter, LayerDrafter
 from atom_cluster.runner.graphs import StepGraphs
 from atom_cluster.runner.inputs import InputBuilder
 from atom_cluster.runner.kv_memory import KvMemory
+from atom_cluster.runner.pieces import PiecewiseForward
 from atom_cluster.runner.rank_info import RankInfo
 from atom_cluster.runner.row_state import RowTable
-from atom_cluster.runner.sampler import LogprobTensors, SamplingRow, is_plain_greedy, sample
+from atom_cluster.runner.sampler import LogprobTensors, Samples, choose, is_plain, sample
+from atom_cluster.runner.sampling_table import draw_of
 from atom_cluster.runner.step_layout import SamplingStep, StepLayout, sampling_steps
+from atom_cluster.runner.step_profiler import LabelledDrafter, StepProfiler
 from atom_cluster.runner.step_program import Computed, Outcome, StepProgram
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,13 +112,18 @@ class ModelRunner:
         info: RankInfo,
         device: torch.device,
         agent: KvAgent | None = None,
+        profile: ProfileConfig | None = None,
         graph_sizes: Sequence[int] = (),
+        piecewise_sizes: Sequence[int] = (),
     ) -> None:
-        """graph_sizes: rows of the decode steps that run as graphs, ascending; none on CPUs."""
+        """graph_sizes: rows of the decode steps that run as graphs, ascending; none on CPUs. piecewise_sizes: tokens of
+        the steps with prompts that run in pieces."""
         self.info = info
         self._groups = groups
         self._device = device
+        self._ops = ops
         self._agent = agent
+        self._profiler = StepProfiler(profile or ProfileConfig(), rank=info.rank, device=device)
         self._table = RowTable(
             num_rows=info.max_num_requests,
             max_model_len=info.max_model_len,
@@ -128,10 +141,23 @@ class ModelRunner:
                 num_drafts=info.max_drafts,
                 table=self._table,
                 builder=self._inputs,
-                group=groups.tensor,
+                ops=ops,
             )
-        self._program = StepProgram(model=model, inputs=self._inputs, table=self._table, drafter=drafter)
+            drafter = LabelledDrafter(drafter, self._profiler, info.max_drafts)
+        self._program = StepProgram(model=model, inputs=self._inputs, table=self._table, ops=ops, drafter=drafter)
         self.graphs: StepGraphs | None = None
+        self.pieces: PiecewiseForward | None = None
+        pool = torch.cuda.graph_pool_handle() if graph_sizes or piecewise_sizes else None
+        if piecewise_sizes:
+            self.pieces = PiecewiseForward(
+                model=model,
+                inputs=self._inputs,
+                table=self._table,
+                ops=ops,
+                sizes=piecewise_sizes,
+                pool=pool,
+                device=device,
+            )
         if graph_sizes:
             self.graphs = StepGraphs(
                 program=self._program,
@@ -139,9 +165,15 @@ class ModelRunner:
                 table=self._table,
                 sizes=graph_sizes,
                 num_drafts=info.max_drafts,
-                choose=self._choose_likeliest,
+                choose=self._choose_in_graph,
+                pool=pool,
                 device=device,
             )
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._device
 
     @property
     def computes_alone(self) -> bool:
@@ -157,6 +189,10 @@ class ModelRunner:
         """Issue a plan's work: rows, forward pass, sampling, KV commands. On CPUs the work is done on return."""
         if self._device.type != "cpu":
             torch.cuda.set_device(self._device)  # of the calling thread: kernels are launched where it is
+        with self._profiler.around(plan):
+            return self._issue(plan)
+
+    def _issue(self, plan: StepPlan) -> LaunchedStep:
         timer = _StepTimer(self._device)
         self._table.apply(plan)
         sampled = self._step(plan) if plan.rows else None
@@ -165,21 +201,46 @@ class ModelRunner:
         return LaunchedStep(plan, sampled=sampled, timer=timer)
 
     @torch.inference_mode()
-    def capture_graphs(self) -> None:
-        """Capture all steps now that would else be captured when they are first needed. All ranks call it together."""
-        if self.graphs is not None:
-            self.graphs.capture_all()
+    def capture_graphs(self) -> dict[str, str]:
+        """Capture all steps now that would else be captured when they are first needed. All ranks call it together.
+
+        What this model has that cannot be captured is then not tried again; by kind of graph, why.
+        """
+        problems: dict[str, str] = {}
+        if self.graphs is not None and (problem := self._try_capture(self.graphs.capture_all)) is not None:
+            self.graphs, problems["full"] = None, problem
+        pieces = self.pieces
+        if pieces is not None:
+            problem = self._try_capture(lambda: pieces.record_all(self._do_all_say))
+            if problem is not None:
+                self.pieces, problems["pieces"] = None, problem
+        return problems
+
+    def _try_capture(self, capture: Callable[[], None]) -> str | None:
+        """Why it failed, on this rank or another."""
+        problem: str | None = None
+        try:
+            capture()
+        except RuntimeError as exc:
+            problem = str(exc).splitlines()[0]
+            _log.warning("not captured in graphs: %s", exc)
+        return None if self._do_all_say(problem is None) else problem or "another rank could not capture"
+
+    def _do_all_say(self, is_so: bool) -> bool:  # noqa: FBT001 - the answer
+        return smallest(int(is_so), self._groups.tensor, self._device) == 1
 
     def poll_kv(self) -> list[RankReport]:
-        """This rank's reports on KV commands since the last call. Never blocks; may be called from any one thread."""
-        return [] if self._agent is None else self._agent.poll()
+        """This rank's reports on KV commands and profiler windows since the last call. Never blocks; may be called from
+        any one thread."""
+        return [*self._profiler.poll(), *([] if self._agent is None else self._agent.poll())]
 
     def close(self) -> None:
         """Stop KV transfers and leave the gang; idempotent. Memory goes with the last reference to this object."""
         if self._agent is not None:
             self._agent.close()
             self._agent = None
-        self.graphs = None  # before the groups, whose collectives they hold
+        self._profiler.close()
+        self.graphs = self.pieces = None  # before the groups, whose collectives they hold
         self._groups.close()
 
     def _step(self, plan: StepPlan) -> _Sampled | None:
@@ -187,42 +248,47 @@ class ModelRunner:
         graphs = self.graphs
         if graphs is None or not graphs.takes(plan.rows):
             layout = self._inputs.lay_out(plan)
-            computed = self._program.compute(layout)
+            computed = self._program.compute(layout, pieces=self.pieces)
             token_ids, logprobs = self._choose(computed, layout.sampling)
-            return self._send(layout, layout.sampling, self._program.finish(computed, token_ids), logprobs)
+            outcome = self._program.finish(computed, token_ids, self._draw(layout.sampling))
+            return self._send(layout, layout.sampling, outcome, logprobs)
         sampling = sampling_steps(plan.rows)
-        is_plain = all(is_plain_greedy(self._table.get(step.row).sampling) for step in sampling)
-        graphed = graphs.run(plan.rows, chooses=is_plain)
-        outcome, logprobs = graphed.outcome, None
-        if outcome is None:
-            token_ids, logprobs = self._choose(graphed.computed, sampling)
-            outcome = self._program.finish(graphed.computed, token_ids)
-        return self._send(graphed.layout, sampling, outcome, logprobs)
+        draw = self._draw(sampling)
+        # What only some requests ask for is no part of graphs.
+        is_captured = all(is_plain(self._table.get(step.row).sampling) for step in sampling)
+        graphed = graphs.run(plan.rows, draw if is_captured else None)
+        if graphed.outcome is not None:
+            return self._send(graphed.layout, sampling, graphed.outcome, None)
+        token_ids, logprobs = self._choose(graphed.computed, sampling)
+        return self._send(graphed.layout, sampling, self._program.finish(graphed.computed, token_ids, draw), logprobs)
 
     def _choose(
         self, computed: Computed, sampling: Sequence[SamplingStep]
     ) -> tuple[torch.Tensor, LogprobTensors | None]:
         """Token ids [P] on every rank, and log probabilities on the first; rows behind `sampling` stand for none."""
-        layout, logits_PV, logprobs = computed.inputs.layout, computed.logits, None
-        token_ids_P = torch.zeros_like(computed.inputs.sample_position)
-        if logits_PV is not None:
-            rows = [
-                SamplingRow(self._table.get(step.row), step.row, step.position + 1 + i)
-                for step, shape in zip(sampling, layout.sampling)
-                for i in range(shape.num_drafts + 1)
-            ]
-            sampled = sample(logits_PV[: len(rows)], rows, tokens=self._table.tokens)
-            token_ids_P[: len(rows)] = sampled.token_ids
-            logprobs = sampled.logprobs
-        if layout.sampling:
-            broadcast_from_first(token_ids_P, self._groups.tensor)
-        return token_ids_P, logprobs
+        inputs = computed.inputs
+        if computed.logits is None:
+            return torch.zeros_like(inputs.sample_position), None
+        samples = Samples(
+            row=inputs.sample_row,
+            position=inputs.sample_position,
+            samplings=tuple(
+                self._table.get(step.row).sampling
+                for step, shape in zip(sampling, inputs.layout.sampling)
+                for _ in range(shape.num_drafts + 1)
+            ),
+        )
+        sampled = sample(computed.logits, samples, table=self._table, ops=self._ops)
+        return sampled.token_ids, sampled.logprobs
 
-    def _choose_likeliest(self, computed: Computed) -> torch.Tensor:
-        token_ids_P = torch.zeros_like(computed.inputs.sample_position)
-        if computed.logits is not None:
-            token_ids_P = computed.logits.argmax(dim=-1)
-        return broadcast_from_first(token_ids_P, self._groups.tensor)
+    def _draw(self, sampling: Sequence[SamplingStep]) -> Draw:
+        """What it takes to choose tokens for these rows."""
+        return max((draw_of(self._table.get(step.row).sampling) for step in sampling), default=Draw.GREEDY)
+
+    def _choose_in_graph(self, computed: Computed, draw: Draw) -> torch.Tensor:
+        assert computed.logits is not None, "every row of a captured step samples"
+        inputs, params = computed.inputs, self._table.sampling.tensors
+        return choose(computed.logits, inputs.sample_row, inputs.sample_position, params, draw=draw, ops=self._ops)
 
     def _send(
         self,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from atom_cluster.config.compilation import CompilationConfig
+from atom_cluster.config.observability import ProfileConfig
+from atom_cluster.config.ops import OpBackend, OpBackendChoice, OpFamily
 from atom_cluster.config.quantization import QuantizationConfig
 
 
@@ -48,11 +51,15 @@ class RunnerOptions:
     """How weights of a float checkpoint are quantized while they are loaded."""
     compilation: CompilationConfig = CompilationConfig()
     """Graphs on GPUs."""
+    profile: ProfileConfig = ProfileConfig()
+    """Traces of single steps, on demand."""
     num_drafts: int = 0
     """Tokens to draft behind each sampled one; 0: no speculation."""
     num_threads: int | None = None
     """Compute threads on CPUs; None leaves torch's choice."""
-    ops_backend: Literal["auto", "torch", "cpu", "triton"] = "auto"
+    ops_backend: OpBackendChoice = "auto"
+    ops_overrides: Mapping[OpFamily, OpBackend] = field(default_factory=dict)
+    """Other backends for single families of ops."""
     load_format: Literal["safetensors", "dummy"] = "safetensors"
     seed: int = 0
     """Of dummy weights."""

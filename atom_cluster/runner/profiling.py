@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from atom_cluster.errors import ConfigError
 from atom_cluster.kv_cache.layout import KvLayout
 from atom_cluster.messages.requests import SamplingParams
 from atom_cluster.messages.steps import NewRow, RowStep, StepPlan
@@ -15,7 +16,7 @@ from atom_cluster.runner.kv_memory import allocate_kv_memory
 from atom_cluster.runner.kv_sizing import other_groups
 from atom_cluster.runner.model_runner import ModelRunner
 from atom_cluster.runner.rank_info import RankInfo
-from atom_cluster.units import ceil_div
+from atom_cluster.units import GiB, ceil_div
 
 
 def kv_budget_bytes(
@@ -30,8 +31,11 @@ def kv_budget_bytes(
     num_drafts: int,
     memory_fraction: float,
     device: torch.device,
-) -> int:
-    """Bytes left for KV on a GPU: its `memory_fraction`, less what is in use now and what the largest step adds."""
+) -> tuple[int, str]:
+    """Bytes left for KV on a GPU: its `memory_fraction`, less what is in use now and what the largest step adds.
+
+    And the arithmetic in words. Raises ConfigError when the largest step does not fit.
+    """
     lengths = largest_step(
         max_num_requests=max_num_requests, max_model_len=max_model_len, max_num_batched_tokens=max_num_batched_tokens
     )
@@ -56,13 +60,28 @@ def kv_budget_bytes(
     )
     kv_memory = allocate_kv_memory(model.kv_layout, num_pages=num_pages, block_size=block_size, device=device)
     runner = ModelRunner(model=model, groups=groups, memory=kv_memory, ops=ops, info=info, device=device)
-    for plan in plans:
-        runner.run(plan)
+    try:
+        for plan in plans:
+            runner.run(plan)
+    except torch.cuda.OutOfMemoryError as exc:
+        raise ConfigError(
+            f"a step of {max_num_batched_tokens} tokens does not fit beside the {_gib(in_use_bytes)} that are in use "
+            f"already of {_gib(memory.total_bytes)}: lower scheduler.max_num_batched_tokens, or split the model over "
+            "more GPUs (parallel.tensor)"
+        ) from exc
     step_bytes = torch.cuda.max_memory_allocated(device) - allocated_bytes - kv_memory.num_bytes
     del runner
     del kv_memory
     torch.cuda.empty_cache()
-    return int(memory.total_bytes * memory_fraction) - in_use_bytes - step_bytes
+    budget_bytes = int(memory.total_bytes * memory_fraction) - in_use_bytes - step_bytes
+    return budget_bytes, (
+        f"{memory_fraction} of {_gib(memory.total_bytes)}, less {_gib(in_use_bytes)} in use by weights and others, "
+        f"less {_gib(step_bytes)} for a step of {max_num_batched_tokens} tokens: {_gib(budget_bytes)}"
+    )
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / GiB:.2f} GiB"
 
 
 def largest_step(*, max_num_requests: int, max_model_len: int, max_num_batched_tokens: int) -> list[int]:

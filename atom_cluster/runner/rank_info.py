@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from atom_cluster.kv_cache.layout import PageGroup
 
+NO_TRACES = "no directory for traces is configured: set observability.profile.directory"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankInfo:
@@ -31,3 +33,5 @@ class RankInfo:
     """How peers read this rank's KV memory, by transport, best first; input of `kv_transfer.combine.merge_offers`."""
     fingerprint_fields: dict[str, str] = field(default_factory=dict)
     choices: dict[str, str] = field(default_factory=dict)
+    profile_refusal: str = NO_TRACES
+    """Why this rank takes no window commands; empty when it does."""

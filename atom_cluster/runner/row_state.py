@@ -21,6 +21,7 @@ from atom_cluster.messages.steps import NewRow, StepPlan
 from atom_cluster.ops.step_inputs import RowTables
 from atom_cluster.runner.host_tensors import on_device
 from atom_cluster.runner.page_tables import PageTable, StateTable
+from atom_cluster.runner.sampling_table import SamplingTable
 from atom_cluster.units import ceil_div
 
 
@@ -29,10 +30,6 @@ class Row:
     """The host's part of one occupied row."""
 
     sampling: SamplingParams
-    seed: int
-    num_prompt_tokens: int
-    ending_token_ids: tuple[int, ...]
-    """Tokens that would end the request; not sampled before `sampling.min_tokens`."""
 
 
 def slack(num_drafts: int) -> int:
@@ -71,6 +68,8 @@ class RowTable:
         """[num_rows + 1, positions]"""
         self.num_known = torch.ones(num_rows, dtype=torch.int64, device=device)
         """[num_rows + 1]: tokens of each row, drafts not counted."""
+        self.sampling = SamplingTable(num_rows=num_rows, device=device)
+        """What rows ask for; of the one that stands for none, zeros."""
         sizes = {"num_rows": num_rows, "num_columns": ceil_div(width, block_size)}
         self.pages = {
             group.window: PageTable(**sizes, spare_page=count, device=device)
@@ -105,14 +104,11 @@ class RowTable:
                 self._extend(step.row, step.new_pages)
         for table in self.pages.values():
             table.flush()
+        self.sampling.flush()
 
     def append(self, rows: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor) -> None:
         """Write tokens [S] at `positions` [S] of `rows` [S], all int64 on the device."""
         self.tokens.index_put_((rows, positions), token_ids.to(torch.int32))
-
-    def set_known(self, rows: torch.Tensor, counts: torch.Tensor) -> None:
-        """Rows [S] have so many tokens now, [S], all int64 on the device. Padding keeps its one."""
-        self.num_known.index_put_((rows,), counts.masked_fill(rows == self.padding_row, 1))
 
     def tokens_at(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Tokens, or what lies behind them, at `positions` of `rows`; int64."""
@@ -132,9 +128,10 @@ class RowTable:
             raise ProtocolError(f"request {new.request_id} has {len(new.token_ids)} tokens, more than a row holds")
         sampling = new.sampling
         eos_token_ids = () if sampling.ignore_eos else new.eos_token_ids
-        self.rows[new.row] = Row(
-            sampling=sampling,
-            seed=sampling.seed or 0,
+        self.rows[new.row] = Row(sampling)
+        self.sampling.fill(
+            new.row,
+            sampling,
             num_prompt_tokens=new.num_prompt_tokens,
             ending_token_ids=(*eos_token_ids, *sampling.stop_token_ids),
         )

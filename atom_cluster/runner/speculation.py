@@ -9,34 +9,27 @@ from __future__ import annotations
 
 import torch
 
+from atom_cluster.ops.sampling import DrawnRows
+from atom_cluster.ops.table import OpTable
 from atom_cluster.runner.inputs import StepInputs
 from atom_cluster.runner.row_state import RowTable
 
 
-def accept(token_ids_P: torch.Tensor, inputs: StepInputs, table: RowTable) -> torch.Tensor:
+def accept(token_ids_P: torch.Tensor, inputs: StepInputs, table: RowTable, ops: OpTable) -> torch.Tensor:
     """Write what was drawn to its rows, which then know the drafts they keep and one token more; kept drafts, [S].
 
     Tokens behind the last kept one are written too: drafts or the next tokens will replace them.
     """
-    num_kept_S = verify_drafts(token_ids_P, inputs, table)
-    table.append(inputs.sample_row, inputs.sample_position, token_ids_P)
-    table.set_known(inputs.sampling_row, inputs.newest_position + num_kept_S + 2)
-    return num_kept_S
-
-
-def verify_drafts(token_ids_P: torch.Tensor, inputs: StepInputs, table: RowTable) -> torch.Tensor:
-    """How many of its drafts each row keeps, [S] int64 on the device.
-
-    token_ids_P: what was drawn at each position, not yet in `table`, which has the drafts there.
-    """
     layout = inputs.layout
-    if layout.max_drafts == 0:
-        return torch.zeros_like(layout.num_drafts)
-    is_right_P = table.tokens_at(inputs.sample_row, inputs.sample_position) == token_ids_P
-    index_K = torch.arange(layout.max_drafts, device=token_ids_P.device)
-    sample_SK = layout.first_sample[:, None] + index_K
-    is_right_SK = is_right_P[sample_SK.clamp(max=len(token_ids_P) - 1)]
-    return count_kept(is_right_SK & (index_K < layout.num_drafts[:, None]))
+    rows = DrawnRows(
+        row=inputs.sampling_row,
+        first_sample=layout.first_sample,
+        newest_position=inputs.newest_position,
+        num_drafts=layout.num_drafts,
+        max_drafts=layout.max_drafts,
+        padding_row=table.padding_row,
+    )
+    return ops.accept(token_ids_P, rows, table.tensors)
 
 
 def keep_states(inputs: StepInputs, num_kept_S: torch.Tensor, table: RowTable) -> None:
@@ -51,8 +44,3 @@ def keep_states(inputs: StepInputs, num_kept_S: torch.Tensor, table: RowTable) -
     # Rows that stand for none begin anew in every step.
     is_padding_R = layout.rows.row == table.padding_row
     table.states.newest[layout.rows.row] = newest_R.masked_fill(is_padding_R, -1)
-
-
-def count_kept(is_right_SK: torch.Tensor) -> torch.Tensor:
-    """Leading right ones of each row, [S] int64."""
-    return is_right_SK.to(torch.int64).cumprod(dim=1).sum(dim=1)

@@ -16,16 +16,19 @@ from typing import Any
 
 from atom_cluster.api.generator import GenerateInput
 from atom_cluster.api.model_files import ServedModel
+from atom_cluster.api.profile_types import ProfileRequest, ProfileTarget
 from atom_cluster.config.cluster import ClusterConfig
 from atom_cluster.errors import NotReady, RequestFailed
 from atom_cluster.kv_cache.prefix_hash import hash_blocks, seed_of
 from atom_cluster.link.codec import Message
 from atom_cluster.link.endpoint import Endpoint
 from atom_cluster.messages.cluster import MemberCard, Membership, PeerAddress, RequestDone, RouteDecision, RouteQuery
+from atom_cluster.messages.profile import ProfileAnswer
 from atom_cluster.messages.requests import CancelRequest, EngineRequest, TokenBatch, TokenDelta
 from atom_cluster.observability.metrics import REQUESTS_REPLAYED, ROUTER_DECISIONS, ROUTER_QUERY_S, MetricSink
 from atom_cluster.routing.fallback import FallbackPlacer
 from atom_cluster.serving.cluster_page import cluster_page, scrape_metrics
+from atom_cluster.serving.profile_calls import ProfileCalls
 from atom_cluster.serving.readiness import ReadinessProbe
 from atom_cluster.serving.streams import DeltaStream, EngineLost
 from atom_cluster.units import Deadline
@@ -61,6 +64,7 @@ class ClusterClient:
         self._queries: dict[int, asyncio.Future[RouteDecision]] = {}
         self._num_queries = 0
         self._fallback = FallbackPlacer(Random())
+        self._profiles = ProfileCalls()
         self._readiness = ReadinessProbe(self, num_vocab_tokens=model.vocab_size, max_model_len=model.max_model_len)
 
     # --- membership and messages, called by the ingress deployment
@@ -102,12 +106,15 @@ class ClusterClient:
             query = self._queries.get(message.query_id)
             if query is not None and not query.done():
                 query.set_result(message)
+        elif isinstance(message, ProfileAnswer):
+            self._profiles.receive(source, message)
         else:
             logger.warning("dropped a %s from %s", type(message).__name__, source)
 
     def lose(self, peer_id: str) -> None:
         """A peer is gone: end its requests (those without a token yet are placed anew by their readers)."""
         self._engines.pop(peer_id, None)
+        self._profiles.lose(peer_id)
         if self._router is not None and self._router.peer_id == peer_id:
             self._router = None
         for request_id in self._requests_by_peer.pop(peer_id, set()):
@@ -151,6 +158,14 @@ class ClusterClient:
     async def metrics_text(self) -> str:
         """See `api.generator.Generator`."""
         return await scrape_metrics()
+
+    async def start_profile(self, request: ProfileRequest) -> dict[str, Any]:
+        """See `api.generator.Generator`."""
+        return await self._profiles.start(self._attached(), self._engines.values(), request)
+
+    async def stop_profile(self, target: ProfileTarget) -> dict[str, Any]:
+        """See `api.generator.Generator`."""
+        return await self._profiles.stop(self._attached(), self._engines.values(), target)
 
     async def _place(self, request: GenerateInput, excluded: list[str]) -> RouteDecision:
         """Ask the router, or place by load alone when it is away. Raises `NotReady` when nobody can take it."""

@@ -31,6 +31,10 @@ def _run(options: argparse.Namespace) -> None:
         from atom_cluster.tools.check_config import explain_file
 
         print(explain_file(options.file))
+    elif options.command == "trace":
+        from atom_cluster.tools.trace.summary import analyze_trace
+
+        print(analyze_trace(options.file, options.output))
     elif options.command == "get-demo-model":
         get_demo_model(demo_model_dir(), replace=options.force, report=_print_now)
     else:
@@ -47,6 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     check = commands.add_parser("check-config", help="check a Serve YAML and print what it comes to on this machine")
     check.add_argument("file", type=Path, metavar="FILE")
+    trace = commands.add_parser("trace", help="what the steps of a profiler trace were spent on: tables and pictures")
+    trace.add_argument("file", type=Path, metavar="TRACE", help="a trace that a rank has written, .json or .gz")
+    trace.add_argument("--output", type=Path, metavar="DIR", help="directory for the files; default: beside the trace")
     demo = commands.add_parser("get-demo-model", help="fetch the small model that the quick start serves")
     demo.add_argument("--force", action="store_true", help="make it anew even if it is there")
     commands.add_parser("version", help="print the version")

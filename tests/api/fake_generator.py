@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
 from atom_cluster.api.generator import GenerateInput
+from atom_cluster.api.profile_types import ProfileRequest, ProfileTarget
 from atom_cluster.errors import AtomClusterError, NotReady
 from atom_cluster.messages.requests import FinishReason, TokenDelta, TokenLogprobs, TopLogprob
 
@@ -24,6 +25,8 @@ class FakeGenerator:
         self.open_ids: set[str] = set()
         self.num_cached_tokens = 0
         self.is_ready = True
+        self.profile_calls: list[ProfileTarget] = []
+        self.profile_error: AtomClusterError | None = None
         self.all_closed = asyncio.Event()
         self._streams: list[AsyncIterator[TokenDelta]] = []
 
@@ -70,6 +73,15 @@ class FakeGenerator:
 
     async def metrics_text(self) -> str:
         return "atom_requests_running 0\n"
+
+    async def start_profile(self, request: ProfileRequest) -> dict[str, Any]:
+        return await self.stop_profile(request)
+
+    async def stop_profile(self, target: ProfileTarget) -> dict[str, Any]:
+        if self.profile_error is not None:
+            raise self.profile_error
+        self.profile_calls.append(target)
+        return {"replicas": [{"replica": "decode-1"}]}
 
     def _logprobs(self, request: GenerateInput, token_ids: tuple[int, ...]) -> tuple[TokenLogprobs, ...] | None:
         if request.sampling.logprobs is None:

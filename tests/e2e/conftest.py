@@ -19,6 +19,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster
         directory / "cluster.yaml",
         scheduler={"max_waiting_requests": 128, "max_num_requests": 64},
         api={"max_body_bytes": 4 * 1024 * 1024},
+        observability={"profile": {"directory": str(directory / "traces")}},
     )
     with serve_run(config, directory) as running:
         # Ready means that requests are answered, which decode can do alone.

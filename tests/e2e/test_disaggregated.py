@@ -7,10 +7,12 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 
 from atom_cluster.api.tokenizer import Tokenizer
+from atom_cluster.tools.trace.events import read_trace
 from tests.e2e.cluster import RunningCluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.demo_model]
@@ -112,6 +114,29 @@ def test_greedy_tokens_are_those_of_transformers(client: openai.OpenAI, demo_mod
             extra_body={"ignore_eos": True},
         )
         assert answer.choices[0].text == tokenizer.decode(expected)
+
+
+def test_a_profiler_window_covers_the_requests_of_both_roles(cluster: RunningCluster, client: openai.OpenAI) -> None:
+    http = httpx.Client(base_url=cluster.url, timeout=300.0)
+    refused = http.post("/stop_profile")
+    assert refused.status_code == 409
+    assert "no window is open" in refused.json()["error"]["message"]
+    started = http.post("/start_profile", json={"roles": ["prefill", "decode"], "with_stack": False}).json()
+    assert [entry["role"] for entry in started["replicas"]] == ["decode", "prefill"]
+    assert http.post("/start_profile").status_code == 409
+    client.completions.create(model=MODEL, prompt="Profile this, " * 10, temperature=0, max_tokens=4)
+    phases: dict[str, set[str]] = {}
+    for entry in http.post("/stop_profile").json()["replicas"]:
+        (file,) = entry["files"]
+        assert Path(file).name.startswith(f"{entry['replica']}_rank0_")
+        phases[entry["role"]] = {step.kind for step in read_trace(Path(file)).steps}
+    assert "prefill" in phases["prefill"] and "decode" in phases["decode"]
+    assert http.post("/start_profile", json={"roles": ["decode"], "num_steps": 1}).status_code == 200
+    assert http.post("/stop_profile", json={"replicas": ["nobody"]}).json()["error"]["param"] == "replicas"
+    client.completions.create(model=MODEL, prompt="And this.", temperature=0, max_tokens=6)
+    (entry,) = http.post("/stop_profile", json={"roles": ["decode"]}).json()["replicas"]
+    assert len(read_trace(Path(entry["files"][0])).steps) == 1
+    cluster.wait_until_idle()
 
 
 def test_many_streams_some_cancelled_leave_nothing_behind(cluster: RunningCluster, client: openai.OpenAI) -> None:

@@ -5,20 +5,27 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+from pathlib import Path
 
 import pytest
 
+from atom_cluster.config.observability import ProfileConfig
 from atom_cluster.config.scheduler import SchedulerConfig
+from atom_cluster.engine.local_runner import LocalRunner
 from atom_cluster.engine_server.host import EngineHost
 from atom_cluster.errors import AtomClusterError
 from atom_cluster.messages.cluster import CacheEvents, CacheSnapshot, ReplicaLoad, SnapshotRequest
+from atom_cluster.messages.profile import ProfileAnswer, StartProfile, StopProfile
 from atom_cluster.messages.requests import CancelRequest, SamplingParams
 from atom_cluster.messages.transfer import PrefillFailed, PrefillOrder
 from atom_cluster.observability.memory import MemoryMetrics
 from atom_cluster.observability.metrics import REQUESTS_FINISHED
-from tests.engine_server.conftest import Stage, eventually, make_settings, make_slow_runner
+from atom_cluster.runner.build import build_model_runner
+from atom_cluster.runner.options import RunnerOptions
+from tests.engine_server.conftest import Client, Stage, eventually, make_settings, make_slow_runner
 from tests.factories import expected_tokens, make_message, make_prompt
 from tests.fakes import FailingRunner, RecordingRunner
+from tests.tiny_models import tiny_model_dir
 
 
 def order(ticket_id: str = "t") -> PrefillOrder:
@@ -193,3 +200,46 @@ def test_a_host_that_could_not_start_or_was_not_started_can_be_closed() -> None:
             runner.poll_kv()
     assert set(threading.enumerate()) == threads_before
     assert num_descriptors() == num_before
+
+
+async def test_a_profiler_window_is_asked_for_like_a_request_and_answered_with_its_traces(
+    stage: Stage, tmp_path: Path
+) -> None:
+    options = RunnerOptions(
+        model_dir=str(tiny_model_dir("llama")),
+        device="cpu",
+        num_blocks=64,
+        num_threads=1,
+        profile=ProfileConfig(directory=str(tmp_path)),
+    )
+    runner = await asyncio.to_thread(lambda: LocalRunner(build_model_runner(options)))
+    engine, client = await stage.host(runner), await stage.client("ingress")
+    client.endpoint.send(engine.card.address, StopProfile(call_id=1))
+    await eventually(lambda: _answer(client, 1) is not None)
+    client.endpoint.send(engine.card.address, StartProfile(call_id=2))
+    client.endpoint.send(engine.card.address, make_message("r", (5, 6, 7), max_tokens=4))
+    await client.finished("r")
+    client.endpoint.send(engine.card.address, StopProfile(call_id=3))
+    await eventually(lambda: _answer(client, 3) is not None, timeout_s=60)
+    assert _answer(client, 1) == ProfileAnswer(call_id=1, error="no window is open: start one first")
+    assert _answer(client, 2) == ProfileAnswer(call_id=2)
+    answer = _answer(client, 3)
+    assert answer is not None and answer.error is None
+    assert [Path(file).parent for file in answer.files] == [tmp_path]
+    assert Path(answer.files[0]).name.startswith("engine_rank0_")
+
+
+async def test_an_engine_that_failed_refuses_windows(stage: Stage) -> None:
+    engine = await stage.host(FailingRunner(make_slow_runner(0.005), fails_at=1))
+    client = await stage.client("ingress")
+    client.endpoint.send(engine.card.address, make_message("r", make_prompt(10), max_tokens=50))
+    await eventually(lambda: engine.host.failure() is not None)
+    client.endpoint.send(engine.card.address, StopProfile(call_id=1))
+    await eventually(lambda: _answer(client, 1) is not None)
+    answer = _answer(client, 1)
+    assert answer is not None and (answer.error or "").startswith("the engine failed")
+
+
+def _answer(client: Client, call_id: int) -> ProfileAnswer | None:
+    answers = [message for message in client.received if isinstance(message, ProfileAnswer)]
+    return next((answer for answer in answers if answer.call_id == call_id), None)

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from atom_cluster.engine.protocols import StepRunner
 from atom_cluster.errors import AtomClusterError, ConfigError
 from atom_cluster.messages.cluster import EngineStatus, MemberCard, PeerAddress
+from atom_cluster.messages.profile import OpenWindow, WindowWritten
 from atom_cluster.messages.steps import SampledTokens, StepPlan, StepResult
-from atom_cluster.messages.transfer import BlocksTagged, RankReport, ReadBlocks, ReadFinished, TagBlocks
+from atom_cluster.messages.transfer import BlocksTagged, RankReport, ReadBlocks, ReadFinished, Report, TagBlocks
 from atom_cluster.runner.options import RunnerOptions
 from atom_cluster.runner.rank_info import RankInfo
 
@@ -28,6 +29,8 @@ class FakeLaunched:
 
 class FakeRank:
     """Samples 100 + row for each sampling row on rank 0; answers KV commands at the second poll."""
+
+    computes_alone = False
 
     def __init__(self, *, rank: int, world_size: int, behaviour: str = "ok") -> None:
         self.info = RankInfo(
@@ -62,6 +65,9 @@ class FakeRank:
                 self._reports.append(self._report(BlocksTagged(ticket_id=command.ticket_id, first_block=0, tags=tags)))
             elif isinstance(command, ReadBlocks):
                 self._reports.append(self._report(ReadFinished(read_id=command.read_id, num_bytes=5)))
+        if isinstance(plan.profile, OpenWindow):
+            files = (f"rank {self.info.rank}",)
+            self._reports.append(self._report(WindowWritten(window_id=plan.profile.window_id, files=files)))
         sampled = tuple(SampledTokens(row.row, (100 + row.row,)) for row in plan.rows if row.samples)
         return FakeLaunched(StepResult(step_id=plan.step_id, sampled=sampled if self.info.rank == 0 else ()))
 
@@ -72,7 +78,7 @@ class FakeRank:
     def close(self) -> None:
         self.num_closed += 1
 
-    def _report(self, report: BlocksTagged | ReadFinished) -> RankReport:
+    def _report(self, report: Report) -> RankReport:
         return RankReport(rank=self.info.rank, report=report)
 
 

@@ -17,9 +17,10 @@ from atom_cluster.gang.follower import Follower
 from atom_cluster.gang.gang_runner import GangRunner
 from atom_cluster.gang.plan_channel import PlanReceiver
 from atom_cluster.gang.step_clock import StepClock
+from atom_cluster.messages.profile import OpenWindow, WindowWritten
 from atom_cluster.messages.requests import SamplingParams
 from atom_cluster.messages.steps import NewRow, RowStep, SampledTokens, StepPlan
-from atom_cluster.messages.transfer import BlocksTagged, KvReport, ReadBlocks, ReadFinished, TagBlocks
+from atom_cluster.messages.transfer import BlocksTagged, ReadBlocks, ReadFinished, Report, TagBlocks
 from atom_cluster.runner.model_runner import ModelRunner
 from tests.gang import channels
 from tests.gang.fake_ranks import FakeRank
@@ -90,9 +91,9 @@ PLAN = StepPlan(
 )
 
 
-def poll_until(runner: GangRunner, count: int) -> list[KvReport]:
+def poll_until(runner: GangRunner, count: int) -> list[Report]:
     deadline_s = time.monotonic() + 10
-    reports: list[KvReport] = []
+    reports: list[Report] = []
     while len(reports) < count and time.monotonic() < deadline_s:
         reports += runner.poll_kv()
     return reports
@@ -120,6 +121,14 @@ def test_the_gang_offers_the_memory_of_all_ranks(make_rig: Callable[..., Rig]) -
     info = make_rig().runner.info
     assert info.world_size == 3
     assert info.kv_offers[0].descriptors == (b"rank 0", b"rank 1", b"rank 2")
+
+
+def test_a_profiler_window_is_opened_on_every_rank_and_its_traces_come_together(make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig()
+    command = OpenWindow(window_id=3, replica="d", time="t", num_steps=None, with_stack=None, record_shapes=None)
+    rig.runner.submit(StepPlan(step_id=0, profile=command))
+    assert rig.runner.collect(10.0) is not None
+    assert poll_until(rig.runner, 1) == [WindowWritten(window_id=3, files=("rank 0", "rank 1", "rank 2"))]
 
 
 def test_kv_reports_come_once_every_rank_has_reported(make_rig: Callable[..., Rig]) -> None:

@@ -31,9 +31,7 @@ def draft_logits(model: CausalLM, tokens: list[int], cuts: list[int]) -> list[to
         for index in range(model.num_draft_layers):
             behind = torch.tensor(tokens[start + 1 + index : end + 1 + index])
             hidden = model.forward_draft(index, behind, hidden, batch)
-            logits = model.compute_draft_logits(index, hidden)
-            assert logits is not None
-            found[index].append(logits)
+            found[index].append(model.compute_draft_logits(index, hidden).gather())
     return [torch.cat(logits) for logits in found]
 
 

@@ -53,12 +53,12 @@ class PagedDriver:
         self._num_freed: dict[tuple[int, int], int] = {}
 
     @torch.inference_mode()
-    def step(self, rows: Sequence[tuple[int, Sequence[int]]]) -> list[torch.Tensor] | None:
-        """[(row, new tokens)], rows of one token first -> logits of every new token per row; None on other ranks."""
+    def step(self, rows: Sequence[tuple[int, Sequence[int]]]) -> list[torch.Tensor]:
+        """[(row, new tokens)], rows of one token first -> logits of every new token per row, on every rank."""
         batch = self.batch(rows)
         hidden = self._model.forward(batch)
-        logits = self._model.compute_logits(hidden[batch.sample_index])
-        return None if logits is None else list(logits.split([len(tokens) for _, tokens in rows]))
+        logits = self._model.compute_logits(hidden[batch.sample_index]).gather()
+        return list(logits.split([len(tokens) for _, tokens in rows]))
 
     def take_back(self, row: int, num_tokens: int) -> None:
         """The row's last tokens were not its own: others follow in their place. Not for models with states."""

@@ -47,8 +47,8 @@ def run_rank(
 
 def run_model(
     name: str, directory: Path, tokens: list[int], groups: ProcessGroups, device: str = "cpu"
-) -> torch.Tensor | None:
-    """Logits of a prompt in two chunks and of two steps after it, in float64; None on ranks other than 0.
+) -> torch.Tensor:
+    """Logits of a prompt in two chunks and of two steps after it, in float64.
 
     Behind the model's name: /dummy for dummy weights, /draft for logits of its first drafting layer as well.
     """
@@ -66,16 +66,12 @@ def run_model(
     steps = [driver.step([(0, tokens[start:end])]) for start, end in zip(cuts, cuts[1:])]
     if model.num_draft_layers:
         steps.append(draft(model, tokens, device))
-    if groups.tensor.rank != 0:
-        assert steps == [None] * len(steps)
-        return None
     return torch.cat([logits[0].cpu() for logits in steps])
 
 
 @torch.inference_mode()
-def draft(model: CausalLM, tokens: list[int], device: str) -> list[torch.Tensor] | None:
+def draft(model: CausalLM, tokens: list[int], device: str) -> list[torch.Tensor]:
     """Logits drafted behind all tokens but the last, in one step."""
     batch = PagedDriver(model, device=device).batch([(0, tokens[:-1])])
     hidden = model.forward_draft(0, torch.tensor(tokens[1:], device=device), model.forward(batch), batch)
-    logits = model.compute_draft_logits(0, hidden)
-    return None if logits is None else [logits]
+    return [model.compute_draft_logits(0, hidden).gather()]

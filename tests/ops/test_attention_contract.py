@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from atom_cluster.config.ops import OpsConfig
-from atom_cluster.ops.attention import AttentionMetadata, KvLayerCache
+from atom_cluster.ops.attention import AttentionMetadata, HeadNorms, KvLayerCache, Rotation
 from atom_cluster.ops.select import select_ops
 from atom_cluster.platform.detect import detect_platform
 from atom_cluster.units import ceil_div
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 4e-2}
-BACKENDS = ["torch", "cpu"]
+BACKENDS = ["torch", "cpu", "triton"]
 BLOCK_SIZE = 4
 NUM_HEADS = 6
 KEY_DIM, VALUE_DIM = 16, 8
@@ -56,10 +56,17 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+def skip_interpreted(backend: str, *, unless: bool) -> None:
+    """Interpreted kernels are slow: of cases that are much alike they take some."""
+    if backend == "triton" and not unless:
+        pytest.skip("slow in the interpreter")
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("num_kv_heads", [1, 3])
 @pytest.mark.parametrize("name", STEPS)
 def test_all_positions(backend: str, name: str, num_kv_heads: int, dtype: torch.dtype) -> None:
+    skip_interpreted(backend, unless=num_kv_heads == 3 and "more" not in name)
     check(backend, STEPS[name], Layer(dtype, num_kv_heads))
 
 
@@ -67,12 +74,14 @@ def test_all_positions(backend: str, name: str, num_kv_heads: int, dtype: torch.
 @pytest.mark.parametrize("has_sinks", [False, True])
 @pytest.mark.parametrize("name", STEPS)
 def test_windows(backend: str, name: str, window: int, has_sinks: bool) -> None:
+    skip_interpreted(backend, unless=window in (5, 16) and has_sinks and "decode" in name and "more" not in name)
     check(backend, STEPS[name], Layer(window=window, has_sinks=has_sinks))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("name", STEPS)
 def test_sinks(backend: str, name: str, dtype: torch.dtype) -> None:
+    skip_interpreted(backend, unless=name in ("one decode row", "a whole prompt"))
     check(backend, STEPS[name], Layer(dtype, num_kv_heads=2, has_sinks=True))
 
 
@@ -80,6 +89,8 @@ def test_sinks(backend: str, name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("scales", [(1.0, 1.0), (0.02, 3.0)])
 def test_narrow_memory(backend: str, stored: torch.dtype, window: int | None, scales: tuple[float, float]) -> None:
+    if backend == "triton" and stored != torch.bfloat16:
+        pytest.skip("the interpreter does not round to eight bits, or has them not")
     layer = Layer(window=window, has_sinks=True, stored=stored, key_scale=scales[0], value_scale=scales[1])
     for name in ("one decode row", "decodes, chunks and a last chunk of one token"):
         check(backend, STEPS[name], layer)
@@ -87,6 +98,7 @@ def test_narrow_memory(backend: str, stored: torch.dtype, window: int | None, sc
 
 @pytest.mark.parametrize("seed", range(25))
 def test_random_steps(backend: str, seed: int) -> None:
+    skip_interpreted(backend, unless=seed < 8)
     draw = random.Random(seed)
     rows = [(draw.randint(1, 60), 1) for _ in range(draw.randint(0, 6))]
     for _ in range(draw.randint(0 if rows else 1, 5)):
@@ -100,9 +112,39 @@ def test_values_beyond_eight_bits_are_saturated(backend: str) -> None:
     metadata, _ = scattered_rows([(1, 1)], None)
     kv, _ = strided_cache(2, Layer(stored=torch.float8_e4m3fn))
     plan = plan_of(backend, metadata, torch.float32)
-    plan.store(torch.zeros(1, 3, KEY_DIM), torch.full((1, 3, VALUE_DIM), -1e6), kv)
-    output = plan.attend(torch.zeros(1, NUM_HEADS, KEY_DIM), kv, scale=1.0)
+    value = torch.full((1, 3, VALUE_DIM), -1e6)
+    query = plan.store(torch.zeros(1, NUM_HEADS, KEY_DIM), torch.zeros(1, 3, KEY_DIM), value, kv)
+    output = plan.attend(query, kv, scale=1.0)
     assert (output == -448).all()
+
+
+@pytest.mark.parametrize("has_norms", [False, True])
+@pytest.mark.parametrize("rotary_dim", [0, 6, 16])
+def test_store_norms_and_rotates_views(backend: str, rotary_dim: int, has_norms: bool) -> None:
+    """Of a projection with more in it; keys are what is stored, values stay."""
+    metadata, blocks = scattered_rows([(9, 1), (5, 4)], None)
+    kv, _ = strided_cache(1 + sum(map(len, blocks)), Layer())
+    fused = randn(5, NUM_HEADS * KEY_DIM + 3 * (KEY_DIM + VALUE_DIM) + 5, seed=1)
+    query, key, value, _ = fused.float().split([NUM_HEADS * KEY_DIM, 3 * KEY_DIM, 3 * VALUE_DIM, 5], dim=-1)
+    views = query.view(5, NUM_HEADS, KEY_DIM), key.view(5, 3, KEY_DIM), value.view(5, 3, VALUE_DIM)
+    weights, angle = 1 + randn(2, KEY_DIM, seed=2), randn(5, 1, rotary_dim // 2, seed=3) * 5
+    expected = []
+    for x, weight in zip(views, weights):
+        wide = x.double()
+        if has_norms:
+            wide = wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight
+        first, second, rest = wide.split([rotary_dim // 2, rotary_dim // 2, KEY_DIM - rotary_dim], dim=-1)
+        cos, sin = angle.cos(), angle.sin()
+        expected.append(torch.cat((first * cos - second * sin, second * cos + first * sin, rest), -1).float())
+    expected_value = views[2].clone()
+    norms = HeadNorms(*weights.float(), 1e-5) if has_norms else None
+    angles = torch.cat((angle.cos(),) * 2, -1).float(), torch.cat((-angle.sin(), angle.sin()), -1).float()
+    rotation = Rotation(*angles) if rotary_dim else None
+    found = plan_of(backend, metadata, torch.float32).store(*views, kv, norms=norms, rotation=rotation)
+    torch.testing.assert_close(found, expected[0], atol=1e-5, rtol=1e-5)
+    slot = metadata.slot
+    torch.testing.assert_close(kv.key[slot // BLOCK_SIZE, slot % BLOCK_SIZE], expected[1], atol=1e-5, rtol=1e-5)
+    assert torch.equal(kv.value[slot // BLOCK_SIZE, slot % BLOCK_SIZE], expected_value)
 
 
 def test_sinks_far_above_and_below_all_scores(backend: str) -> None:
@@ -141,7 +183,7 @@ def check(backend: str, rows: Rows, layer: Layer) -> None:
     value = randn(num_tokens, layer.num_kv_heads, VALUE_DIM, seed=3).to(dtype)
     sinks = randn(NUM_HEADS, seed=6).float() * 3 if layer.has_sinks else None
     plan = plan_of(backend, metadata, dtype)
-    plan.store(key, value, kv)
+    torch.testing.assert_close(plan.store(query, key, value, kv), query)
     num_written = (memory.view(torch.uint8) != untouched.view(torch.uint8)).any(0).sum()
     assert num_written <= memory.shape[1] * memory.dtype.itemsize / 3, "only the layer is written"
     stored = [
@@ -175,6 +217,8 @@ def dense_attention(
 
 
 def plan_of(backend: str, metadata: AttentionMetadata, dtype: torch.dtype) -> object:
+    if backend == "triton" and dtype != torch.float32:
+        pytest.skip("interpreted kernels compute in float32")
     return select_ops(OpsConfig(backend=backend), detect_platform("cpu"), dtype).plan_attention(metadata)
 
 

@@ -13,7 +13,7 @@ from atom_cluster.ops.table import OpTable
 from atom_cluster.platform.detect import detect_platform
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 4e-2}
-CASES = [(backend, dtype) for backend in ("torch", "cpu") for dtype in TOLERANCE]
+CASES = [(backend, dtype) for backend in ("torch", "cpu") for dtype in TOLERANCE] + [("triton", torch.float32)]
 
 KEY_HEADS, VALUE_HEADS, KEY_DIM, VALUE_DIM = 2, 6, 8, 5
 CHANNELS, WIDTH = 7, 4

@@ -10,7 +10,7 @@ from atom_cluster.ops.table import OpTable
 from atom_cluster.platform.detect import detect_platform
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
-CASES = [(backend, dtype) for backend in ("torch", "cpu") for dtype in TOLERANCE]
+CASES = [(backend, dtype) for backend in ("torch", "cpu") for dtype in TOLERANCE] + [("triton", torch.float32)]
 NUM_EXPERTS, SIZE, EXPERT_SIZE = 6, 20, 12
 ACTIVATIONS = [
     ExpertActivation(),
@@ -63,6 +63,10 @@ def test_experts(case: tuple[OpTable, torch.dtype], activation: ExpertActivation
     assert y.dtype == dtype
     assert torch.equal(x, before)
     torch.testing.assert_close(y.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    addend = randn(1, SIZE, seed=3).to(dtype)
+    y = experts(x[:1], expert_ids[:1], choice_weights[:1], addend_TD=addend)
+    expected = expected[:1] + addend.double()
+    torch.testing.assert_close(y.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
 RULES = [
@@ -114,3 +118,6 @@ def test_routing(case: tuple[OpTable, torch.dtype], rule: RoutingRule, has_bias:
     bias = expert_bias.tolist() if has_bias else [0.0] * 8
     for experts, weights, row in zip(expert_ids.tolist(), choice_weights.tolist(), logits.tolist()):
         assert dict(zip(experts, weights)) == pytest.approx(route_one(row, bias, rule), rel=1e-5)
+    again_ids, again_weights = ops.route(logits, None, rule, expert_TK=expert_ids)
+    assert torch.equal(again_ids, expert_ids)
+    torch.testing.assert_close(again_weights, choice_weights, rtol=1e-5, atol=1e-6)

@@ -1,21 +1,28 @@
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atom_cluster.runner.noise import exponential_noise, noise_keys
+from atom_cluster.ops.torch_ref.noise import exponential_noise, noise_keys, seed_words
 
 
 def keys_of(*draws: tuple[int, int]) -> torch.Tensor:
     """Keys of draws given as (seed, position), [R, 2]."""
-    return noise_keys([seed for seed, _ in draws], np.array([[position] for _, position in draws]))[:, 0]
+    seeds = torch.tensor([seed_words(seed) for seed, _ in draws], dtype=torch.int32)
+    return noise_keys(seeds, torch.tensor([position for _, position in draws], dtype=torch.int32))
 
 
 def token_ids(num_tokens: int) -> torch.Tensor:
     return torch.arange(num_tokens, dtype=torch.int32)
+
+
+def mixed(x: int) -> int:
+    x %= 2**32
+    x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
+    x = (x ^ x >> 13) * 0xC2B2AE35 % 2**32
+    return x ^ x >> 16
 
 
 def test_noise_of_a_row_does_not_depend_on_the_other_rows() -> None:
@@ -33,8 +40,10 @@ def test_noise_of_a_token_does_not_depend_on_the_other_tokens() -> None:
 
 
 def test_noise_equals_its_definition_in_plain_integers() -> None:
-    low, high = (key & 0xFFFFFFFF for key in keys_of((42, 7))[0].tolist())
-    assert (low, high) == (0x89F83DF6, 0xFE2F1081)
+    first, second = (word % 2**32 for word in seed_words(42))
+    low = mixed(first + 7 * 0x9E3779B1)
+    high = mixed(low + second)
+    assert [key % 2**32 for key in keys_of((42, 7))[0].tolist()] == [low, high]
     found = exponential_noise(keys_of((42, 7)), token_ids(1000))[0].tolist()
     for token_id, value in enumerate(found):
         x = (token_id * 0x9E3779B1 + low) & 0xFFFFFFFF
@@ -68,7 +77,14 @@ def test_noise_of_neighbouring_positions_is_uncorrelated_at_every_shift() -> Non
             assert abs(correlation) < 5 / math.sqrt(20_000)
 
 
-def test_keys_of_several_positions_are_those_of_each() -> None:
-    together = noise_keys([4, -9], np.array([[0, 1, 2], [7, 8, 9]]))
-    assert torch.equal(together[1, 2], keys_of((-9, 9))[0])
-    assert torch.equal(together[0], keys_of((4, 0), (4, 1), (4, 2)))
+def test_words_of_a_seed_equal_their_definition() -> None:
+    value = (42 + 0x9E3779B97F4A7C15) % 2**64
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    value = (value ^ value >> 27) * 0x94D049BB133111EB % 2**64
+    value ^= value >> 31
+    assert [word % 2**32 for word in seed_words(42)] == [value % 2**32, value >> 32]
+
+
+def test_no_two_positions_of_a_seed_share_a_word() -> None:
+    keys = keys_of(*((3, p) for p in range(50_000)))
+    assert all(len(column.unique()) == len(keys) for column in keys.unbind(1))

@@ -10,10 +10,11 @@ from atom_cluster.ops.quantized import InputQuantization, QuantizedWeight, dequa
 from atom_cluster.ops.select import select_ops
 from atom_cluster.ops.table import OpTable
 from atom_cluster.ops.torch_ref import quantized as reference
+from atom_cluster.ops.torch_ref.quantized_moe import QuantizedExperts
 from atom_cluster.platform.detect import detect_platform
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 4e-2}
-CASES = [(backend, dtype) for backend in ("torch", "cpu") for dtype in TOLERANCE]
+CASES = [(backend, dtype) for backend in ("torch", "cpu") for dtype in TOLERANCE] + [("triton", torch.float32)]
 
 
 @pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{str(case[1])[6:]}")
@@ -122,3 +123,13 @@ def test_experts_are_weighted_and_those_elsewhere_left_out(case: tuple[OpTable, 
     found = op(x, expert, share)
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def test_graphs_get_what_tokens_get_expert_by_expert() -> None:
+    gate_up, down = random_weight(3, num_out=16, num_in=12), random_weight(3, num_out=12, num_in=8)
+    op = QuantizedExperts(gate_up, down, (None, None), ExpertActivation(), torch.float32)
+    generator = torch.Generator().manual_seed(3)
+    x, addend = (torch.randn(4, 12, generator=generator) for _ in range(2))
+    expert, share = torch.tensor([[0, 2], [3, 1], [1, 0], [3, 3]]), torch.rand(4, 2, generator=generator)
+    found = op.every_expert(x, expert, share, addend.clone())
+    torch.testing.assert_close(found, op(x, expert, share, addend_TD=addend))

@@ -17,21 +17,21 @@ TOKENS, STREAMS, DIM = 4, 3, 10
 RULE = StreamRule(norm_eps=0.1, eps=0.01, num_iterations=3)
 
 
-@pytest.fixture(params=["torch", "cpu"])
-def backend(request: pytest.FixtureRequest) -> str:
-    return request.param
+CASES = [(backend, dtype) for backend in ("torch", "cpu") for dtype in TOLERANCE] + [("triton", torch.float32)]
 
 
-def ops_of(backend: str, dtype: torch.dtype) -> OpTable:
-    return select_ops(OpsConfig(backend=backend), detect_platform("cpu"), dtype)
+@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{str(case[1])[6:]}")
+def case(request: pytest.FixtureRequest) -> tuple[OpTable, torch.dtype]:
+    backend, dtype = request.param
+    return select_ops(OpsConfig(backend=backend), detect_platform("cpu"), dtype), dtype
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype)[6:])
-def test_connected_streams(backend: str, dtype: torch.dtype) -> None:
+def test_connected_streams(case: tuple[OpTable, torch.dtype]) -> None:
+    ops, dtype = case
     wide, num_outputs = torch.promote_types(dtype, torch.float32), (2 + STREAMS) * STREAMS
     streams = randn(TOKENS, STREAMS, DIM, seed=1).to(dtype)
     fn, scale, bias = (randn(*shape, seed=seed).to(wide) for seed, shape in enumerate(((15, 30), (3,), (15,)), 2))
-    found = ops_of(backend, dtype).connect_streams(streams, fn, scale, bias, RULE)
+    found = ops.connect_streams(streams, fn, scale, bias, RULE)
     assert [part.dtype for part in found] == [dtype] * 3
     for token in range(TOKENS):
         z = project(streams[token].double(), fn.double()) * scale.double().repeat_interleave(
@@ -47,16 +47,28 @@ def test_connected_streams(backend: str, dtype: torch.dtype) -> None:
             torch.testing.assert_close(actual[token].double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype)[6:])
-def test_joined_streams(backend: str, dtype: torch.dtype) -> None:
+def test_joined_streams(case: tuple[OpTable, torch.dtype]) -> None:
+    ops, dtype = case
     wide = torch.promote_types(dtype, torch.float32)
     streams = randn(TOKENS, STREAMS, DIM, seed=1).to(dtype)
     fn, scale, bias = (randn(*shape, seed=seed).to(wide) for seed, shape in enumerate(((3, 30), (1,), (3,)), 2))
-    found = ops_of(backend, dtype).join_streams(streams, fn, scale, bias, RULE)
+    found = ops.join_streams(streams, fn, scale, bias, RULE)
     assert found.dtype == dtype
     for token in range(TOKENS):
         z = project(streams[token].double(), fn.double()) * scale.double() + bias.double()
         expected = (z.sigmoid() + RULE.eps) @ streams[token].double()
+        torch.testing.assert_close(found[token].double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def test_streams_behind_a_block(case: tuple[OpTable, torch.dtype]) -> None:
+    ops, dtype = case
+    shapes = ((TOKENS, STREAMS, DIM), (TOKENS, DIM), (TOKENS, STREAMS), (TOKENS, STREAMS, STREAMS))
+    streams, output, write, mix = (randn(*shape, seed=seed).to(dtype) for seed, shape in enumerate(shapes))
+    found = ops.write_streams(streams, output, write, mix)
+    assert found.dtype == dtype and found.shape == streams.shape
+    for token in range(TOKENS):
+        mixed = mix[token].double().T @ streams[token].double()
+        expected = torch.outer(write[token].double(), output[token].double()) + mixed
         torch.testing.assert_close(found[token].double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 

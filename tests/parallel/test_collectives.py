@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 import torch.multiprocessing
 
-from atom_cluster.parallel.collectives import all_reduce_sum, broadcast_from_first, gather_last_dim, smallest
+from atom_cluster.parallel.collectives import all_reduce_max, all_reduce_sum, gather_last_dim, smallest
 from atom_cluster.parallel.groups import ProcessGroups
 
 CPU = torch.device("cpu")
@@ -22,11 +22,10 @@ def run_rank(rank: int, folder: str) -> None:
     )
     group = groups.tensor
     mine = torch.full((2, 3), float(rank + 1))
-    gathered = gather_last_dim(mine, group)
     found = {
-        "gathered": None if gathered is None else gathered.tolist(),
+        "gathered": gather_last_dim(mine, group).tolist(),
         "sum": all_reduce_sum(mine.clone(), group).tolist(),
-        "first": broadcast_from_first(mine.clone(), group).tolist(),
+        "most": all_reduce_max(torch.tensor([rank, -rank]) << 40, group).tolist(),
         "smallest": smallest(5 - rank, group, CPU),
         "sum over experts": all_reduce_sum(mine.clone(), groups.expert).tolist(),
     }
@@ -38,11 +37,10 @@ def run_rank(rank: int, folder: str) -> None:
 def test_two_ranks_agree(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(run_rank, args=(str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert first["gathered"] == [[1.0, 1.0, 1.0, 2.0, 2.0, 2.0]] * 2
-    assert second["gathered"] is None
     for found in (first, second):
         assert found["sum"] == [[3.0] * 3] * 2
-        assert found["first"] == [[1.0] * 3] * 2
+        assert found["gathered"] == [[1.0, 1.0, 1.0, 2.0, 2.0, 2.0]] * 2
+        assert found["most"] == [1 << 40, 0]
         assert found["smallest"] == 4
         assert found["sum over experts"] == found["sum"]
 
@@ -51,6 +49,6 @@ def test_a_group_of_one_returns_what_it_is_given() -> None:
     group = ProcessGroups.single().tensor
     x = torch.ones(2, 3)
     assert all_reduce_sum(x, group) is x
-    assert broadcast_from_first(x, group) is x
+    assert all_reduce_max(x, group) is x
     assert gather_last_dim(x, group) is x
     assert smallest(3, group, CPU) == 3

@@ -11,9 +11,11 @@ from collections.abc import Sequence
 
 import torch
 
+from atom_cluster.config.observability import ProfileConfig
 from atom_cluster.kv_cache.layout import KvLayerLayout, KvLayout, StateLayerLayout, StateTensor
 from atom_cluster.kv_transfer.agent import KvAgent
 from atom_cluster.layers.forward_batch import ForwardBatch, KvLayerCache, StateLayerCache
+from atom_cluster.layers.logits import Logits
 from atom_cluster.messages.requests import SamplingParams
 from atom_cluster.ops.select import torch_table
 from atom_cluster.parallel.groups import ProcessGroups
@@ -110,7 +112,7 @@ class ContextModel:
         folds = self._fold_states(batch)
         return torch.stack([self._hidden(batch, t, folds) for t in range(len(batch.token_ids))])
 
-    def compute_logits(self, hidden_SD: torch.Tensor) -> torch.Tensor | None:  # noqa: N803 - the protocol's name
+    def compute_logits(self, hidden_SD: torch.Tensor) -> Logits:  # noqa: N803 - the protocol's name
         return one_hot(self._best(hidden_SD))
 
     def _hidden(self, batch: ForwardBatch, t: int, folds: list[int]) -> torch.Tensor:
@@ -185,7 +187,7 @@ class ContextModel:
             rows.append(hidden)
         return torch.stack(rows)
 
-    def compute_draft_logits(self, index: int, hidden_SD: torch.Tensor) -> torch.Tensor | None:  # noqa: N803
+    def compute_draft_logits(self, index: int, hidden_SD: torch.Tensor) -> Logits:  # noqa: N803
         best = self._best(hidden_SD)
         if self._drafts_wrong:
             is_wrong = torch.tensor([is_drafted_wrong(int(position) + 1) for position in hidden_SD[:, 0]])
@@ -193,8 +195,8 @@ class ContextModel:
         return one_hot(best)
 
 
-def one_hot(best: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.one_hot(best, VOCAB).float() * 5
+def one_hot(best: torch.Tensor) -> Logits:
+    return Logits(torch.nn.functional.one_hot(best, VOCAB).float() * 5, VOCAB, ProcessGroups.single().tensor)
 
 
 def check_batch(batch: ForwardBatch) -> None:
@@ -237,6 +239,7 @@ def make_runner(
     memory: KvMemory | None = None,
     agent: KvAgent | None = None,
     max_drafts: int = 0,
+    profile: ProfileConfig | None = None,
 ) -> ModelRunner:
     model = model or ContextModel()
     memory = memory or make_memory(model)
@@ -259,4 +262,5 @@ def make_runner(
         info=info,
         device=torch.device("cpu"),
         agent=agent,
+        profile=profile,
     )

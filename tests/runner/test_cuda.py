@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from atom_cluster.config.compilation import CompilationConfig
 from atom_cluster.messages.requests import SamplingParams
 from atom_cluster.messages.steps import NewRow, RowStep, StepPlan
 from atom_cluster.ops.torch_ref.moe import PlainExperts
@@ -15,7 +16,7 @@ from atom_cluster.runner.model_runner import LaunchedStep, ModelRunner
 from atom_cluster.runner.options import RunnerOptions
 from tests.draft_models import NUM_DRAFT_LAYERS, draft_model_dir
 from tests.equivalence import test_speculation
-from tests.equivalence.generation import FAMILIES, generate, mixed_requests
+from tests.equivalence.generation import FAMILIES, generate, make_engine, mixed_requests
 from tests.tiny_models import random_tokens, tiny_model_dir
 
 pytestmark = [
@@ -175,3 +176,29 @@ def test_lower_precisions_run(dtype: str) -> None:
     results = [runner.run(plan) for plan in plans()]
     assert all(0 <= sampled.token_ids[0] < 256 for result in results for sampled in result.sampled)
     runner.close()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_graphs_give_what_kernels_launched_one_by_one_do(name: str) -> None:
+    settings = {"device": "cuda", "dtype": "float32", "max_num_batched_tokens": 40}
+    plain = generate(name, mixed_requests(), compilation=CompilationConfig(graph_mode="none"), **settings)
+    with make_engine(name, compilation=CompilationConfig(capture_sizes=(1, 3, 8)), **settings) as engine:
+        assert engine.info.choices["graphs"].startswith("full")
+        outputs = engine.generate([p for p, _ in mixed_requests()], [s for _, s in mixed_requests()])
+    assert [output["token_ids"] for output in outputs] == plain
+
+
+@pytest.mark.parametrize("name", NUM_DRAFT_LAYERS)
+def test_graphs_draft_and_verify_what_kernels_launched_one_by_one_do(name: str) -> None:
+    directory = draft_model_dir(name)
+    settings = {"num_tokens": 3, "device": "cuda", "dtype": "float32"}
+    plain = test_speculation.generate(directory, compilation=CompilationConfig(graph_mode="none"), **settings)
+    sizes = CompilationConfig(capture_sizes=(1, 2, 8), capture="lazy")
+    assert test_speculation.generate(directory, compilation=sizes, **settings) == plain
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_kernels_give_what_reference_ops_do(name: str) -> None:
+    settings = {"device": "cuda", "dtype": "float32"}
+    expected = generate(name, mixed_requests(), ops_backend="torch", **settings)
+    assert generate(name, mixed_requests(), **settings) == expected

@@ -8,7 +8,6 @@ import torch
 from atom_cluster.errors import ProtocolError
 from atom_cluster.messages.requests import SamplingParams
 from atom_cluster.messages.steps import NewRow, RowStep, StepPlan
-from atom_cluster.runner.speculation import count_kept
 from tests.runner.context_model import (
     GREEDY,
     VOCAB,
@@ -184,8 +183,3 @@ def test_a_row_without_pages_for_its_states_is_refused() -> None:
     new = NewRow(row=2, request_id="r", token_ids=(1,), num_prompt_tokens=1, pages=((0,), ()), sampling=GREEDY)
     with pytest.raises(ProtocolError, match="row 2 has no pages for its states"):
         runner.run(StepPlan(step_id=0, new_rows=(new,), rows=(RowStep(2, 0, 1, samples=True),)))
-
-
-def test_drafts_are_counted_up_to_the_first_wrong_one() -> None:
-    is_right = torch.tensor([[1, 1, 0], [0, 1, 1], [1, 1, 1], [1, 0, 1], [0, 0, 0]], dtype=torch.bool)
-    assert count_kept(is_right).tolist() == [2, 0, 3, 1, 0]

@@ -12,11 +12,13 @@ import torch
 
 from atom_cluster.kv_cache.layout import KvLayerLayout, KvLayout
 from atom_cluster.layers.forward_batch import ForwardBatch
+from atom_cluster.layers.logits import Logits
 from atom_cluster.messages.requests import SamplingParams
 from atom_cluster.messages.steps import NewRow, RowStep, StepPlan
 from atom_cluster.ops.select import torch_table
+from atom_cluster.ops.table import OpTable
 from atom_cluster.parallel.groups import ProcessGroups
-from atom_cluster.runner import sampler, speculation
+from atom_cluster.runner import step_program
 from atom_cluster.runner.inputs import StepInputs
 from atom_cluster.runner.kv_memory import allocate_kv_memory
 from atom_cluster.runner.model_runner import ModelRunner
@@ -37,6 +39,10 @@ def random_table(seed: int) -> torch.Tensor:
     return torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(seed)) * 1.5
 
 
+def whole(logits: torch.Tensor) -> Logits:
+    return Logits(logits, VOCAB, ProcessGroups.single().tensor)
+
+
 class BigramModel:
     """Logits depend on the last token; drafts come from another table, which agrees with the first in part."""
 
@@ -49,8 +55,8 @@ class BigramModel:
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         return batch.token_ids[:, None].float()
 
-    def compute_logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:  # noqa: N803 - the protocol's name
-        return self.target[hidden_SD[:, 0].long()]
+    def compute_logits(self, hidden_SD: torch.Tensor) -> Logits:  # noqa: N803 - the protocol's name
+        return whole(self.target[hidden_SD[:, 0].long()])
 
     def forward_draft(
         self,
@@ -61,8 +67,8 @@ class BigramModel:
     ) -> torch.Tensor:
         return next_token_ids_T[:, None].float()
 
-    def compute_draft_logits(self, index: int, hidden_SD: torch.Tensor) -> torch.Tensor:  # noqa: N803
-        return self.proposal[hidden_SD[:, 0].long()]
+    def compute_draft_logits(self, index: int, hidden_SD: torch.Tensor) -> Logits:  # noqa: N803
+        return whole(self.proposal[hidden_SD[:, 0].long()])
 
 
 def draw_outputs(sampling: SamplingParams) -> tuple[Counter[tuple[int, ...]], float]:
@@ -156,11 +162,6 @@ def p_value(counts: Counter[tuple[int, ...]], sampling: SamplingParams) -> float
     return float(torch.special.gammaincc(halves[0], halves[1]))
 
 
-@pytest.fixture(autouse=True)
-def draw_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampler, "_ROWS_PER_DRAW_ON_CPU", NUM_DRAWS * (1 + MAX_DRAFTS))
-
-
 @pytest.mark.parametrize(
     "sampling",
     [
@@ -209,6 +210,12 @@ def keep_by_ratio_without_correction(
 
 @pytest.mark.parametrize("rule", [keep_always, keep_by_ratio_without_correction])
 def test_a_wrong_rule_is_noticed(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speculation, "verify_drafts", rule)
+    def accept(token_ids: torch.Tensor, inputs: StepInputs, table: RowTable, ops: OpTable) -> torch.Tensor:
+        num_kept = rule(token_ids, inputs, table)
+        table.append(inputs.sample_row, inputs.sample_position, token_ids)
+        table.num_known[inputs.sampling_row] = inputs.newest_position + num_kept + 2
+        return num_kept
+
+    monkeypatch.setattr(step_program, "accept", accept)
     counts, _ = draw_outputs(SamplingParams())
     assert p_value(counts, SamplingParams()) < 1e-6

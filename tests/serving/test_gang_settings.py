@@ -55,7 +55,7 @@ def test_runner_options_come_from_the_configuration() -> None:
         unified=CPU_GROUP,
         cache={"block_size": 32, "num_blocks": 99, "cpu_cache_gib": 1.5},
         scheduler={"max_num_requests": 11, "max_num_batched_tokens": 123},
-        ops={"backend": "torch"},
+        ops={"backend": "torch", "overrides": {"norm": "triton"}},
         speculative={"num_tokens": 3},
     )
     assert options_of(config) == RunnerOptions(
@@ -72,6 +72,7 @@ def test_runner_options_come_from_the_configuration() -> None:
         num_drafts=3,
         num_threads=3,
         ops_backend="torch",
+        ops_overrides={"norm": "triton"},
         load_format="dummy",
         seed=5,
     )

@@ -12,7 +12,7 @@ import torch
 from atom_cluster.layers.context import LayerContext
 from atom_cluster.layers.forward_batch import LayerInputs
 from atom_cluster.layers.linear import ColumnLinear, Output
-from atom_cluster.layers.logits import LogitsHead
+from atom_cluster.layers.logits import Logits, LogitsHead
 from atom_cluster.layers.module import Module
 from atom_cluster.layers.norm import RmsNorm
 from atom_cluster.models.pre_norm_layer import PreNormLayer
@@ -42,6 +42,6 @@ class MimoDraftLayer(Module):
         x_TD, residual_TD = self.block(x_TD, torch.zeros_like(x_TD), inputs)
         return torch.cat((self.norm.add(x_TD, residual_TD)[0], model_TD), dim=-1)
 
-    def compute_logits(self, hidden_SD: torch.Tensor) -> torch.Tensor | None:
-        """Logits over the full vocabulary, [S, V] float32, from [S, 2 D] of `__call__`; None on ranks but 0."""
+    def compute_logits(self, hidden_SD: torch.Tensor) -> Logits:
+        """Logits of S samples, from [S, 2 D] of `__call__`."""
         return self._compute_logits(hidden_SD[:, : self._size])

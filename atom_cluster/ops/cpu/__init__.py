@@ -8,9 +8,11 @@ from atom_cluster.ops.cpu.mla import mla_planner
 from atom_cluster.ops.cpu.moe import prepare_experts
 from atom_cluster.ops.cpu.norm import add_rms_norm, rms_norm
 from atom_cluster.ops.cpu.rotary import rotary
+from atom_cluster.ops.cpu.sampling import adjust, sample
 
 __all__ = [
     "add_rms_norm",
+    "adjust",
     "attention_planner",
     "can_pack",
     "gated_rms_norm",
@@ -20,5 +22,6 @@ __all__ = [
     "prepare_linear",
     "rms_norm",
     "rotary",
+    "sample",
     "silu_and_mul",
 ]

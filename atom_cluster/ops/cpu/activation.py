@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from atom_cluster.ops.torch_ref.activation import clamped_halves
 
-def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+
+def silu_and_mul(gate_up: torch.Tensor, limit: float | None = None) -> torch.Tensor:
     """silu(gate) * up."""
-    gate, up = gate_up.chunk(2, dim=-1)
+    gate, up = clamped_halves(gate_up, limit)
     return F.silu(gate).mul_(up)

@@ -15,7 +15,16 @@ from itertools import groupby
 import torch
 import torch.nn.functional as F
 
-from atom_cluster.ops.attention import AttentionMetadata, AttentionPlan, KvLayerCache, PlanAttention
+from atom_cluster.ops.attention import (
+    AttentionMetadata,
+    AttentionPlan,
+    HeadNorms,
+    KvLayerCache,
+    PlanAttention,
+    Rotation,
+)
+from atom_cluster.ops.cpu.norm import rms_norm
+from atom_cluster.ops.cpu.rotary import rotary
 from atom_cluster.ops.torch_ref.attention import as_stored
 from atom_cluster.units import ceil_div
 
@@ -127,11 +136,26 @@ class CpuAttention:
         self._lone = [_lone_row(metadata, row) for row in _rows(metadata) if row.num_queries > MAX_GROUP_QUERIES]
         self._bias_QC = _band_bias(self._lone, metadata.window, dtype)
 
-    def store(self, key_TKD: torch.Tensor, value_TKD: torch.Tensor, kv: KvLayerCache) -> None:
-        """Write the step's keys and values to their slots."""
+    def store(
+        self,
+        query_THD: torch.Tensor,
+        key_TKD: torch.Tensor,
+        value_TKD: torch.Tensor,
+        kv: KvLayerCache,
+        *,
+        norms: HeadNorms | None = None,
+        rotation: Rotation | None = None,
+    ) -> torch.Tensor:
+        """Norm and rotate queries and keys, and write keys and values to their slots."""
+        if norms is not None:
+            query_THD = rms_norm(query_THD, norms.query_D, norms.eps)
+            key_TKD = rms_norm(key_TKD, norms.key_D, norms.eps)
+        if rotation is not None:
+            query_THD, key_TKD = rotary(query_THD, key_TKD, rotation.cos_T1P, rotation.sin_T1P)
         index = (self._block_T, self._offset_T)
         kv.key.index_put_(index, as_stored(key_TKD, kv.key.dtype, kv.key_scale))
         kv.value.index_put_(index, as_stored(value_TKD, kv.value.dtype, kv.value_scale))
+        return query_THD
 
     def attend(
         self, query_THD: torch.Tensor, kv: KvLayerCache, *, scale: float, sink_H: torch.Tensor | None = None

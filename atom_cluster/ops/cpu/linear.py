@@ -35,11 +35,17 @@ class PackedLinear:
         return y
 
 
-def prepare_linear(weight_OI: torch.Tensor, bias_O: torch.Tensor | None, *, dtype: torch.dtype) -> LinearOp:
+def prepare_linear(
+    weight_OI: torch.Tensor,
+    bias_O: torch.Tensor | None,
+    *,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype | None = None,
+) -> LinearOp:
     """Packed if it changes nothing, else plain."""
     if dtype == torch.float32 and can_pack() and is_held_by_half(weight_OI):
         return PackedLinear(weight_OI, bias_O)
-    return prepare_plain(weight_OI, bias_O, dtype=dtype)
+    return prepare_plain(weight_OI, bias_O, dtype=dtype, out_dtype=out_dtype)
 
 
 def can_pack() -> bool:

@@ -13,9 +13,11 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from atom_cluster.ops.attention import AttentionMetadata, AttentionPlan, KvLayerCache, PlanAttention
+from atom_cluster.ops.attention import AttentionMetadata, AttentionPlan, KvLayerCache, PlanAttention, Rotation
 from atom_cluster.ops.cpu.attention import MAX_GROUP_QUERIES, attention_planner
-from atom_cluster.ops.mla import LatentWeights, MlaDims, MlaPlan, PlanMla
+from atom_cluster.ops.cpu.norm import rms_norm
+from atom_cluster.ops.cpu.rotary import rotary
+from atom_cluster.ops.mla import LatentNorm, LatentWeights, MlaDims, MlaPlan, PlanMla
 from atom_cluster.ops.torch_ref.paged import PagedRows
 
 MAX_EXPANDED = 1 << 23
@@ -54,9 +56,24 @@ class CpuMla:
         self._rows = PagedRows(metadata)
         self._splits: dict[int | None, _Split] = {}
 
-    def store(self, latent_TL: torch.Tensor, rope_TP: torch.Tensor, kv: KvLayerCache) -> None:
-        """Write the step's latents and positional keys to their slots."""
-        self._rows.store(torch.cat((latent_TL, rope_TP), dim=-1), kv)
+    def store(
+        self,
+        latent_TL: torch.Tensor,
+        key_TP: torch.Tensor,
+        query_THP: torch.Tensor,
+        kv: KvLayerCache,
+        *,
+        norm: LatentNorm,
+        rotation: Rotation,
+        is_interleaved: bool,
+    ) -> torch.Tensor:
+        """Norm, rotate, and write latents and keys to their slots."""
+        query_THP, key_T1P = rotary(
+            query_THP, key_TP[:, None], rotation.cos_T1P, rotation.sin_T1P, is_interleaved=is_interleaved
+        )
+        latent_TL = rms_norm(latent_TL, norm.weight_L, norm.eps)
+        self._rows.store(torch.cat((latent_TL, key_T1P[:, 0]), dim=-1), kv)
+        return query_THP
 
     def attend(
         self,

@@ -27,7 +27,14 @@ class CpuExperts:
         kinds = sorted({op.name for expert in self._experts for op in expert})
         return f"{' and '.join(kinds)} x {len(self._experts)} experts"
 
-    def __call__(self, x_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self,
+        x_TD: torch.Tensor,
+        expert_TK: torch.Tensor,
+        weight_TK: torch.Tensor,
+        *,
+        addend_TD: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """[T, D] -> [T, D]"""
         num_experts, num_chosen = len(self._experts), expert_TK.shape[1]
         counts = torch.bincount(expert_TK.flatten(), minlength=num_experts + 1)[:num_experts].tolist()
@@ -41,7 +48,7 @@ class CpuExperts:
                 outputs.append(down(hidden))
                 start += count
         wide = torch.promote_types(x_TD.dtype, torch.float32)
-        total_TD = torch.zeros_like(x_TD, dtype=wide)
+        total_TD = torch.zeros_like(x_TD, dtype=wide) if addend_TD is None else addend_TD.to(wide, copy=True)
         if outputs:
             weighted_ND = torch.cat(outputs).to(wide) * weight_TK.flatten()[pair_N, None].to(wide)
             total_TD.index_add_(0, token_N, weighted_ND)

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * weight."""
-    return F.rms_norm(x, weight_D.shape, weight_D, eps)
+    dtype = torch.promote_types(x.dtype, weight_D.dtype)
+    return F.rms_norm(x.to(dtype), weight_D.shape, weight_D.to(dtype), eps).to(x.dtype).contiguous()
 
 
 def add_rms_norm(
@@ -16,4 +17,4 @@ def add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(norm of the sum, sum); the sum replaces `residual`."""
     total = residual.add_(x)
-    return F.rms_norm(total, weight_D.shape, weight_D, eps), total
+    return rms_norm(total, weight_D, eps), total

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from atom_cluster.ops.attention import AttentionMetadata, AttentionPlan, KvLayerCache
+from atom_cluster.ops.attention import AttentionMetadata, AttentionPlan, HeadNorms, KvLayerCache, Rotation
+from atom_cluster.ops.torch_ref.norm import rms_norm
+from atom_cluster.ops.torch_ref.rotary import rotary
 from atom_cluster.units import ceil_div
 
 
@@ -16,10 +18,25 @@ class RowByRowAttention:
         self._block_T = metadata.slot // metadata.block_size
         self._offset_T = metadata.slot % metadata.block_size
 
-    def store(self, key_TKD: torch.Tensor, value_TKD: torch.Tensor, kv: KvLayerCache) -> None:
-        """Write the step's keys and values to their slots."""
+    def store(
+        self,
+        query_THD: torch.Tensor,
+        key_TKD: torch.Tensor,
+        value_TKD: torch.Tensor,
+        kv: KvLayerCache,
+        *,
+        norms: HeadNorms | None = None,
+        rotation: Rotation | None = None,
+    ) -> torch.Tensor:
+        """Norm and rotate queries and keys, and write keys and values to their slots."""
+        if norms is not None:
+            query_THD = rms_norm(query_THD, norms.query_D, norms.eps)
+            key_TKD = rms_norm(key_TKD, norms.key_D, norms.eps)
+        if rotation is not None:
+            query_THD, key_TKD = rotary(query_THD, key_TKD, rotation.cos_T1P, rotation.sin_T1P)
         kv.key[self._block_T, self._offset_T] = as_stored(key_TKD, kv.key.dtype, kv.key_scale)
         kv.value[self._block_T, self._offset_T] = as_stored(value_TKD, kv.value.dtype, kv.value_scale)
+        return query_THD
 
     def attend(
         self, query_THD: torch.Tensor, kv: KvLayerCache, *, scale: float, sink_H: torch.Tensor | None = None

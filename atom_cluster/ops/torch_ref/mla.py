@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from atom_cluster.ops.attention import AttentionMetadata, KvLayerCache
-from atom_cluster.ops.mla import LatentWeights, MlaDims, MlaPlan
+from atom_cluster.ops.attention import AttentionMetadata, KvLayerCache, Rotation
+from atom_cluster.ops.mla import LatentNorm, LatentWeights, MlaDims, MlaPlan
+from atom_cluster.ops.torch_ref.norm import rms_norm
 from atom_cluster.ops.torch_ref.paged import PagedRows, selected_mask
+from atom_cluster.ops.torch_ref.rotary import rotary
 
 
 class PlainLatentWeights:
@@ -37,9 +39,24 @@ class RowByRowMla:
         self._rows = PagedRows(metadata)
         self._latent_dim = dims.latent_dim
 
-    def store(self, latent_TL: torch.Tensor, rope_TP: torch.Tensor, kv: KvLayerCache) -> None:
-        """Write the step's latents and positional keys to their slots."""
-        self._rows.store(torch.cat((latent_TL, rope_TP), dim=-1), kv)
+    def store(
+        self,
+        latent_TL: torch.Tensor,
+        key_TP: torch.Tensor,
+        query_THP: torch.Tensor,
+        kv: KvLayerCache,
+        *,
+        norm: LatentNorm,
+        rotation: Rotation,
+        is_interleaved: bool,
+    ) -> torch.Tensor:
+        """Norm, rotate, and write latents and keys to their slots."""
+        query_THP, key_T1P = rotary(
+            query_THP, key_TP[:, None], rotation.cos_T1P, rotation.sin_T1P, is_interleaved=is_interleaved
+        )
+        latent_TL = rms_norm(latent_TL, norm.weight_L, norm.eps)
+        self._rows.store(torch.cat((latent_TL, key_T1P[:, 0]), dim=-1), kv)
+        return query_THP
 
     def attend(
         self,

@@ -28,10 +28,17 @@ class PlainExperts:
         """Their dtype, and how many."""
         return f"{str(self._down_EDI.dtype).removeprefix('torch.')} x {len(self._down_EDI)} experts"
 
-    def __call__(self, x_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self,
+        x_TD: torch.Tensor,
+        expert_TK: torch.Tensor,
+        weight_TK: torch.Tensor,
+        *,
+        addend_TD: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """[T, D] -> [T, D]"""
         wide = torch.promote_types(x_TD.dtype, torch.float32)
-        total_TD = torch.zeros_like(x_TD, dtype=wide)
+        total_TD = torch.zeros_like(x_TD, dtype=wide) if addend_TD is None else addend_TD.to(wide, copy=True)
         for expert in sorted(set(expert_TK.flatten().tolist())):
             if expert == len(self._down_EDI):
                 continue

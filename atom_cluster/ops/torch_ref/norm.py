@@ -6,10 +6,11 @@ import torch
 
 
 def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps) in float32 or wider, rounded to the dtype of `x`, times the weight."""
+    """x / sqrt(mean(x^2) + eps) in float32 or wider, rounded to the wider of its and the weight's dtypes, times it."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     normalised = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
-    return normalised.to(x.dtype) * weight_D
+    product = normalised.to(torch.promote_types(x.dtype, weight_D.dtype)) * weight_D
+    return product.to(x.dtype).contiguous()
 
 
 def add_rms_norm(

@@ -10,10 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from atom_cluster.ops.linear import LinearOp
-from atom_cluster.ops.moe import ExpertActivation, ExpertsOp
 from atom_cluster.ops.number_formats import largest, rounded, scale_for
 from atom_cluster.ops.quantized import QuantizedWeight, dequantize
-from atom_cluster.ops.torch_ref.moe import activate
 
 TILE_ELEMENTS = 1 << 22
 """Of a weight that are floats at a time."""
@@ -46,55 +44,9 @@ class QuantizedLinear:
         return y.to(x_TI.dtype)
 
 
-class QuantizedExperts:
-    """Expert by expert, its tokens gathered."""
-
-    def __init__(
-        self,
-        gate_up: QuantizedWeight,
-        down: QuantizedWeight,
-        biases: tuple[torch.Tensor | None, torch.Tensor | None],
-        activation: ExpertActivation,
-        dtype: torch.dtype,
-    ) -> None:
-        self.name = f"{down.name} x {len(down.codes)} experts"
-        self._experts = [
-            tuple(
-                QuantizedLinear(weight.expert(index), None if bias is None else bias[index], dtype)
-                for weight, bias in zip((gate_up, down), biases)
-            )
-            for index in range(len(down.codes))
-        ]
-        self._activation = activation
-
-    def __call__(self, x_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
-        """[T, D] -> [T, D]"""
-        wide = torch.promote_types(x_TD.dtype, torch.float32)
-        total_TD = torch.zeros_like(x_TD, dtype=wide)
-        for expert in sorted(set(expert_TK.flatten().tolist()) - {len(self._experts)}):
-            token_N, choice_N = torch.where(expert_TK == expert)
-            gate_up, down = self._experts[expert]
-            out_ND = down(activate(gate_up(x_TD[token_N]), self._activation))
-            total_TD.index_add_(0, token_N, out_ND.to(wide) * weight_TK[token_N, choice_N, None].to(wide))
-        return total_TD.to(x_TD.dtype)
-
-
 def prepare_quantized_linear(weight: QuantizedWeight, bias_O: torch.Tensor | None, *, dtype: torch.dtype) -> LinearOp:
     """The weight as it is."""
     return QuantizedLinear(weight, bias_O, dtype)
-
-
-def prepare_quantized_experts(
-    gate_up: QuantizedWeight,
-    down: QuantizedWeight,
-    *,
-    gate_up_bias: torch.Tensor | None,
-    down_bias: torch.Tensor | None,
-    activation: ExpertActivation,
-    dtype: torch.dtype,
-) -> ExpertsOp:
-    """The weights as they are."""
-    return QuantizedExperts(gate_up, down, (gate_up_bias, down_bias), activation, dtype)
 
 
 def round_inputs(x_TI: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:

@@ -37,7 +37,7 @@ def _score(logits_TE: torch.Tensor, rule: RoutingRule) -> torch.Tensor:
 def _choose(rank_TE: torch.Tensor, rule: RoutingRule) -> torch.Tensor:
     """The experts of the highest rank, in groups of the highest rank, [T, K]."""
     if rule.num_groups > 1:
-        rank_TGE = rank_TE.view(len(rank_TE), rule.num_groups, -1)
+        rank_TGE = rank_TE.view(len(rank_TE), rule.num_groups, rank_TE.shape[1] // rule.num_groups)
         group_TG = rank_TGE.amax(-1) if rule.group_score == "max" else rank_TGE.topk(2, dim=-1).values.sum(-1)
         is_out_TG = torch.ones_like(group_TG, dtype=torch.bool)
         is_out_TG.scatter_(1, group_TG.topk(rule.topk_groups, dim=-1).indices, value=False)

@@ -22,6 +22,15 @@ def connect_streams(
     return x_TD, (2 * write_TN.sigmoid()).to(dtype), mix_TNN.to(dtype)
 
 
+def write_streams(
+    streams_TND: torch.Tensor, output_TD: torch.Tensor, write_TN: torch.Tensor, mix_TNN: torch.Tensor
+) -> torch.Tensor:
+    """The output by w, and the mixed streams."""
+    wide = torch.promote_types(streams_TND.dtype, torch.float32)
+    mixed_TND = torch.matmul(mix_TNN.to(wide).transpose(1, 2), streams_TND.to(wide))
+    return (write_TN[..., None] * output_TD[:, None].to(wide) + mixed_TND).to(streams_TND.dtype)
+
+
 def join_streams(
     streams_TND: torch.Tensor, fn_NI: torch.Tensor, scale_1: torch.Tensor, bias_N: torch.Tensor, rule: StreamRule
 ) -> torch.Tensor:

@@ -6,15 +6,14 @@ the tests compile every kernel for chips that are not there.
 
 from __future__ import annotations
 
-import os
 from functools import cache
 
 import torch
 import triton
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether kernels run in Triton's interpreter, on CPU tensors. Decided when they are imported. Float32 only: its
-arithmetic on bfloat16 is wrong."""
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+"""Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1), on CPU tensors. Decided when they are imported.
+Float32 only: its arithmetic on bfloat16 is wrong."""
 
 
 def is_hip() -> bool:
@@ -33,8 +32,7 @@ def arch() -> str:
 
 
 def num_multiprocessors(device: torch.device) -> int:
-    """Multiprocessors (compute units) of the chip, for grids that fill it. Few in the interpreter and for chips that are
-    not there."""
+    """Multiprocessors (compute units) of the chip, for grids that fill it; few in the interpreter and for absent chips."""
     return 8 if INTERPRETED or device.type == "cpu" else _count_multiprocessors(device)
 
 

@@ -1,0 +1,106 @@
+"""Attention over paged KV by our kernels: which rows go where. Knows no kernels' insides.
+
+Rows with few queries come first in a step; their keys are split over programs, in launches that can be captured. The
+rows from the first with many queries on are cut into tiles of queries, or go to the vendor's library.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from atom_cluster.ops.attention import AttentionMetadata, AttentionPlan, HeadNorms, KvLayerCache, Rotation
+from atom_cluster.ops.triton import attention_library, attention_store
+from atom_cluster.ops.triton.attention_decode import SplitAttention
+from atom_cluster.ops.triton.attention_prefill import TiledAttention, prefill_config
+
+MAX_SPLIT_QUERIES = 8
+"""Queries of rows whose keys are split."""
+
+
+class TritonAttention:
+    """Attention of one step."""
+
+    def __init__(self, metadata: AttentionMetadata) -> None:
+        self._metadata = metadata
+        starts = metadata.query_start_cpu
+        counts = [end - start for start, end in zip(starts, starts[1:])]
+        many = (row for row, count in enumerate(counts) if count > MAX_SPLIT_QUERIES)
+        self._num_split_rows = next(many, len(counts))
+        self._max_split_queries = max(counts[: self._num_split_rows], default=0)
+        self._num_long_rows = len(counts) - self._num_split_rows
+        self._long_prompts = attention_library.long_whole_prompts(metadata, self._num_split_rows)
+        self._split: dict[object, SplitAttention] = {}
+        self._tiled: dict[object, TiledAttention] = {}
+
+    def store(
+        self,
+        query_THD: torch.Tensor,
+        key_TKD: torch.Tensor,
+        value_TKD: torch.Tensor,
+        kv: KvLayerCache,
+        *,
+        norms: HeadNorms | None = None,
+        rotation: Rotation | None = None,
+    ) -> torch.Tensor:
+        """Norm and rotate queries and keys, and write keys and values to their slots."""
+        return attention_store.store(
+            query_THD,
+            key_TKD,
+            value_TKD,
+            kv,
+            self._metadata.slot,
+            block_size=self._metadata.block_size,
+            norms=norms,
+            rotation=rotation,
+        )
+
+    def attend(
+        self, query_THD: torch.Tensor, kv: KvLayerCache, *, scale: float, sink_H: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Causal attention of the step's queries over their rows' KV."""
+        num_tokens, num_heads, dim = query_THD.shape
+        num_kv_heads, value_dim = kv.value.shape[2:]
+        out_THV = torch.empty(num_tokens, num_heads, value_dim, dtype=query_THD.dtype, device=query_THD.device)
+        key: tuple[object, ...] = (num_heads, num_kv_heads, dim, value_dim, kv.key.dtype)
+        if self._max_split_queries:
+            if key not in self._split:
+                self._split[key] = SplitAttention(
+                    self._metadata,
+                    num_rows=self._num_split_rows,
+                    max_queries=self._max_split_queries,
+                    heads_per_kv=num_heads // num_kv_heads,
+                    num_kv_heads=num_kv_heads,
+                    dim=dim,
+                    value_dim=value_dim,
+                    dtype=query_THD.dtype,
+                )
+            self._split[key].attend(query_THD, kv, out_THV, scale=scale, sink_H=sink_H)
+        prompts: tuple[int, ...] = ()
+        if self._long_prompts and attention_library.serves(query_THD, kv, self._metadata, sink_H):
+            prompts = self._long_prompts
+        for row in prompts:
+            attention_library.attend_prompt(row, query_THD, kv, self._metadata, out_THV, scale=scale)
+        if len(prompts) < self._num_long_rows:
+            key = (*key, prompts)
+            if key not in self._tiled:
+                rows = range(self._num_split_rows, self._num_split_rows + self._num_long_rows)
+                self._tiled[key] = TiledAttention(
+                    self._metadata,
+                    rows=[row for row in rows if row not in prompts],
+                    heads_per_kv=num_heads // num_kv_heads,
+                    config=prefill_config(dim, value_dim, query_THD.dtype),
+                )
+            self._tiled[key].attend(query_THD, kv, out_THV, scale=scale, sink_H=sink_H)
+        return out_THV
+
+
+def attention_choices(arch: str) -> dict[str, str]:
+    """What to say at start-up of where attention is not our kernels'."""
+    if arch != attention_library.ARCH:
+        return {}
+    return {"ops.attention": f"triton; cuDNN for whole prompts of {attention_library.MIN_TOKENS} tokens, faster there"}
+
+
+def plan_attention(metadata: AttentionMetadata) -> AttentionPlan:
+    """The plan of one step."""
+    return TritonAttention(metadata)

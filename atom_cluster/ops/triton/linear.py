@@ -1,0 +1,82 @@
+"""Linear op for GPUs, plain weights: own kernels for few tokens, the vendor's library for many. Knows no quantization.
+
+Shape suffixes: T tokens, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from atom_cluster.ops.linear import LinearOp
+from atom_cluster.ops.torch_ref.linear import prepare_linear as prepare_plain
+from atom_cluster.ops.triton.gemm import gemm
+from atom_cluster.ops.triton.gemv import MAX_TOKENS as MAX_GEMV_TOKENS
+from atom_cluster.ops.triton.gemv import gemv
+from atom_cluster.ops.triton.linear_blocks import GEMM, GEMV, MAX_TUNED_TOKENS, Choice, choose, gemm_blocks
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def new_counters(num_out: int, device: torch.device) -> torch.Tensor:
+    """What `gemm` counts with: enough for the smallest tiles of outputs, twice."""
+    return torch.zeros(2 * (-(-num_out // 16)), dtype=torch.int32, device=device)
+
+
+class PlainLinear:
+    """`x @ weight.T + bias`, summed in float32."""
+
+    def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None, out_dtype: torch.dtype) -> None:
+        self._weight_OI = weight_OI
+        self._bias_O = bias_O
+        self._out_dtype = out_dtype
+        self._kind = str(weight_OI.dtype).removeprefix("torch.")
+        self._counters = new_counters(len(weight_OI), weight_OI.device)
+
+    @property
+    def name(self) -> str:
+        """The weight's dtype, and that of results if it differs."""
+        out = str(self._out_dtype).removeprefix("torch.")
+        return self._kind if out == self._kind else f"{self._kind} to {out}"
+
+    def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
+        """[T, in] -> [T, out]"""
+        num_tokens = len(x_TI)
+        if 0 < num_tokens <= MAX_TUNED_TOKENS:
+            num_out, num_in = self._weight_OI.shape
+            choice = choose(self._kind, num_out, num_in, num_tokens)
+            if choice["kernel"] == GEMV and num_tokens <= MAX_GEMV_TOKENS or choice["kernel"] == GEMM:
+                return self._own(x_TI if x_TI.stride(1) == 1 else x_TI.contiguous(), choice)
+        if self._out_dtype == x_TI.dtype:
+            return F.linear(x_TI, self._weight_OI, self._bias_O)
+        if x_TI.is_cuda:
+            y_TO = torch.mm(x_TI, self._weight_OI.T, out_dtype=self._out_dtype)
+        else:
+            y_TO = x_TI.to(self._out_dtype) @ self._weight_OI.to(self._out_dtype).T
+        return y_TO if self._bias_O is None else y_TO.add_(self._bias_O)
+
+    def _own(self, x_TI: torch.Tensor, choice: Choice) -> torch.Tensor:
+        out_TO = torch.empty(len(x_TI), len(self._weight_OI), dtype=self._out_dtype, device=x_TI.device)
+        if choice["kernel"] == GEMM:
+            gemm(x_TI, self._weight_OI, self._bias_O, out_TO, self._counters, gemm_blocks(choice))
+        else:
+            cut = {key: value for key, value in choice.items() if key != "kernel"}
+            gemv(x_TI, self._weight_OI, self._bias_O, out_TO, **cut)
+        return out_TO
+
+
+def prepare_linear(
+    weight_OI: torch.Tensor,
+    bias_O: torch.Tensor | None,
+    *,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype | None = None,
+) -> LinearOp:
+    """Convert to `dtype`; a weight that already has it is used as it is, shared with whoever else holds it."""
+    if dtype not in _DTYPES:
+        return prepare_plain(weight_OI, bias_O, dtype=dtype, out_dtype=out_dtype)
+    weight_OI = weight_OI.to(dtype)
+    if weight_OI.stride(1) != 1:
+        weight_OI = weight_OI.contiguous()
+    out_dtype = out_dtype or dtype
+    return PlainLinear(weight_OI, None if bias_O is None else bias_O.to(out_dtype), out_dtype)

@@ -1,0 +1,271 @@
+"""Steps with prompts, in pieces: what works on each token alone is captured in graphs, what mixes tokens is not.
+
+Between two attentions a model's layers are a function of the tokens' hidden states, whatever rows they belong to; its
+kernels are many and, for a few hundred tokens, short. So a forward pass is recorded once for a number of tokens: when a
+layer asks to mix tokens, the capture ends there, the call is noted, and another capture begins behind it. A step of so
+many tokens or fewer then replays graph by graph, and makes the calls in between for its own rows. Knows no sampling.
+"""
+
+from __future__ import annotations
+
+import bisect
+import inspect
+import re
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+
+from atom_cluster.layers.forward_batch import ForwardBatch, LayerInputs
+from atom_cluster.messages.steps import RowStep
+from atom_cluster.models.protocol import CausalLM
+from atom_cluster.ops.table import OpTable
+from atom_cluster.runner.capture import capture_stream, captured, without_owning
+from atom_cluster.runner.inputs import InputBuilder
+from atom_cluster.runner.row_state import RowTable
+from atom_cluster.runner.step_layout import lay_out
+
+P = TypeVar("P")
+
+_PER_TOKEN = re.compile(r"_T[A-Z0-9]*$")
+"""Names of parameters that have a row per token: the suffix is the convention of all ops."""
+_FIRST_OF_TWO = frozenset({"store"})
+"""Methods behind which layers compute nothing before they call the next one: no graph begins there."""
+
+
+class CannotDivideError(RuntimeError):
+    """A layer looks at a step's rows outside of what mixes tokens, or something mixes in a way that is not foreseen."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One call of a plan's method."""
+
+    key: Hashable
+    make: Callable[[LayerInputs], object]
+    name: str
+    arguments: tuple[object, ...]
+    options: Mapping[str, object]
+    result: torch.Tensor | None
+
+    def run(self, inputs: LayerInputs, num_tokens: int) -> None:
+        """Make it for the step at hand, of which only so many tokens are there."""
+        method = getattr(inputs.mixer(self.key, self.make), self.name)
+        names = _parameter_names(method.__func__)
+        arguments = [
+            value[:num_tokens] if isinstance(value, torch.Tensor) and _PER_TOKEN.search(name) else value
+            for name, value in zip(names, self.arguments)
+        ]
+        result = method(*arguments, **self.options)
+        if self.result is not None:
+            self.result[:num_tokens].copy_(result)
+
+
+@cache
+def _parameter_names(method: Hashable) -> tuple[str, ...]:
+    return tuple(inspect.signature(cast("Callable[..., object]", method)).parameters)[1:]
+
+
+@dataclass(slots=True)
+class _Recording:
+    """A forward pass over a fixed number of tokens."""
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    parts: list[torch.cuda.CUDAGraph | _Call]
+    hidden: torch.Tensor
+    """[T, D], in memory that the next pass overwrites."""
+
+
+class _Recorder:
+    """Takes a forward pass apart while it is recorded."""
+
+    def __init__(self, actual: LayerInputs, pool: Any) -> None:
+        self._actual = actual
+        self._pool = pool
+        self.parts: list[torch.cuda.CUDAGraph | _Call] = []
+        self._results: dict[Hashable, torch.Tensor] = {}
+        self._open = ExitStack()
+
+    def begin(self) -> None:
+        """Capture from here on."""
+        graph = torch.cuda.CUDAGraph()
+        self.parts.append(graph)
+        self._open.enter_context(captured(graph, self._pool))
+
+    def end(self) -> None:
+        """Until here."""
+        self._open.close()
+
+    def fail(self, *error: Any) -> None:
+        """Something was raised: end the capture, if one is open."""
+        self._open.__exit__(*error)
+
+    def call(
+        self, key: Hashable, make: Callable[[LayerInputs], object], name: str, *arguments: object, **options: object
+    ) -> torch.Tensor | None:
+        """Make the call outside of the capture, on rows that stand for none, and note it."""
+        self.end()
+        method = getattr(self._actual.mixer(key, make), name)
+        if not callable(method):
+            raise CannotDivideError(f"layers use `{name}` of what mixes tokens")
+        result = method(*arguments, **options)
+        if result is not None and not isinstance(result, torch.Tensor):
+            raise CannotDivideError(f"`{name}` returns more than a tensor")
+        if name == "select":
+            raise CannotDivideError("layers choose what they attend to")
+        kept = None if result is None else self._result(key, name, result)
+        owned = tuple(without_owning(x) if isinstance(x, torch.Tensor) else x for x in arguments)
+        self.parts.append(_Call(key, make, name, owned, options, kept))
+        if name not in _FIRST_OF_TWO:
+            self.begin()
+        return kept
+
+    def _result(self, key: Hashable, name: str, result: torch.Tensor) -> torch.Tensor:
+        """Where results of such calls are left; layer after layer in the same place, as each reads its own at once."""
+        place = (key, name, result.shape, result.dtype)
+        if place not in self._results:
+            self._results[place] = torch.zeros_like(result)
+        return self._results[place]
+
+
+class _Mixer:
+    """Stands for a plan while a pass is recorded."""
+
+    def __init__(self, recorder: _Recorder, key: Hashable, make: Callable[[LayerInputs], object]) -> None:
+        self._recorder, self._key, self._make = recorder, key, make
+
+    def __getattr__(self, name: str) -> Callable[..., torch.Tensor | None]:
+        def call(*arguments: object, **options: object) -> torch.Tensor | None:
+            return self._recorder.call(self._key, self._make, name, *arguments, **options)
+
+        return call
+
+
+class _RecordingInputs(LayerInputs):
+    """What layers see while a pass is recorded: tokens, but no rows."""
+
+    def __init__(self, batch: ForwardBatch, ops: OpTable, recorder: _Recorder) -> None:
+        super().__init__(replace(batch, attention=_NoRows()), ops)
+        self._recorder = recorder
+
+    def mixer(self, key: Hashable, make: Callable[[LayerInputs], P]) -> P:
+        """See `LayerInputs`."""
+        return self.once(("mixer", key), lambda: cast("P", _Mixer(self._recorder, key, make)))
+
+
+class _NoRows(Mapping[int | None, Any]):
+    def __getitem__(self, window: int | None) -> Any:
+        raise CannotDivideError("a layer looks at the rows of a step")
+
+    def __iter__(self) -> Iterator[int | None]:
+        raise CannotDivideError("a layer looks at the rows of a step")
+
+    def __len__(self) -> int:
+        raise CannotDivideError("a layer looks at the rows of a step")
+
+
+class PiecewiseForward:
+    """The forward passes of one rank over few enough tokens. Borrows everything."""
+
+    def __init__(
+        self,
+        *,
+        model: CausalLM,
+        inputs: InputBuilder,
+        table: RowTable,
+        ops: OpTable,
+        sizes: Sequence[int],
+        pool: Any,
+        device: torch.device,
+    ) -> None:
+        """sizes: numbers of tokens to record passes of, ascending. pool: memory of graphs, shared with others."""
+        self._model = model
+        self._inputs = inputs
+        self._table = table
+        self._ops = ops
+        self._sizes = list(sizes)
+        self._pool = pool
+        self._device = device
+        self._recordings: dict[int, _Recording] = {}
+        self.capture_s = 0.0
+
+    def describe(self) -> str:
+        """For the start-up log."""
+        return (
+            f"{len(self._sizes)} sizes of steps with prompts, in pieces, {self._sizes[0]} to {self._sizes[-1]} tokens"
+        )
+
+    def takes(self, num_tokens: int) -> bool:
+        """Whether steps of so many tokens are replayed."""
+        return num_tokens <= self._sizes[-1]
+
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """As `CausalLM.forward`, [T, D], in memory that the next pass overwrites."""
+        num_tokens = len(batch.token_ids)
+        size = self._sizes[bisect.bisect_left(self._sizes, num_tokens)]
+        recording = self._recordings.get(size) or self.record(size)
+        # What is behind them is left from an earlier step: as good as anything.
+        recording.token_ids[:num_tokens].copy_(batch.token_ids)
+        recording.positions[:num_tokens].copy_(batch.positions)
+        inputs = LayerInputs(batch, self._ops)
+        for part in recording.parts:
+            if isinstance(part, _Call):
+                part.run(inputs, num_tokens)
+            else:
+                part.replay()
+        return recording.hidden[:num_tokens]
+
+    def record_all(self, agree: Callable[[bool], bool]) -> None:
+        """Record every size up to the first that takes the device longer than it takes the host to launch its kernels:
+        larger ones would only lose, by what they are filled up with. agree: whether all ranks say yes."""
+        for index, size in enumerate(self._sizes):
+            self.record(size)
+            if not agree(self._waits_for_launches(size)):
+                del self._sizes[index + 1 :]
+
+    def _waits_for_launches(self, size: int) -> bool:
+        """Whether a pass over so many tokens, kernel by kernel, is issued in more time than the device needs for it."""
+        batch = self._padding_batch(size)
+        begin, end = (torch.Event(self._device, enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(self._device)
+        started_s = time.perf_counter()
+        self._model.forward(batch)
+        issued_ms = 1000 * (time.perf_counter() - started_s)
+        torch.cuda.synchronize(self._device)
+        begin.record()
+        self.forward(batch)
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) < issued_ms
+
+    def _padding_batch(self, size: int) -> ForwardBatch:
+        """A prompt of so many tokens, of a row that stands for none."""
+        states = self._table.states
+        written = None if states is None else np.full((1, 1), states.spare_page)
+        layout = lay_out([RowStep(self._table.padding_row, 0, size, samples=False)], written, self._device)
+        return self._inputs.build(layout).batch
+
+    def record(self, size: int) -> _Recording:
+        """Record a pass over so many tokens. Waits for the device. Raises CannotDivideError."""
+        started_s = time.perf_counter()
+        batch = self._padding_batch(size)
+        self._model.forward(batch)  # compiles kernels and creates handles, which a capture must not
+        batch = replace(batch, token_ids=batch.token_ids.clone(), positions=batch.positions.clone())
+        recorder = _Recorder(LayerInputs(batch, self._ops), self._pool)
+        with capture_stream(self._device):
+            try:
+                recorder.begin()
+                hidden_TD = self._model.forward(batch, _RecordingInputs(batch, self._ops, recorder))
+                recorder.end()
+            except BaseException as exc:
+                recorder.fail(type(exc), exc, exc.__traceback__)
+                raise
+        self._recordings[size] = _Recording(batch.token_ids, batch.positions, recorder.parts, without_owning(hidden_TD))
+        self.capture_s += time.perf_counter() - started_s
+        return self._recordings[size]

@@ -1,0 +1,86 @@
+"""Products with plain and with quantized weights, of few tokens and of many."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from atom_cluster.ops.quantized import InputQuantization, QuantizedWeight
+from atom_cluster.ops.triton import linear, linear_quantized, runtime
+from atom_cluster.ops.triton.gemm_packed import dequantize_packed
+from atom_cluster.ops.triton.pack import pack_weight
+
+HALF = torch.bfloat16
+OUTPUTS, INPUTS = 256, 4096
+
+
+def plain(num_tokens: int, dtype: torch.dtype = HALF) -> None:
+    op = linear.prepare_linear(torch.empty(OUTPUTS, INPUTS, dtype=dtype), None, dtype=dtype, out_dtype=torch.float32)
+    op(torch.empty(num_tokens, INPUTS, dtype=dtype))
+
+
+def quantized(num_tokens: int, make: Callable[[], QuantizedWeight]) -> None:
+    bias = torch.empty(OUTPUTS, dtype=HALF)
+    op = linear_quantized.prepare_quantized_linear(make(), bias, dtype=HALF)
+    assert "reference" not in op.name
+    op(torch.empty(num_tokens, INPUTS, dtype=HALF))
+
+
+def float8_dtype() -> torch.dtype:
+    return torch.float8_e4m3fnuz if runtime.arch() == "gfx942" else torch.float8_e4m3fn
+
+
+def float8_blocks() -> QuantizedWeight:
+    return QuantizedWeight(
+        number="float8",
+        codes=torch.empty(OUTPUTS, INPUTS, dtype=float8_dtype()),
+        scale=torch.empty(OUTPUTS // 128, INPUTS // 128),
+        block=(128, 128),
+        inputs=InputQuantization(number="float8", group_size=128),
+    )
+
+
+def float8_channels() -> QuantizedWeight:
+    scale = torch.empty(OUTPUTS, 1)
+    return replace(float8_blocks(), scale=scale, block=(1, INPUTS), inputs=InputQuantization(number="float8"))
+
+
+def int8_channels() -> QuantizedWeight:
+    codes = torch.empty(OUTPUTS, INPUTS, dtype=torch.int8)
+    return replace(float8_channels(), number="int8", codes=codes, inputs=InputQuantization(number="int8"))
+
+
+def mxfp8() -> QuantizedWeight:
+    scale = torch.empty(OUTPUTS, INPUTS // 32, dtype=torch.uint8)
+    inputs = InputQuantization(number="float8", group_size=32, scale_format="e8m0")
+    return replace(float8_blocks(), scale=scale, block=(1, 32), inputs=inputs)
+
+
+def mxfp4() -> QuantizedWeight:
+    codes = torch.empty(OUTPUTS, INPUTS // 2, dtype=torch.uint8)
+    return replace(mxfp8(), number="float4", codes=codes, inputs=None)
+
+
+def int4() -> QuantizedWeight:
+    groups = (OUTPUTS, INPUTS // 128)
+    zero = torch.zeros(groups, dtype=torch.int16)
+    return replace(mxfp4(), number="int4", scale=torch.empty(groups), block=(1, 128), zero=zero)
+
+
+def as_floats(make: Callable[[], QuantizedWeight]) -> None:
+    packed = pack_weight(make())
+    assert packed is not None
+    dequantize_packed(packed.weight, slice(0, 128), HALF)
+
+
+LAUNCHES: dict[str, Callable[[], None]] = {
+    "bfloat16_1": lambda: plain(1),
+    "bfloat16_4": lambda: plain(4),
+    "float32_3": lambda: plain(3, torch.float32),
+    "int4_floats": lambda: as_floats(int4),
+    "mxfp4_floats": lambda: as_floats(mxfp4),
+    "mxfp8_floats": lambda: as_floats(mxfp8),
+}
+for _tokens in (1, 64):
+    for _make in (float8_blocks, float8_channels, int8_channels, mxfp8, mxfp4, int4):
+        LAUNCHES[f"{_make.__name__}_{_tokens}"] = lambda _tokens=_tokens, _make=_make: quantized(_tokens, _make)

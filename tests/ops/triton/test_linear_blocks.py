@@ -1,0 +1,40 @@
+"""How products are cut: as measured on a chip, near what was measured, or as guessed."""
+
+from __future__ import annotations
+
+import pytest
+
+from atom_cluster.ops.triton import runtime
+from atom_cluster.ops.triton.linear_blocks import GEMM, GEMV, LIBRARY, choose, gemm_blocks
+
+
+@pytest.fixture
+def h200(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "arch", lambda: "sm_90")
+    monkeypatch.setattr(runtime, "is_hopper", lambda: True)
+
+
+@pytest.mark.usefixtures("h200")
+def test_measured_shapes_have_choices_of_their_own() -> None:
+    assert choose("bfloat16", 1024, 2048, 1)["kernel"] == GEMV
+    assert choose("bfloat16", 28672, 4096, 128)["kernel"] == LIBRARY
+    for num_tokens in range(1, 129):
+        choice = choose("float8", 2112, 7168, num_tokens)
+        assert choice["kernel"] == LIBRARY or gemm_blocks(choice).tokens >= num_tokens
+
+
+@pytest.mark.usefixtures("h200")
+def test_other_shapes_have_as_many_programs_as_the_nearest() -> None:
+    measured, other = (gemm_blocks(choose("float8", rows, 7168, 1)) for rows in (2112, 1100))
+    assert measured.splits > 1 and other.splits == 2 * measured.splits
+    assert choose("float16", 4096, 4096, 1) == choose("bfloat16", 4096, 4096, 1)
+    few_inputs = choose("bfloat16", 700, 96, 32)
+    assert few_inputs["kernel"] == LIBRARY or few_inputs["splits"] == 1
+
+
+def test_chips_without_measurements_have_guesses() -> None:
+    assert choose("bfloat16", 4096, 4096, 2)["kernel"] == GEMV
+    assert choose("bfloat16", 4096, 4096, 5)["kernel"] == LIBRARY
+    assert choose("int4", 4096, 4096, 1)["splits"] == 8
+    assert gemm_blocks(choose("float8", 4096, 4096, 40)).tokens == 64
+    assert choose("float8", 4096, 4096, 1)["kernel"] == GEMM

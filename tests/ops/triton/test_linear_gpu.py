@@ -1,0 +1,158 @@
+"""Products with plain and with quantized weights are right on a GPU, for odd shapes and memory full of NaNs."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from atom_cluster.ops.number_formats import float8_to_fnuz
+from atom_cluster.ops.quantized import InputQuantization, QuantizedWeight, dequantize
+from atom_cluster.ops.select import float8_dtype_of
+from atom_cluster.ops.torch_ref.quantized import round_inputs as round_by_reference
+from atom_cluster.ops.triton import prepare_linear, prepare_quantized_linear
+from atom_cluster.ops.triton.quantize import quantize_inputs
+from atom_cluster.platform.detect import detect_platform
+from atom_cluster.quantization.quantize import QUANTIZERS
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA or ROCm device"),
+]
+
+TOKENS = (1, 2, 3, 4, 5, 8, 9, 16, 31, 33, 64, 100, 128, 129, 300, 700)
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 6e-4}
+
+
+def poison() -> None:
+    """Leaves NaNs in memory that is allocated next."""
+    blocks = [torch.full((size,), torch.nan, device="cuda") for size in (1 << 12, 1 << 16, 1 << 20, 1 << 24)]
+    del blocks
+
+
+def rounded_inputs(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
+    """With the kernel's codes, which have a test of their own: numbers in the middle of two may go either way."""
+    spec = weight.inputs
+    if spec is None or spec.scale_format == "e8m0":
+        return round_by_reference(x.float(), weight).double()
+    float8_dtype = weight.codes.dtype if weight.number == "float8" else torch.float8_e4m3fn
+    codes, scale = quantize_inputs(x, spec, float8_dtype=float8_dtype, static_scale=weight.input_scale)
+    return codes.double() * scale.double().repeat_interleave(spec.group_size or x.shape[1], 1)[:, : x.shape[1]]
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("seed", range(6))
+@torch.inference_mode()
+def test_plain_weights(dtype: torch.dtype, seed: int) -> None:
+    generator = random.Random(seed)
+    num_out = generator.choice([1, 7, 64, 130, 1024, 4096, 6144, 30001])
+    num_in = generator.choice([1, 17, 128, 1000, 1024, 4096, 3584])
+    torch.manual_seed(seed)
+    weight, bias = (
+        torch.randn(num_out, num_in, device="cuda", dtype=dtype),
+        torch.randn(num_out, device="cuda", dtype=dtype),
+    )
+    for has_bias, out_dtype in ((True, None), (False, torch.float32)):
+        op = prepare_linear(weight, bias if has_bias else None, dtype=dtype, out_dtype=out_dtype)
+        for num_tokens in TOKENS:
+            # Of a wider tensor: what a fused projection gives its parts.
+            x = torch.randn(num_tokens, num_in + 8, device="cuda", dtype=dtype)[:, :num_in]
+            poison()
+            y = op(x)
+            assert y.dtype == (out_dtype or dtype)
+            expected = x.double() @ weight.double().T + (bias.double() if has_bias else 0)
+            tolerance = 1e-5 if out_dtype == torch.float32 else TOLERANCE[dtype]
+            assert error(y, expected) < tolerance, (num_out, num_in, num_tokens, out_dtype)
+
+
+def forms() -> dict[str, Callable[[torch.Tensor], QuantizedWeight]]:
+    static = InputQuantization(number="float8", is_static=True)
+
+    def with_inputs(name: str, inputs: InputQuantization | None) -> Callable[[torch.Tensor], QuantizedWeight]:
+        return lambda w: replace(QUANTIZERS[name](w), inputs=inputs, input_scale=torch.tensor(0.01, device="cuda"))
+
+    def per_tensor(w: torch.Tensor) -> QuantizedWeight:
+        found = QUANTIZERS["fp8"](w)
+        return replace(found, scale=found.scale[:1].contiguous(), block=tuple(w.shape))
+
+    def int4_per_128(w: torch.Tensor) -> QuantizedWeight:
+        found = QUANTIZERS["int4"](w)
+        zero = torch.randint(0, 16, (len(w), w.shape[1] // 128), device="cuda").to(torch.int16)
+        return replace(found, scale=found.scale[:, ::4].half().float().contiguous(), zero=zero, block=(1, 128))
+
+    def reordered(w: torch.Tensor) -> QuantizedWeight:
+        return replace(QUANTIZERS["int4"](w), input_group=torch.randperm(w.shape[1], device="cuda") // 32)
+
+    return dict(QUANTIZERS) | {
+        "fp8 static": with_inputs("fp8", static),
+        "fp8 per tensor": per_tensor,
+        "fp8 weights alone": with_inputs("fp8_block", None),
+        "int8 weights alone": with_inputs("int8", None),
+        "mxfp4 and mxfp8": with_inputs("mxfp4", InputQuantization(number="float8", group_size=32, scale_format="e8m0")),
+        "int4 per 128": int4_per_128,
+        "int4 reordered": reordered,
+    }
+
+
+@pytest.mark.parametrize("name", forms())
+@pytest.mark.parametrize("shape", [(4096, 1024), (320, 2176), (2112, 7168), (24, 128)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=lambda dtype: str(dtype)[6:])
+@torch.inference_mode()
+def test_quantized_weights(name: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight = forms()[name](torch.randn(shape, device="cuda"))
+    platform = detect_platform("auto")
+    if weight.number == "float8" and float8_dtype_of(platform) == torch.float8_e4m3fnuz:
+        codes, scale = float8_to_fnuz(weight.codes, weight.scale)
+        weight = replace(weight, codes=codes, scale=scale)
+    bias = torch.randn(shape[0], device="cuda", dtype=dtype)
+    op = prepare_quantized_linear(weight, bias, dtype=dtype)
+    assert "reference" not in op.name
+    numbers = dequantize(weight, torch.float64)
+    for num_tokens in TOKENS if dtype == torch.bfloat16 else (1, 5, 40, 200):
+        x = torch.randn(num_tokens, shape[1], device="cuda", dtype=dtype) * 0.5
+        poison()
+        y = op(x)
+        expected = rounded_inputs(x, weight) @ numbers.T + bias.double()
+        assert error(y, expected) < (4e-3 if dtype == torch.bfloat16 else 2e-5), num_tokens
+
+
+@pytest.mark.parametrize("num_in", [128, 300, 4096, 20000])
+@torch.inference_mode()
+def test_codes_and_scales_are_those_of_the_reference(num_in: int) -> None:
+    x = torch.randn(33, num_in, device="cuda", dtype=torch.bfloat16)
+    for spec in (InputQuantization(number="float8"), InputQuantization(number="int8", group_size=128)):
+        codes = torch.zeros(1, num_in, device="cuda", dtype=torch.float8_e4m3fn)
+        like = QuantizedWeight(
+            number="float8", codes=codes, scale=torch.ones(1, 1, device="cuda"), block=(1, num_in), inputs=spec
+        )
+        poison()
+        found, scale = quantize_inputs(x, spec)
+        spread = scale.repeat_interleave(spec.group_size or num_in, 1)[:, :num_in]
+        assert error(found.float() * spread, round_by_reference(x.float(), like).double()) < 5e-3
+
+
+@torch.inference_mode()
+def test_captured_steps_repeat() -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(512, 4096, device="cuda").bfloat16(), torch.zeros(16, 4096, device="cuda").bfloat16()
+    ops = [
+        prepare_linear(weight, None, dtype=torch.bfloat16),
+        prepare_quantized_linear(QUANTIZERS["int4"](weight.float()), None, dtype=torch.bfloat16),
+    ]
+    for op in ops:
+        op(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = op(x)
+        for _ in range(3):
+            x.normal_()
+            graph.replay()
+            assert torch.equal(y, op(x))
