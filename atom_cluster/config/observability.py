@@ -18,8 +18,8 @@ class ProfileConfig(FrozenConfig):
     """Record where in the Python code each op was called, which slows steps down a lot."""
     record_shapes: bool = False
     """Record the shapes of each op's inputs."""
-    max_steps: int = Field(default=1000, ge=1, le=100_000)
-    """A window that nobody stops ends after so many steps; traces grow by up to some MB per step."""
+    max_steps: int = Field(default=256, ge=1, le=100_000)
+    """A window that nobody stops ends after so many steps. A step of a large model adds up to some MB to a trace."""
 
 
 class ObservabilityConfig(FrozenConfig):

@@ -125,6 +125,7 @@ class StepProfiler:
             activities=activities,
             with_stack=config.with_stack if command.with_stack is None else command.with_stack,
             record_shapes=config.record_shapes if command.record_shapes is None else command.record_shapes,
+            acc_events=True,  # there is one cycle, and torch warns that events of others would be lost
         )
         recording.start()
         limit = config.max_steps

@@ -25,9 +25,15 @@ _ONLINE_FORMATS: dict[str, OnlineFormat] = {
     "mxfp4": "mxfp4",
     "mxfp8": "mxfp8",
 }
-_GRAPH_MODES = ("NONE", "PIECEWISE", "FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE", "AF_PIECEWISE")
-_NOT_COMPILED = "models are not compiled here: their layers call fused kernels, and decode steps are captured as graphs"
-_SAME_GRAPHS = "only steps that decode are captured, whole; prompts are computed kernel by kernel"
+_GraphMode = Literal["none", "full", "full_and_piecewise"]
+_GRAPH_MODES: dict[str, _GraphMode] = {
+    "NONE": "none",
+    "FULL": "full",
+    "FULL_DECODE_ONLY": "full",
+    "FULL_AND_PIECEWISE": "full_and_piecewise",
+    "PIECEWISE": "full_and_piecewise",
+}
+_NOT_COMPILED = "models are not compiled here: their layers call fused kernels, and graphs are captured of those"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +100,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     add("--enable-chunked-prefill", action=flag, default=True)
     add("--enforce-eager", action="store_true", help="launch every kernel from the host")
     add("--cudagraph-capture-sizes", nargs="+", help="numbers of rows: [1,2,4] or 1 2 4")
-    add("--cudagraph-mode", type=str.upper, choices=_GRAPH_MODES, default="FULL")
+    add("--cudagraph-mode", type=str.upper, choices=[*_GRAPH_MODES, "AF_PIECEWISE"])
     add("--level", type=int, choices=range(4), help="0: as --enforce-eager; 1 to 3 are levels of torch.compile")
     add("--load-dummy", nargs="?", const="xavier", choices=["empty", "zero", "xavier"], help="random weights")
     add("--method", choices=["mtp", "eagle3", "dspark"], help="who drafts tokens")
@@ -145,19 +151,21 @@ def engine_arguments(options: argparse.Namespace) -> EngineArguments:
 
 def _compilation(options: argparse.Namespace, notes: list[str]) -> CompilationConfig:
     mode, level = options.cudagraph_mode, options.level
-    if mode in ("PIECEWISE", "AF_PIECEWISE"):
+    if mode == "AF_PIECEWISE":
         raise ConfigError(
-            f"--cudagraph-mode {mode}: graphs of the pieces of a step come from splitting a compiled model, and "
-            f"{_NOT_COMPILED}; use FULL or NONE"
+            "--cudagraph-mode AF_PIECEWISE: attention over prompts is never part of a graph, since its shapes change "
+            "from step to step; use FULL_AND_PIECEWISE"
         )
-    if mode in ("FULL_AND_PIECEWISE", "FULL_DECODE_ONLY"):
-        notes.append(f"--cudagraph-mode {mode}: as FULL, since {_SAME_GRAPHS}")
+    if mode == "PIECEWISE":
+        notes.append("--cudagraph-mode PIECEWISE: as FULL_AND_PIECEWISE; steps that only decode are captured whole")
     if level:
-        notes.append(f"--level {level}: {_NOT_COMPILED}; --cudagraph-mode says what is captured")
-    is_eager = options.enforce_eager or level == 0 or mode == "NONE"
-    return CompilationConfig(
-        graph_mode="none" if is_eager else "full", capture_sizes=_sizes(options.cudagraph_capture_sizes)
-    )
+        notes.append(f"--level {level}: {_NOT_COMPILED}; --cudagraph-mode says which")
+    sizes = _sizes(options.cudagraph_capture_sizes)
+    if options.enforce_eager or level == 0:
+        return CompilationConfig(graph_mode="none", capture_sizes=sizes)
+    if mode is None:
+        return CompilationConfig(capture_sizes=sizes)
+    return CompilationConfig(graph_mode=_GRAPH_MODES[mode], capture_sizes=sizes)
 
 
 def _sizes(words: Sequence[str] | None) -> tuple[int, ...] | None:

@@ -30,8 +30,15 @@ class RoundingExperts:
     def __init__(self, gate_up: torch.Tensor, down: torch.Tensor, round_inputs: RoundInputs) -> None:
         self._gate_up, self._down, self._round_inputs = gate_up, down, round_inputs
 
-    def __call__(self, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        total = torch.zeros_like(x)
+    def __call__(
+        self,
+        x: torch.Tensor,
+        expert: torch.Tensor,
+        weight: torch.Tensor,
+        *,
+        addend_TD: torch.Tensor | None = None,  # noqa: N803 - the contract's name
+    ) -> torch.Tensor:
+        total = torch.zeros_like(x) if addend_TD is None else addend_TD.clone()
         for token, row in enumerate(x):
             for index, share in zip(expert[token].tolist(), weight[token]):
                 gate, up = (self._gate_up[index] @ self._round_inputs(row[None])[0]).chunk(2)

@@ -46,16 +46,19 @@ def test_capture_sizes_come_as_a_list_or_as_words(words: list[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "graph_mode", "is_noted"),
     [
-        ([], "full", False),
+        ([], "full_and_piecewise", False),
         (["--enforce-eager"], "none", False),
         (["--level", "0"], "none", False),
         (["--cudagraph-mode", "NONE"], "none", False),
         (["--cudagraph-mode", "full"], "full", False),
-        (["--level", "3"], "full", True),
-        (["--cudagraph-mode", "FULL_DECODE_ONLY"], "full", True),
-        (["--cudagraph-mode", "FULL_AND_PIECEWISE"], "full", True),
-        (["--load-dummy", "zero"], "full", True),
-        (["--trust-remote-code"], "full", True),
+        (["--level", "3"], "full_and_piecewise", True),
+        (["--level", "3", "--cudagraph-mode", "FULL"], "full", True),
+        (["--cudagraph-mode", "FULL", "--enforce-eager"], "none", False),
+        (["--cudagraph-mode", "FULL_DECODE_ONLY"], "full", False),
+        (["--cudagraph-mode", "FULL_AND_PIECEWISE"], "full_and_piecewise", False),
+        (["--cudagraph-mode", "PIECEWISE"], "full_and_piecewise", True),
+        (["--load-dummy", "zero"], "full_and_piecewise", True),
+        (["--trust-remote-code"], "full_and_piecewise", True),
     ],
 )
 def test_graph_modes_and_levels_become_what_there_is_here(
@@ -69,7 +72,7 @@ def test_graph_modes_and_levels_become_what_there_is_here(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--cudagraph-mode", "PIECEWISE"], "use FULL or NONE"),
+        (["--cudagraph-mode", "AF_PIECEWISE"], "use FULL_AND_PIECEWISE"),
         (["--method", "eagle3"], "use mtp"),
         (["--method", "mtp", "--num-speculative-tokens", "17"], "1 to 16"),
         (["--cudagraph-capture-sizes", "[1,two]"], "no list of numbers"),

@@ -34,5 +34,5 @@ def test_simple_inference_prints_answers_with_statistics(capsys: pytest.CaptureF
 
 
 def test_an_error_is_printed_and_becomes_the_exit_status(capsys: pytest.CaptureFixture[str]) -> None:
-    assert simple_inference.main(["--model", "m", "--cudagraph-mode", "PIECEWISE"]) == 1
-    assert "error: --cudagraph-mode PIECEWISE" in capsys.readouterr().err
+    assert simple_inference.main(["--model", "m", "--cudagraph-mode", "AF_PIECEWISE"]) == 1
+    assert "error: --cudagraph-mode AF_PIECEWISE" in capsys.readouterr().err

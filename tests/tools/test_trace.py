@@ -191,3 +191,13 @@ def test_a_missing_library_is_named(
     monkeypatch.setitem(sys.modules, module, None)
     assert main(["trace", str(trace)]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_replayed_graphs_of_a_real_gpu_belong_to_the_steps_that_launched_them() -> None:
+    """From an H200: three layers of Qwen3-0.6B's shape, a step with four prompts, five decode steps as graphs."""
+    found = read_trace(Path(__file__).with_name("h200_decode_graphs.pt.trace.json.gz"))
+    assert found.device == "NVIDIA H200"
+    assert [step.phase for step in found.steps] == ["prefill", *["decode bs=4"] * 5]
+    num_norms = [sum(work.name == "_rms_norm_kernel" for work in step.work) for step in found.steps]
+    assert num_norms == [7] * 6  # two per layer, and the last one
+    assert sum(len(step.work) for step in found.steps) == len(found.work)

@@ -32,7 +32,7 @@ def arch() -> str:
 
 
 def num_multiprocessors(device: torch.device) -> int:
-    """Multiprocessors (compute units) of the chip, for grids that fill it; few in the interpreter and for absent chips."""
+    """Multiprocessors (compute units) of the chip, for grids that fill it; few where there is no chip."""
     return 8 if INTERPRETED or device.type == "cpu" else _count_multiprocessors(device)
 
 
