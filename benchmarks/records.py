@@ -42,9 +42,11 @@ def save_record(benchmark: str, label: str, details: dict[str, Any], *, argument
 
 
 def commit() -> str:
-    """Of the working tree, with `-dirty` when it has changes; a copy without history takes it from `ATOM_COMMIT`."""
+    """Of the working tree, with `-dirty` when it has changes; for a copy with another history, `ATOM_COMMIT` tells."""
+    if given := os.environ.get("ATOM_COMMIT"):
+        return given
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return git.stdout.strip() or os.environ.get("ATOM_COMMIT", "unknown")
+    return git.stdout.strip() or "unknown"
 
 
 def hardware() -> dict[str, Any]:

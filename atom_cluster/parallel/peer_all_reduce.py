@@ -58,14 +58,24 @@ class PeerAllReduce:
         self._keep = keep
         self._counts = torch.zeros(_NUM_BLOCKS, dtype=torch.int32, device=memory.device)
 
+    @property
+    def max_bytes(self) -> int:
+        """Of what is worth summing this way: each rank reads what all others have, where the library divides that."""
+        return _NUM_BLOCKS * _REGION_BYTES // self._num_ranks
+
     def takes(self, x: torch.Tensor) -> bool:
         """Whether `sum` is for this tensor: whole 16-byte words, and not too many."""
         num_bytes = x.numel() * x.element_size()
-        is_small = 0 < num_bytes <= _NUM_BLOCKS * _REGION_BYTES and num_bytes % _ALIGNMENT_BYTES == 0
+        is_small = 0 < num_bytes <= self.max_bytes and num_bytes % _ALIGNMENT_BYTES == 0
         return is_small and x.is_contiguous() and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
-        """Sum of the ranks' `x` in float32, rounded to its dtype; new memory, the same on every rank."""
+        """Sum of the ranks' `x` in float32, rounded to its dtype; new memory, the same on every rank.
+
+        Raises ValueError for what it does not take.
+        """
+        if not self.takes(x):
+            raise ValueError(f"a {x.dtype} tensor of shape {tuple(x.shape)} is not for sums over peer memory")
         out = torch.empty_like(x)
         num_items, region = x.numel(), _REGION_BYTES // x.element_size()
         # A block's part is as small as possible, so that many take part, but a whole number of words.
@@ -109,8 +119,8 @@ def open_peer_all_reduce(group: dist.ProcessGroup, device: torch.device) -> tupl
     if memory is None or handle is None or not bool(can_all.item()):
         return None, problem or "another rank cannot map its peers' memory"
     addresses = torch.tensor(list(handle.buffer_ptrs), dtype=torch.int64, device=device)
-    limit = _NUM_BLOCKS * _REGION_BYTES // KiB
-    return PeerAllReduce(rank=rank, memory=memory, addresses=addresses, keep=handle), f"peer memory up to {limit} KiB"
+    peers = PeerAllReduce(rank=rank, memory=memory, addresses=addresses, keep=handle)
+    return peers, f"peer memory up to {peers.max_bytes // KiB} KiB"
 
 
 @triton.jit

@@ -140,8 +140,8 @@ def _capture(runner: ModelRunner, options: RunnerOptions, ops: OpTable) -> str:
     free_before = device_memory(runner.device).free_bytes
     problems = runner.capture_graphs()
     taken = max(0, free_before - device_memory(runner.device).free_bytes) / GiB
-    parts = [f"{kind}: none: {problem}" for kind, problem in problems.items()]
-    parts += [f"{part.describe()}, in {part.capture_s:.1f} s" for part in (runner.graphs, runner.pieces) if part]
+    parts = [f"{part.describe()}, in {part.capture_s:.1f} s" for part in (runner.graphs, runner.pieces) if part]
+    parts += [f"{kind}: none: {problem}" for kind, problem in problems.items()]
     return f"{'; '.join(parts)}; {taken:.2f} GiB"
 
 

@@ -91,8 +91,18 @@ class StepGraphs:
         """Issue a step that `takes` allows. draw: how tokens are chosen; None leaves that, and what follows, to the
         caller."""
         size = self._sizes[bisect.bisect_left(self._sizes, len(steps))]
-        step = self._captured.get(size) or self._capture(size)
-        choice = None if draw is None else step.choices.get(draw) or self._capture_choice(step, draw)
+        step = self._captured.get(size)
+        if step is None:
+            with capture_stream(self._device):
+                step = self._capture(size)
+        choice: _Choice | None = None
+        if draw is not None:
+            # What can truncate costs a greedy row of the same batch little: one graph for all that is not greedy alone.
+            draw = draw if draw is Draw.GREEDY else Draw.TRUNCATED
+            choice = step.choices.get(draw)
+            if choice is None:
+                with capture_stream(self._device):
+                    choice = self._capture_choice(step, draw)
         step.write(steps, self._inputs.written_pages(steps))
         step.graph.replay()
         if choice is None:
@@ -102,12 +112,15 @@ class StepGraphs:
 
     def capture_all(self) -> None:
         """Capture every size, the largest first, so that the others find their memory in the pool."""
-        for size in reversed(self._sizes):
-            step = self._capture(size)
-            for draw in Draw:
-                self._capture_choice(step, draw)
-            # All that reads logits is captured: other sizes may use their memory.
-            step.computed = step.computed.without_owning()
+        started_s = time.perf_counter()
+        with capture_stream(self._device):
+            for size in reversed(self._sizes):
+                step = self._capture(size)
+                for draw in (Draw.GREEDY, Draw.TRUNCATED):
+                    self._capture_choice(step, draw)
+                # All that reads logits is captured: other sizes may use their memory.
+                step.computed = step.computed.without_owning()
+        self.capture_s = time.perf_counter() - started_s
 
     def _capture(self, size: int) -> _Captured:
         """Capture the model's part of steps of this many rows. All ranks of a gang capture in the same order."""
@@ -126,14 +139,11 @@ class StepGraphs:
         return step.choices[draw]
 
     def _record(self, graph: torch.cuda.CUDAGraph, issue: Callable[[], T]) -> T:
-        """Capture what `issue` launches. Waits for the device."""
-        started_s = time.perf_counter()
+        """Capture what `issue` launches, within `capture_stream`."""
         for _ in range(_NUM_WARM_UPS):
             issue()
-        with capture_stream(self._device), captured(graph, self._pool):
-            left = issue()
-        self.capture_s += time.perf_counter() - started_s
-        return left
+        with captured(graph, self._pool):
+            return issue()
 
     def _padding_layout(self, size: int) -> StepLayout:
         """Of a step in which no row stands for a request; bounds are those of the longest context.

@@ -209,7 +209,10 @@ class PiecewiseForward:
         """As `CausalLM.forward`, [T, D], in memory that the next pass overwrites."""
         num_tokens = len(batch.token_ids)
         size = self._sizes[bisect.bisect_left(self._sizes, num_tokens)]
-        recording = self._recordings.get(size) or self.record(size)
+        recording = self._recordings.get(size)
+        if recording is None:
+            with capture_stream(self._device):
+                recording = self._record(size)
         # What is behind them is left from an earlier step: as good as anything.
         recording.token_ids[:num_tokens].copy_(batch.token_ids)
         recording.positions[:num_tokens].copy_(batch.positions)
@@ -224,10 +227,14 @@ class PiecewiseForward:
     def record_all(self, agree: Callable[[bool], bool]) -> None:
         """Record every size up to the first that takes the device longer than it takes the host to launch its kernels:
         larger ones would only lose, by what they are filled up with. agree: whether all ranks say yes."""
-        for index, size in enumerate(self._sizes):
-            self.record(size)
-            if not agree(self._waits_for_launches(size)):
-                del self._sizes[index + 1 :]
+        started_s = time.perf_counter()
+        with capture_stream(self._device):
+            for index, size in enumerate(self._sizes):
+                self._record(size)
+                if not agree(self._waits_for_launches(size)):
+                    del self._sizes[index + 1 :]
+                    break
+        self.capture_s = time.perf_counter() - started_s
 
     def _waits_for_launches(self, size: int) -> bool:
         """Whether a pass over so many tokens, kernel by kernel, is issued in more time than the device needs for it."""
@@ -251,21 +258,18 @@ class PiecewiseForward:
         layout = lay_out([RowStep(self._table.padding_row, 0, size, samples=False)], written, self._device)
         return self._inputs.build(layout).batch
 
-    def record(self, size: int) -> _Recording:
-        """Record a pass over so many tokens. Waits for the device. Raises CannotDivideError."""
-        started_s = time.perf_counter()
+    def _record(self, size: int) -> _Recording:
+        """Record a pass over so many tokens, within `capture_stream`. Raises CannotDivideError."""
         batch = self._padding_batch(size)
         self._model.forward(batch)  # compiles kernels and creates handles, which a capture must not
         batch = replace(batch, token_ids=batch.token_ids.clone(), positions=batch.positions.clone())
         recorder = _Recorder(LayerInputs(batch, self._ops), self._pool)
-        with capture_stream(self._device):
-            try:
-                recorder.begin()
-                hidden_TD = self._model.forward(batch, _RecordingInputs(batch, self._ops, recorder))
-                recorder.end()
-            except BaseException as exc:
-                recorder.fail(type(exc), exc, exc.__traceback__)
-                raise
+        try:
+            recorder.begin()
+            hidden_TD = self._model.forward(batch, _RecordingInputs(batch, self._ops, recorder))
+            recorder.end()
+        except BaseException as exc:
+            recorder.fail(type(exc), exc, exc.__traceback__)
+            raise
         self._recordings[size] = _Recording(batch.token_ids, batch.positions, recorder.parts, without_owning(hidden_TD))
-        self.capture_s += time.perf_counter() - started_s
         return self._recordings[size]

@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.multi_gpu,
     pytest.mark.skipif(NUM_DEVICES < 2, reason="torch sees fewer than two devices"),
 ]
-SIZES = [8, 4096, 4096 * 3, 8192 * 17, 300_000, 8, 128 * 2048, 24]
+SIZES = [8, 4096, 4096 * 3, 1024 * 17, 30_000, 8, 16 * 2048, 24]
 
 
 def run_rank(rank: int, num_ranks: int, meeting: str) -> None:

@@ -7,6 +7,7 @@ O outputs, G groups of inputs.
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import replace
 
@@ -37,6 +38,8 @@ _MIN_STEP = 32
 _MAX_PACKED_TOKENS = 512
 """More are multiplied by the library, with weights that were made floats, some outputs at a time."""
 _DEQUANTIZED_ELEMENTS = 1 << 27
+_log = logging.getLogger(__name__)
+
 _LIBRARY_ALIGNMENT = 16
 _LIBRARY_TOKENS = 4
 """Divides the tokens whose scales per group the library reads."""
@@ -65,6 +68,8 @@ class CodesLinear:
         self._group_in = inputs.group_size or num_in
         self._kind = ("float8_block" if self._is_blockwise else "float8") if weight.number == "float8" else "int8"
         self._counters = new_counters(num_out, weight.codes.device)
+        self._refused_by_library: set[int] = set()
+        """Numbers of tokens."""
         self._has_library = (
             weight.number == "float8"
             and num_out % _LIBRARY_ALIGNMENT == num_in % _LIBRARY_ALIGNMENT == 0
@@ -78,7 +83,7 @@ class CodesLinear:
         if num_tokens == 0:
             return x_TI.new_empty(0, num_out)
         blocks = many_tokens_blocks()
-        uses_library = self._has_library and x_TI.dtype == torch.bfloat16
+        uses_library = self._has_library and x_TI.dtype == torch.bfloat16 and num_tokens not in self._refused_by_library
         if num_tokens <= MAX_TUNED_TOKENS:
             choice = choose(self._kind, num_out, num_in, num_tokens)
             uses_library = uses_library and choice["kernel"] == LIBRARY
@@ -93,12 +98,18 @@ class CodesLinear:
             token_multiple=_LIBRARY_TOKENS if uses_library and self._is_blockwise else 1,
         )
         if uses_library:
-            return self._by_library(codes_TI, scale_TG, x_TI.dtype)[:num_tokens]
-        out_TO = torch.empty(num_tokens, num_out, dtype=x_TI.dtype, device=x_TI.device)
+            try:
+                return self._by_library(codes_TI, scale_TG, x_TI.dtype)[:num_tokens]
+            except RuntimeError as exc:
+                # What it takes depends on its version; it says so before anything is computed.
+                _log.warning("%s: the library refuses %d tokens (%s)", self.name, num_tokens, str(exc).splitlines()[0])
+                self._refused_by_library.add(num_tokens)
+                blocks = many_tokens_blocks()
+        out_TO = torch.empty(len(codes_TI), num_out, dtype=x_TI.dtype, device=x_TI.device)
         scales = Scales(of_tokens_TG=scale_TG, of_outputs=self._scale, group_in=self._group_in, block=self._block)
         blocks = fitted(blocks, self._step)
         gemm(codes_TI, self._codes_OI, self._bias_O, out_TO, self._counters, blocks, scales)
-        return out_TO
+        return out_TO[:num_tokens]
 
     def _by_library(self, codes_TI: torch.Tensor, scale_TG: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         if self._inputs.is_static:

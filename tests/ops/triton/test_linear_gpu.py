@@ -116,12 +116,15 @@ def test_quantized_weights(name: str, shape: tuple[int, int], dtype: torch.dtype
     op = prepare_quantized_linear(weight, bias, dtype=dtype)
     assert "reference" not in op.name
     numbers = dequantize(weight, torch.float64)
+    # Units that multiply eight-bit floats add their products up in fewer bits than float32 has.
+    is_narrow = weight.number == "float8" and weight.inputs is not None and weight.inputs.number == "float8"
+    limit = 4e-3 if dtype == torch.bfloat16 else 5e-4 if is_narrow else 2e-5
     for num_tokens in TOKENS if dtype == torch.bfloat16 else (1, 5, 40, 200):
         x = torch.randn(num_tokens, shape[1], device="cuda", dtype=dtype) * 0.5
         poison()
         y = op(x)
         expected = rounded_inputs(x, weight) @ numbers.T + bias.double()
-        assert error(y, expected) < (4e-3 if dtype == torch.bfloat16 else 2e-5), num_tokens
+        assert error(y, expected) < limit, num_tokens
 
 
 @pytest.mark.parametrize("num_in", [128, 300, 4096, 20000])
