@@ -93,7 +93,11 @@ def main(arguments: list[str] | None = None) -> None:
         peer = transformers_generate(directory) if args.peer == "transformers" else None
         rows = []
         for workload in args.workload:
-            rows.append(measure(our_generate(engine), peer, workload, repeats=args.repeats, engine=engine))
+            num_prompts = 1 if args.identical_prompts else workload.num_requests
+            found = measure(
+                our_generate(engine), peer, workload, num_prompts=num_prompts, repeats=args.repeats, engine=engine
+            )
+            rows.append(found)
             print(rows[-1], flush=True)
         if args.speculative:
             engine.print_mtp_statistics()
@@ -110,6 +114,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--workload", type=Workload.parse, nargs="+", default=[Workload(1, 64, 64), Workload(8, 64, 64)]
     )
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--identical-prompts", action="store_true", help="one prompt for all: all rows go to the same experts"
+    )
     parser.add_argument("--peer", choices=["transformers", "none"], default="none")
     parser.add_argument("--save", action="store_true", help="write JSON to benchmarks/results")
     parser.add_argument("--label", help="name of the saved result; the model's if not given")
@@ -197,14 +204,15 @@ def transformers_generate(directory: Path) -> Generate:
     return generate
 
 
-def measure(ours: Generate, peer: Generate | None, workload: Workload, *, repeats: int, engine: LLMEngine) -> Row:
-    """One workload: a short warm-up of both, then alternating repeats."""
+def measure(
+    ours: Generate, peer: Generate | None, workload: Workload, *, num_prompts: int, repeats: int, engine: LLMEngine
+) -> Row:
+    """One workload of so many different prompts: a short warm-up of both, then alternating repeats."""
     generator = torch.Generator().manual_seed(workload.num_requests)
 
     def prompts(length: int) -> Prompts:
-        shape = (workload.num_requests, length)
-        found: Prompts = torch.randint(engine.info.vocab_size, shape, generator=generator).tolist()
-        return found
+        found: Prompts = torch.randint(engine.info.vocab_size, (num_prompts, length), generator=generator).tolist()
+        return found * (workload.num_requests // num_prompts)
 
     for generate in (ours, peer):
         if generate is not None:
