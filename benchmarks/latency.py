@@ -79,13 +79,7 @@ class StepTimes(NullMetrics):
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print, and save if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workload", type=Workload.parse, nargs="+", default=[Workload(1, 128, 128)])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--save", action="store_true", help="write JSON to benchmarks/results")
-    parser.add_argument("--label", help="name of the saved result; the model's if not given")
-    add_engine_arguments(parser)
-    args = parser.parse_args(arguments)
+    args = parse_arguments(arguments)
     directory = model_dir(args.model)
     rows = []
     steps = StepTimes()
@@ -97,6 +91,17 @@ def main(arguments: list[str] | None = None) -> None:
     if args.save:
         details = {"choices": choices, "rows": [asdict(row) for row in rows]}
         print(f"saved {save_record('latency', args.label or directory.name, details)}")
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workload", type=Workload.parse, nargs="+", default=[Workload(1, 128, 128)])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--save", action="store_true", help="write JSON to benchmarks/results")
+    parser.add_argument("--label", help="name of the saved result; the model's if not given")
+    add_engine_arguments(parser)
+    return parser.parse_args(arguments)
 
 
 def measure(engine: LLMEngine, steps: StepTimes, workload: Workload, *, repeats: int) -> Row:

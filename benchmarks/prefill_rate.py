@@ -48,12 +48,7 @@ class Row:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print, and save if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workload", type=Workload.parse, nargs="+", default=[Workload(16, 8192, 1)])
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--save", action="store_true", help="write JSON to benchmarks/results")
-    add_engine_arguments(parser)
-    args = parser.parse_args(arguments)
+    args = parse_arguments(arguments)
     directory = model_dir(args.model)
     config = json.loads((directory / "config.json").read_text())
     before = matmul_rate()
@@ -65,6 +60,16 @@ def main(arguments: list[str] | None = None) -> None:
     if args.save:
         details = {"choices": choices, "rows": [asdict(row) for row in rows]}
         print(f"saved {save_record('prefill_rate', Path(directory).name, details)}")
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workload", type=Workload.parse, nargs="+", default=[Workload(16, 8192, 1)])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--save", action="store_true", help="write JSON to benchmarks/results")
+    add_engine_arguments(parser)
+    return parser.parse_args(arguments)
 
 
 def measure(engine: LLMEngine, workload: Workload, config: dict[str, Any], repeats: int, before: float) -> Row:

@@ -80,9 +80,9 @@ class InputBuilder:
             end_cpu=layout.end_cpu,
             block_tables=block_tables,
         )
-        sample_row, sample_position, sampling_row = placed.token_row, placed.positions + 1, layout.rows.row
+        sample_row, newest, sampling_row = placed.token_row, placed.positions, layout.rows.row
         if not layout.samples_all:
-            sample_row, sample_position = sample_row[layout.sample_index], sample_position[layout.sample_index]
+            sample_row, newest = sample_row[layout.sample_index], newest[layout.sample_index]
             sampling_row = sampling_row[layout.step_index]
         return StepInputs(
             layout=layout,
@@ -96,9 +96,9 @@ class InputBuilder:
             ),
             token_row=placed.token_row,
             sample_row=sample_row,
-            sample_position=sample_position,
+            sample_position=newest + 1,
             sampling_row=sampling_row,
-            newest_position=sample_position[layout.first_sample] - 1,
+            newest_position=newest[layout.first_sample] if layout.max_drafts else newest,
         )
 
     def build_single(
