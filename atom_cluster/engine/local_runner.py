@@ -7,6 +7,7 @@ file of `engine` that imports `runner`.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -79,6 +80,8 @@ class _DeviceSteps:
         self._launched: deque[LaunchedStep | Exception] = deque()
 
     def submit(self, plan: StepPlan) -> None:
+        if self._launched and isinstance(self._launched[-1], Exception):
+            return  # the runner is unusable; `collect` will say why
         try:
             self._launched.append(self._runner.launch(plan))
         except Exception as exc:  # noqa: BLE001 - not swallowed: `collect` raises it
@@ -103,6 +106,10 @@ class _DeviceSteps:
         return self._runner.poll_kv()
 
     def close(self) -> None:
+        for launched in self._launched:
+            if isinstance(launched, LaunchedStep):
+                with contextlib.suppress(RuntimeError):  # of a device that failed; there is nobody to tell any more
+                    launched.wait()
         self._launched.clear()
         self._runner.close()
 

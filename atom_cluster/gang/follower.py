@@ -16,6 +16,9 @@ from atom_cluster.messages.steps import StepPlan
 from atom_cluster.messages.transfer import ReadBlocks, TagBlocks
 
 _KV_POLL_S = 0.001
+_LOOK_S = 0.1
+"""How often a device that still computes is looked at: after an error there, rank 0 waits for this one in vain, and so
+sends no plan that would show it."""
 _MAX_LAUNCHED = 2
 
 
@@ -32,14 +35,22 @@ class Follower:
     def run(self) -> None:
         """Work until dismissed. Raises `GangError` when rank 0 is gone, and whatever a step raised."""
         while True:
-            frame = self._receiver.receive(_KV_POLL_S if self._num_open_commands else None)
+            frame = self._receiver.receive(self._patience())
             if frame is not None:
                 message = wire.decode_to_follower(frame)
                 if isinstance(message, wire.Dismiss):
                     return
                 self._execute(message.plan)
+            while self._launched and self._launched[0].is_done():
+                self._launched.popleft()
             if self._num_open_commands:
                 self._report_kv()
+
+    def _patience(self) -> float | None:
+        """How long to wait for the next plan before there is something else to look at."""
+        if self._num_open_commands:
+            return _KV_POLL_S
+        return _LOOK_S if self._launched else None
 
     def _execute(self, plan: StepPlan) -> None:
         self._clock.begin(plan.step_id)

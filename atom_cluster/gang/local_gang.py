@@ -8,10 +8,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import multiprocessing
+import multiprocessing.connection
 import os
 import socket
 import threading
 from multiprocessing.context import SpawnProcess
+from typing import cast
 
 from atom_cluster.engine.local_runner import LocalRunner, merge_rank_infos
 from atom_cluster.engine.protocols import StepRunner
@@ -82,10 +84,13 @@ def _free_port() -> int:
 
 def _end_with_a_follower(followers: list[SpawnProcess]) -> None:
     """Say when a follower dies; while the gang comes up, rank 0 waits for it in a collective."""
-    for follower in followers:
-        follower.join()
-        if follower.exitcode:
-            _log.error("%s ended with status %d", follower.name, follower.exitcode)
+    running = {follower.sentinel: follower for follower in followers}
+    while running:
+        for sentinel in multiprocessing.connection.wait(running):
+            follower = running.pop(cast("int", sentinel))
+            follower.join()
+            if follower.exitcode:
+                _log.error("%s ended with status %d", follower.name, follower.exitcode)
 
 
 def _follow(options: RunnerOptions, address: ShmAddress) -> None:

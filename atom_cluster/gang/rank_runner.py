@@ -12,6 +12,10 @@ from atom_cluster.runner.rank_info import RankInfo
 class Launched(Protocol):
     """A step whose work was issued."""
 
+    def is_done(self) -> bool:
+        """Whether `wait` would return at once. Raises what went wrong on the device, even while later work hangs."""
+        ...
+
     def wait(self) -> StepResult:
         """Wait until the work is done."""
         ...

@@ -39,14 +39,14 @@ class StateMetadata:
 class Gates:
     """What decides how much a value head forgets and learns, as it comes out of the projections and the checkpoint."""
 
-    decay: torch.Tensor
-    """[T, H] `a`: in the activations' dtype."""
-    learn: torch.Tensor
-    """[T, H] `b`: in the activations' dtype."""
-    log_rate: torch.Tensor
-    """[H] `A_log`: float32 or wider."""
-    decay_bias: torch.Tensor
-    """[H] `dt_bias`: float32 or wider."""
+    decay_TH: torch.Tensor
+    """`a`: in the activations' dtype."""
+    learn_TH: torch.Tensor
+    """`b`: in the activations' dtype."""
+    log_rate_H: torch.Tensor
+    """`A_log`: float32 or wider."""
+    decay_bias_H: torch.Tensor
+    """`dt_bias`: float32 or wider."""
 
 
 class GatedDeltaPlan(Protocol):

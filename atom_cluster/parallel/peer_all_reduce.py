@@ -19,6 +19,7 @@ import torch.distributed as dist
 import triton
 import triton.language as tl
 
+from atom_cluster.platform.store_barrier import barrier_behind_stores
 from atom_cluster.units import KiB, ceil_div
 
 _NUM_BLOCKS = 48
@@ -124,6 +125,13 @@ def open_peer_all_reduce(group: dist.ProcessGroup, device: torch.device) -> tupl
 
 
 @triton.jit
+def _data(addresses_ptr, rank, x_ptr, DATA_START: tl.constexpr):
+    """Where the data of a rank begins. Said to be aligned, or each item would be a message of its own between chips."""
+    data = (tl.load(addresses_ptr + rank) + DATA_START).to(tl.pointer_type(x_ptr.dtype.element_ty))
+    return tl.multiple_of(data, 16)
+
+
+@triton.jit
 def _sum_kernel(
     x_ptr,
     out_ptr,
@@ -144,9 +152,9 @@ def _sum_kernel(
     x = tl.load(x_ptr + block * ITEMS + item, is_inside, other=0.0)
     # Where this block's data is, in items of the dtype, in every rank's memory alike.
     first = ((count % 2) * NUM_BLOCKS + block) * REGION
-    own = (tl.load(addresses_ptr + RANK) + DATA_START).to(tl.pointer_type(x_ptr.dtype.element_ty))
+    own = _data(addresses_ptr, RANK, x_ptr, DATA_START)
     tl.store(own + first + item, x, is_inside)
-    tl.debug_barrier()  # what all threads stored comes before the flag that one of them raises
+    barrier_behind_stores()  # what all threads stored comes before the flag that one of them raises
     for step in tl.static_range(1, NUM_RANKS):
         peer = (RANK + step) % NUM_RANKS
         flags = tl.load(addresses_ptr + peer).to(tl.pointer_type(tl.int32))
@@ -163,7 +171,7 @@ def _sum_kernel(
         if rank == RANK:
             total += x.to(tl.float32)
         else:
-            other = (tl.load(addresses_ptr + rank) + DATA_START).to(tl.pointer_type(x_ptr.dtype.element_ty))
+            other = _data(addresses_ptr, rank, x_ptr, DATA_START)
             addend = tl.load(other + first + item, is_inside, other=0.0, volatile=True)
             total += addend.to(tl.float32)
     tl.store(out_ptr + block * ITEMS + item, total.to(x_ptr.dtype.element_ty), is_inside)

@@ -95,18 +95,12 @@ class StepGraphs:
         if step is None:
             with capture_stream(self._device):
                 step = self._capture(size)
-        choice: _Choice | None = None
-        if draw is not None:
-            # What can truncate costs a greedy row of the same batch little: one graph for all that is not greedy alone.
-            draw = draw if draw is Draw.GREEDY else Draw.TRUNCATED
-            choice = step.choices.get(draw)
-            if choice is None:
-                with capture_stream(self._device):
-                    choice = self._capture_choice(step, draw)
         step.write(steps, self._inputs.written_pages(steps))
         step.graph.replay()
-        if choice is None:
+        if draw is None:
             return GraphedStep(layout=step.layout, computed=step.computed, outcome=None)
+        # What can truncate costs a greedy row of the same batch little: one graph for all that is not greedy alone.
+        choice = step.choices[draw if draw is Draw.GREEDY else Draw.TRUNCATED]
         choice.graph.replay()
         return GraphedStep(layout=step.layout, computed=step.computed, outcome=choice.outcome)
 
@@ -115,28 +109,30 @@ class StepGraphs:
         started_s = time.perf_counter()
         with capture_stream(self._device):
             for size in reversed(self._sizes):
-                step = self._capture(size)
-                for draw in (Draw.GREEDY, Draw.TRUNCATED):
-                    self._capture_choice(step, draw)
-                # All that reads logits is captured: other sizes may use their memory.
-                step.computed = step.computed.without_owning()
+                self._capture(size)
         self.capture_s = time.perf_counter() - started_s
 
     def _capture(self, size: int) -> _Captured:
-        """Capture the model's part of steps of this many rows. All ranks of a gang capture in the same order."""
+        """Capture steps of this many rows, within `capture_stream`. All ranks of a gang capture in the same order.
+
+        All of a step at once, while its rows stand for none: what is captured runs before, and writes to its rows.
+        """
         step = _Captured(self._padding_layout(size))
         block_tables = self._inputs.new_block_tables(size, step.layout.end_cpu[0])
-        step.computed = self._record(step.graph, lambda: self._program.compute(step.layout, block_tables))
+        computed = self._record(step.graph, lambda: self._program.compute(step.layout, block_tables))
+        step.graph.replay()  # logits to choose from: garbage would do, but for numbers that are none
+        for draw in (Draw.GREEDY, Draw.TRUNCATED):
+            step.choices[draw] = self._capture_choice(computed, draw)
+        # All that reads logits is captured: other sizes may use their memory.
+        step.computed = computed.without_owning()
         self._captured[size] = step
         return step
 
-    def _capture_choice(self, step: _Captured, draw: Draw) -> _Choice:
+    def _capture_choice(self, computed: Computed, draw: Draw) -> _Choice:
         """Capture what comes behind the model's part."""
-        computed, graph = step.computed, torch.cuda.CUDAGraph()
-        step.graph.replay()  # logits to choose from: garbage would do, but for numbers that are none
+        graph = torch.cuda.CUDAGraph()
         outcome = self._record(graph, lambda: self._program.finish(computed, self._choose(computed, draw), draw))
-        step.choices[draw] = _Choice(graph, outcome)
-        return step.choices[draw]
+        return _Choice(graph, outcome)
 
     def _record(self, graph: torch.cuda.CUDAGraph, issue: Callable[[], T]) -> T:
         """Capture what `issue` launches, within `capture_stream`."""
@@ -146,12 +142,13 @@ class StepGraphs:
             return issue()
 
     def _padding_layout(self, size: int) -> StepLayout:
-        """Of a step in which no row stands for a request; bounds are those of the longest context.
+        """Of a step in which no row stands for a request; bounds are those of the longest row.
 
-        All rows compute as many drafts as there may be, wherever fewer are to be verified.
+        All rows compute as many drafts as there may be, wherever fewer are to be verified. With drafts of plans in
+        flight that are all kept, that reaches behind the longest context, by less than a row has room for.
         """
         num_tokens = 1 + self._num_drafts
-        start = self._table.max_model_len - 1
+        start = self._table.tokens.shape[1] - num_tokens
         step = RowStep(self._table.padding_row, start, num_tokens, samples=True, num_drafts=self._num_drafts)
         states = self._table.states
         written = None if states is None else np.full((size, num_tokens), states.spare_page)
@@ -183,7 +180,7 @@ class _Captured:
         )
         self.graph = torch.cuda.CUDAGraph()
         self.choices: dict[Draw, _Choice] = {}
-        self._padding = self._rows.cpu().numpy()
+        self._padding = self._rows.to("cpu", copy=True).numpy()
         self._stages = [torch.empty(len(self._padding), dtype=torch.int64, pin_memory=True) for _ in range(_NUM_STAGES)]
         self._turn = 0
         self._current: npt.NDArray[np.int64] = self._padding

@@ -4,9 +4,9 @@ Rows are brought up to date (runner/row_state.py) and the plan becomes a layout 
 happens on the device alone (runner/step_program.py): the layout becomes tensors (runner/inputs.py), the model computes
 logits, tokens are chosen from them (runner/sampler.py), compared with the drafts that the step verifies, if any
 (runner/speculation.py), and written to their rows; with speculation, the next drafts follow (runner/drafter.py). On
-GPUs, steps that only decode are graphs (runner/graphs.py). All ranks of a gang execute the same plans and
-choose the same tokens, so each rank knows the tokens of every row and the next plan needs none. Knows rows and pages;
-knows no requests, policies or sockets.
+GPUs, steps that only decode are graphs (runner/graphs.py), and small ones with prompts pieces of graphs
+(runner/pieces.py). All ranks of a gang execute the same plans and choose the same tokens, so each rank knows the tokens
+of every row and the next plan needs none. Knows rows and pages; knows no requests, policies or sockets.
 """
 
 from __future__ import annotations

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import bisect
 import inspect
+import logging
 import re
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
 from typing import Any, TypeVar, cast
 
@@ -32,8 +33,11 @@ from atom_cluster.runner.step_layout import lay_out
 
 P = TypeVar("P")
 
+_log = logging.getLogger(__name__)
+
 _PER_TOKEN = re.compile(r"_T[A-Z0-9]*$")
-"""Names of parameters that have a row per token: the suffix is the convention of all ops."""
+"""Names of parameters, and of fields of what they are, that have a row per token: the suffix is the convention of all
+ops."""
 _FIRST_OF_TWO = frozenset({"store"})
 """Methods behind which layers compute nothing before they call the next one: no graph begins there."""
 
@@ -57,13 +61,31 @@ class _Call:
         """Make it for the step at hand, of which only so many tokens are there."""
         method = getattr(inputs.mixer(self.key, self.make), self.name)
         names = _parameter_names(method.__func__)
-        arguments = [
-            value[:num_tokens] if isinstance(value, torch.Tensor) and _PER_TOKEN.search(name) else value
-            for name, value in zip(names, self.arguments)
-        ]
-        result = method(*arguments, **self.options)
+        arguments = [_of_first(num_tokens, x, name, inputs) for name, x in zip(names, self.arguments)]
+        options = {name: _of_first(num_tokens, x, name, inputs) for name, x in self.options.items()}
+        result = method(*arguments, **options)
         if self.result is not None:
             self.result[:num_tokens].copy_(result)
+
+
+def _of_first(num_tokens: int, value: object, name: str, inputs: LayerInputs) -> object:
+    """What there is in an argument of this name for the first tokens of a pass."""
+    if isinstance(value, torch.Tensor):
+        return value[:num_tokens] if _PER_TOKEN.search(name) else value
+    names = _per_token_fields(cast("Hashable", type(value)))
+    if not names:
+        return value
+    # Many layers are given the same angles.
+    return inputs.once(
+        (_Call, id(value)), lambda: replace(cast("Any", value), **{x: getattr(value, x)[:num_tokens] for x in names})
+    )
+
+
+@cache
+def _per_token_fields(kind: Hashable) -> tuple[str, ...]:
+    if not is_dataclass(kind):
+        return ()
+    return tuple(field.name for field in fields(kind) if _PER_TOKEN.search(field.name))
 
 
 @cache
@@ -202,17 +224,27 @@ class PiecewiseForward:
         )
 
     def takes(self, num_tokens: int) -> bool:
-        """Whether steps of so many tokens are replayed."""
-        return num_tokens <= self._sizes[-1]
+        """Whether steps of so many tokens are replayed. The pass for them is recorded now if it was not."""
+        if not self._sizes or num_tokens > self._sizes[-1]:
+            return False
+        size = self._size_for(num_tokens)
+        if size not in self._recordings:
+            try:
+                with capture_stream(self._device):
+                    self._record(size)
+            except CannotDivideError as exc:
+                _log.warning("steps with prompts are not captured in pieces: %s", exc)
+                self._sizes.clear()  # it is the model's layers, whatever the size
+                return False
+        return True
+
+    def _size_for(self, num_tokens: int) -> int:
+        return self._sizes[bisect.bisect_left(self._sizes, num_tokens)]
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """As `CausalLM.forward`, [T, D], in memory that the next pass overwrites."""
+        """As `CausalLM.forward`, [T, D], for a step that `takes` allows; in memory that the next pass overwrites."""
         num_tokens = len(batch.token_ids)
-        size = self._sizes[bisect.bisect_left(self._sizes, num_tokens)]
-        recording = self._recordings.get(size)
-        if recording is None:
-            with capture_stream(self._device):
-                recording = self._record(size)
+        recording = self._recordings[self._size_for(num_tokens)]
         # What is behind them is left from an earlier step: as good as anything.
         recording.token_ids[:num_tokens].copy_(batch.token_ids)
         recording.positions[:num_tokens].copy_(batch.positions)
@@ -258,7 +290,7 @@ class PiecewiseForward:
         layout = lay_out([RowStep(self._table.padding_row, 0, size, samples=False)], written, self._device)
         return self._inputs.build(layout).batch
 
-    def _record(self, size: int) -> _Recording:
+    def _record(self, size: int) -> None:
         """Record a pass over so many tokens, within `capture_stream`. Raises CannotDivideError."""
         batch = self._padding_batch(size)
         self._model.forward(batch)  # compiles kernels and creates handles, which a capture must not
@@ -272,4 +304,3 @@ class PiecewiseForward:
             recorder.fail(type(exc), exc, exc.__traceback__)
             raise
         self._recordings[size] = _Recording(batch.token_ids, batch.positions, recorder.parts, without_owning(hidden_TD))
-        return self._recordings[size]

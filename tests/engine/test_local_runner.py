@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from atom_cluster.kv_transfer.registry import TransportSettings
 from atom_cluster.messages.steps import NewRow, RowStep, StepPlan
 from atom_cluster.messages.transfer import BlocksTagged, ConnectPeer, KvReport, ReadBlocks, ReadFinished, TagBlocks
 from atom_cluster.runner.kv_memory import KvMemory
+from atom_cluster.runner.model_runner import LaunchedStep, ModelRunner
 from atom_cluster.runner.rank_info import RankInfo
 from atom_cluster.units import Deadline
 from tests.runner.context_model import GREEDY, ContextModel, continuation, make_memory, make_runner
@@ -61,6 +63,34 @@ def test_the_exception_of_a_step_is_raised_by_collect_and_ends_the_runner() -> N
         runner.collect(timeout_s=30)
     with pytest.raises(AtomClusterError, match="failed before"):
         runner.submit(decode_plan(2))
+    runner.close()
+
+
+class FailingDevice:
+    """Issues nothing: its first step fails on the way to the device."""
+
+    computes_alone = True
+
+    def __init__(self) -> None:
+        self.info = make_runner().info
+        self.num_launched = 0
+
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        self.num_launched += 1
+        raise RuntimeError(f"step {plan.step_id} fell off")
+
+    def close(self) -> None:
+        pass
+
+
+def test_nothing_is_issued_behind_a_step_that_could_not_be() -> None:
+    device = FailingDevice()
+    runner = LocalRunner(cast("ModelRunner", device))
+    runner.submit(first_plan())
+    runner.submit(decode_plan(1))
+    assert device.num_launched == 1
+    with pytest.raises(RuntimeError, match="step 0 fell off"):
+        runner.collect(timeout_s=30)
     runner.close()
 
 

@@ -1,11 +1,14 @@
 """Ranks without a model, made in the workers' own processes from `RunnerOptions`, and an engine host around them.
 
-`model_dir` says how a rank behaves: `ok`, or `<what>:<rank>` with what = `fail_load`, `fail_step`, `hang_step`.
+`model_dir` says how a rank behaves: `ok`, or `<what>:<rank>` with what = `fail_load`, `fail_step`, `hang_step`, or
+`fail_device`: the step is issued, and fails a moment later.
 """
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections import deque
 from dataclasses import dataclass
 
@@ -22,6 +25,12 @@ from atom_cluster.runner.rank_info import RankInfo
 @dataclass
 class FakeLaunched:
     result: StepResult
+    fails_at_s: float = math.inf
+
+    def is_done(self) -> bool:
+        if time.monotonic() >= self.fails_at_s:
+            raise AtomClusterError("the device is on fire")
+        return self.fails_at_s == math.inf
 
     def wait(self) -> StepResult:
         return self.result
@@ -69,7 +78,11 @@ class FakeRank:
             files = (f"rank {self.info.rank}",)
             self._reports.append(self._report(WindowWritten(window_id=plan.profile.window_id, files=files)))
         sampled = tuple(SampledTokens(row.row, (100 + row.row,)) for row in plan.rows if row.samples)
-        return FakeLaunched(StepResult(step_id=plan.step_id, sampled=sampled if self.info.rank == 0 else ()))
+        fails = self._where == str(self.info.rank) and self._what == "fail_device"
+        return FakeLaunched(
+            StepResult(step_id=plan.step_id, sampled=sampled if self.info.rank == 0 else ()),
+            fails_at_s=time.monotonic() + 0.2 if fails else math.inf,
+        )
 
     def poll_kv(self) -> list[RankReport]:
         self._num_polls += 1

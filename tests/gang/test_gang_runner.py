@@ -162,6 +162,18 @@ def test_a_failing_follower_is_noticed_while_rank_0_waits_for_its_step(make_rig:
         rig.runner.collect(10.0)
 
 
+def test_a_device_of_a_follower_that_fails_is_noticed_though_no_further_plan_comes(
+    make_rig: Callable[..., Rig],
+) -> None:
+    rig = make_rig(behaviour="fail_device:1")
+    rig.runner.submit(PLAN)
+    assert rig.runner.collect(10.0) is not None
+    with pytest.raises(GangError, match="rank 1 failed: the device is on fire"):
+        for _ in range(50):
+            rig.runner.poll_kv()
+            rig.runner.collect(0.1)
+
+
 def test_an_error_of_rank_0_alone_is_raised_as_it_is(make_rig: Callable[..., Rig]) -> None:
     rig = make_rig(num_followers=1, behaviour="fail_step:0")
     rig.runner.submit(PLAN)

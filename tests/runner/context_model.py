@@ -82,8 +82,9 @@ class ContextModel:
         num_draft_layers: int = 0,
         drafts_wrong: bool = False,
         fail_on: int | None = None,
+        num_positions: int = MAX_MODEL_LEN,
     ) -> None:
-        """fail_on: a step raises that has this token among its input."""
+        """fail_on: a step raises that has this token among its input. num_positions: how long tables of them are."""
         full = KvLayerLayout(num_kv_heads=1, key_dim=1, value_dim=1, dtype="float32")
         layers: list[KvLayerLayout | StateLayerLayout] = [full, full]
         if window is not None:
@@ -98,13 +99,14 @@ class ContextModel:
         self._has_state = has_state
         self._drafts_wrong = drafts_wrong
         self._fail_on = fail_on
+        self._num_positions = num_positions
 
     # --- the model
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         if self._fail_on in batch.token_ids.tolist():
             raise RuntimeError("the device caught fire")
-        check_batch(batch)
+        check_batch(batch, self._num_positions)
         for index, layer in enumerate(self.kv_layout.layers[: len(batch.caches) - self.num_draft_layers]):
             cache = batch.caches[index]
             if isinstance(layer, KvLayerLayout):
@@ -171,7 +173,7 @@ class ContextModel:
         hidden_TD: torch.Tensor,  # noqa: N803
         batch: ForwardBatch,
     ) -> torch.Tensor:
-        check_batch(batch)
+        check_batch(batch, self._num_positions)
         own = len(batch.caches) - self.num_draft_layers + index
         store(batch.caches[own], batch, None, next_token_ids_T, batch.positions + 2 + index)
         rows = []
@@ -199,8 +201,8 @@ def one_hot(best: torch.Tensor) -> Logits:
     return Logits(torch.nn.functional.one_hot(best, VOCAB).float() * 5, VOCAB, ProcessGroups.single().tensor)
 
 
-def check_batch(batch: ForwardBatch) -> None:
-    assert int(batch.positions.max()) < MAX_MODEL_LEN, "tables of positions end here"
+def check_batch(batch: ForwardBatch, num_positions: int) -> None:
+    assert int(batch.positions.max()) < num_positions, "tables of positions end here"
     for metadata in batch.attention.values():
         starts = metadata.query_start.tolist()
         assert tuple(starts) == metadata.query_start_cpu
@@ -240,6 +242,7 @@ def make_runner(
     agent: KvAgent | None = None,
     max_drafts: int = 0,
     profile: ProfileConfig | None = None,
+    graph_sizes: Sequence[int] = (),
 ) -> ModelRunner:
     model = model or ContextModel()
     memory = memory or make_memory(model)
@@ -263,4 +266,5 @@ def make_runner(
         device=torch.device("cpu"),
         agent=agent,
         profile=profile,
+        graph_sizes=graph_sizes,
     )

@@ -51,7 +51,14 @@ class RowDriver:
     """Runs requests to their end; see the module's docstring."""
 
     def __init__(
-        self, model: ContextModel, *, max_drafts: int = 0, seed: int = 0, num_rows: int = 3, has_chunks: bool = True
+        self,
+        model: ContextModel,
+        *,
+        max_drafts: int = 0,
+        seed: int = 0,
+        num_rows: int = 3,
+        has_chunks: bool = True,
+        graph_sizes: Sequence[int] = (),
     ) -> None:
         self._groups = model.kv_layout.groups
         self._max_drafts = max_drafts
@@ -61,7 +68,9 @@ class RowDriver:
         memory = make_memory(model, num_pages)
         for region in memory.regions:
             region.blocks.fill_(0x47)  # finite in any dtype, and nothing that a model would have written
-        self._runner = make_runner(model=model, num_rows=num_rows, memory=memory, max_drafts=max_drafts)
+        self.runner = make_runner(
+            model=model, num_rows=num_rows, memory=memory, max_drafts=max_drafts, graph_sizes=graph_sizes
+        )
         self._free = [self._random.sample(range(n), n) for n in num_pages]
         self._rows: list[Request | None] = [None] * num_rows
         self._freed_rows: list[int] = []
@@ -133,7 +142,7 @@ class RowDriver:
         )
         self._step_id += 1
         self._freed_rows = []
-        result = self._runner.run(plan)
+        result = self.runner.run(plan)
         for free, pages in zip(self._free, released):
             free[:0] = pages
         sampled = {one.row: one for one in result.sampled}

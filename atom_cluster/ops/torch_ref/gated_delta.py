@@ -92,9 +92,9 @@ def gated_rms_norm(x: torch.Tensor, gate: torch.Tensor, weight_D: torch.Tensor, 
 
 def activate(gates: Gates) -> tuple[torch.Tensor, torch.Tensor]:
     """(log of what is kept, share of what is learnt), each [T, H] in float32 or wider."""
-    wide = gates.log_rate.dtype
-    decay_TH = -gates.log_rate.exp() * F.softplus(gates.decay.to(wide) + gates.decay_bias)
-    return decay_TH, torch.sigmoid(gates.learn.to(wide))
+    wide = gates.log_rate_H.dtype
+    decay_TH = -gates.log_rate_H.exp() * F.softplus(gates.decay_TH.to(wide) + gates.decay_bias_H)
+    return decay_TH, torch.sigmoid(gates.learn_TH.to(wide))
 
 
 def normalise(x_TGK: torch.Tensor) -> torch.Tensor:

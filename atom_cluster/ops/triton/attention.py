@@ -13,8 +13,8 @@ from atom_cluster.ops.triton import attention_library, attention_store
 from atom_cluster.ops.triton.attention_decode import SplitAttention
 from atom_cluster.ops.triton.attention_prefill import TiledAttention, prefill_config
 
-MAX_SPLIT_QUERIES = 8
-"""Queries of rows whose keys are split."""
+MAX_SPLIT_QUERIES = 17
+"""Queries of rows whose keys are split: as many as a row that decodes can have, its newest token and its drafts."""
 
 
 class TritonAttention:

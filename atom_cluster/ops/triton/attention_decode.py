@@ -24,6 +24,7 @@ from atom_cluster.ops.triton.attention_tile import (
     with_sink,
 )
 from atom_cluster.ops.triton.programmatic import launch_options, let_next_start, wait_for_inputs
+from atom_cluster.platform.store_barrier import barrier_behind_stores
 
 MAX_TILE = 64
 """Queries times heads of one program at most."""
@@ -225,8 +226,8 @@ def _decode_kernel(
     end = tl.load(item_ptr + 2)
     split = tl.load(item_ptr + 3)
     counts = tl.load(item_ptr + 4)
-    num_splits = counts // 16
-    num_queries = counts % 16
+    num_splits = counts // 32
+    num_queries = counts % 32
     first_place = tl.load(item_ptr + 5)
     query_start = tl.load(item_ptr + 6)
     first_position = tl.load(item_ptr + 7)
@@ -287,7 +288,7 @@ def _decode_kernel(
     tl.store(weight_ptr + at * 2, highest, is_query)
     tl.store(weight_ptr + at * 2 + 1, total, is_query)
     if IS_FUSED:
-        tl.debug_barrier()
+        barrier_behind_stores()
         arrived_ptr += (row * num_kv_heads + kv_head) * NUM_TILES + tile
         if tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == num_splits - 1:
             tl.store(arrived_ptr, 0)

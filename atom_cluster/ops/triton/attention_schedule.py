@@ -17,7 +17,7 @@ from atom_cluster.ops.triton.programmatic import launch_options, let_next_start,
 
 ITEM_FIELDS = 8
 """All that a program has to know, in one piece of memory: row (-1: nothing to do), first key, key behind the last,
-which split of the row, splits of the row times 16 plus its queries (15 at most), the first split's place in scratch
+which split of the row, splits of the row times 32 plus its queries (31 at most), the first split's place in scratch
 memory if there are several, first token of the row in the step, and its position."""
 
 _ITEMS_PER_PROGRAM = 8
@@ -115,7 +115,7 @@ def _schedule_kernel(
     tl.store(item_ptr + 1, _own(is_own, own_begin), is_item)
     tl.store(item_ptr + 2, _own(is_own, own_end), is_item)
     tl.store(item_ptr + 3, _own(is_own, split), is_item)
-    tl.store(item_ptr + 4, _own(is_own, (num_splits * 16 + num_queries)[None, :]), is_item)
+    tl.store(item_ptr + 4, _own(is_own, (num_splits * 32 + num_queries)[None, :]), is_item)
     tl.store(item_ptr + 5, _own(is_own, first_place[None, :]), is_item)
     tl.store(item_ptr + 6, _own(is_own, query_start[None, :]), is_item)
     tl.store(item_ptr + 7, _own(is_own, (end - num_queries)[None, :]), is_item)

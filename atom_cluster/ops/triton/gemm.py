@@ -71,7 +71,9 @@ def gemm(
     partial = workspace(splits, num_tokens, num_out, x_TI.device)
     is_blockwise = scales is not None and min(scales.group_in, scales.block[1]) < num_in
     if is_blockwise:
-        assert scales is not None and scales.group_in % blocks.inputs == 0 and scales.block[1] % blocks.inputs == 0
+        assert scales is not None
+        # What has one scale for all inputs may have any number of them.
+        assert all(size % blocks.inputs == 0 for size in (scales.group_in, scales.block[1]) if size < num_in)
     _gemm_kernel[(tiles_T, tiles_O, splits)](
         x_TI,
         weight_OI,

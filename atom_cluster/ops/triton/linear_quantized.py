@@ -100,6 +100,8 @@ class CodesLinear:
         if uses_library:
             try:
                 return self._by_library(codes_TI, scale_TG, x_TI.dtype)[:num_tokens]
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as exc:
                 # What it takes depends on its version; it says so before anything is computed.
                 _log.warning("%s: the library refuses %d tokens (%s)", self.name, num_tokens, str(exc).splitlines()[0])

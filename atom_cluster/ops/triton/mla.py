@@ -19,8 +19,8 @@ from atom_cluster.ops.triton.mla_expanded import ExpandedRows, attend_expanded, 
 from atom_cluster.ops.triton.mla_schedule import Blocks, count_row_blocks, count_token_blocks
 from atom_cluster.ops.triton.mla_store import store
 
-MAX_SHORT_QUERIES = 16
-"""Queries of rows that are always absorbed: decodes and drafts, whatever the host takes for their length."""
+MAX_SHORT_QUERIES = 17
+"""Queries of rows that are always absorbed: a newest token and its drafts, whatever the host takes for their length."""
 
 MAX_EXPANDED = 1 << 27
 """Elements of keys and values that are expanded at once, unless a single head has more; bounds memory."""

@@ -364,7 +364,7 @@ def _join_kernel(
                 highest = new_highest
             mixed = mixed / tl.where(total_weight > 0, total_weight, 1.0)
             target = (token - first_token + query // H).to(tl.int64) * out_token_stride
-            target += (query % H) * out_head_stride
+            target += tl.cast(query % H, tl.int64) * out_head_stride
             tl.store(out_ptr + target + dim, mixed.to(out_ptr.dtype.element_ty), dim < L)
 
 

@@ -40,10 +40,10 @@ def quantize_inputs(
     scales, are behind the last as make their number a multiple of it.
     """
     assert spec.number in ("float8", "int8"), "float4 has no codes here"
-    codes_TI = torch.empty(
-        x_TI.shape, dtype=float8_dtype if spec.number == "float8" else torch.int8, device=x_TI.device
-    )
-    num_tokens, num_in = x_TI.shape
+    num_in = x_TI.shape[1]
+    num_tokens = triton.cdiv(len(x_TI), token_multiple) * token_multiple
+    code_dtype = float8_dtype if spec.number == "float8" else torch.int8
+    codes_TI = torch.empty(num_tokens, num_in, dtype=code_dtype, device=x_TI.device)
     if spec.is_static:
         assert static_scale is not None, "static input quantization without a scale"
         scale_TG = static_scale.expand(num_tokens, 1)

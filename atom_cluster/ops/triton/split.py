@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from atom_cluster.platform.store_barrier import barrier_behind_stores
+
 
 def workspace(splits: int, num_tokens: int, num_out: int, device: torch.device) -> torch.Tensor | None:
     """Where programs leave their parts: [splits, T, O] float32. None when they share nothing."""
@@ -22,7 +24,7 @@ def add_up(part, place, is_inside, partial_ptr, counter_ptr, num_tokens, num_out
     own = tl.program_id(2).to(tl.int64) * num_tokens * num_out
     tl.store(partial_ptr + own + place, part, is_inside)
     # Every thread's part is stored before one of them counts it.
-    tl.debug_barrier()
+    barrier_behind_stores()
     counter = counter_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     before = tl.atomic_add(counter, 1, sem="acq_rel")
     is_last = before == SPLITS - 1

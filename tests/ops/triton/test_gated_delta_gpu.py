@@ -91,7 +91,7 @@ def test_a_layer(name: str, dims: tuple[int, int, int, int], dtype: torch.dtype)
     parts = [part.view(num_tokens, -1, dim) for part, dim in zip(y.split(sizes, 1), (key_dim, key_dim, value_dim))]
     their_memory = memory.double()
     output = ours.delta_rule(*parts, gates, memory)
-    wide = Gates(gates.decay.double(), gates.learn.double(), gates.log_rate.double(), gates.decay_bias.double())
+    wide = Gates(*(x.double() for x in (gates.decay_TH, gates.learn_TH, gates.log_rate_H, gates.decay_bias_H)))
     wanted = theirs.delta_rule(*(part.double() for part in parts), wide, their_memory)
     assert output.dtype == dtype and output.is_contiguous()
     assert error(output, wanted) < ERROR[dtype]

@@ -14,6 +14,7 @@ from atom_cluster.ops.triton import prepare_quantized_linear, runtime
 from atom_cluster.ops.triton.gemm import GemmBlocks, gemm
 from atom_cluster.ops.triton.gemm_packed import dequantize_packed
 from atom_cluster.ops.triton.linear import new_counters
+from atom_cluster.ops.triton.linear_quantized import CodesLinear
 from atom_cluster.ops.triton.pack import pack_weight
 from atom_cluster.ops.triton.quantize import quantize_inputs, round_inputs
 from atom_cluster.quantization.quantize import QUANTIZERS
@@ -56,6 +57,24 @@ def test_products(name: str) -> None:
     for num_tokens in (1, 18):
         x = torch.randn(num_tokens, NUM_IN)
         torch.testing.assert_close(op(x), reference(x), atol=2e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("is_weight_cut", [False, True])
+def test_one_scale_for_any_number_of_inputs(is_weight_cut: bool) -> None:
+    """Where only weights, or only inputs, have a scale per group, the others' one may be for inputs that fill none."""
+    weight = weights()["fp8_block" if is_weight_cut else "fp8"]
+    group_size = None if is_weight_cut else 64
+    scale = weight.scale[:, :2] if is_weight_cut else weight.scale
+    cut = replace(
+        weight,
+        codes=weight.codes[:, :200].contiguous(),
+        scale=scale.contiguous(),
+        block=weight.block if is_weight_cut else (1, 200),
+        inputs=InputQuantization(number="float8", group_size=group_size),
+    )
+    op, x = prepare_quantized_linear(cut, None, dtype=torch.float32), torch.randn(3, 200)
+    assert isinstance(op, CodesLinear)
+    torch.testing.assert_close(op(x), prepare_reference(cut, None, dtype=torch.float32)(x), atol=2e-4, rtol=1e-5)
 
 
 def test_inputs_that_do_not_fill_blocks() -> None:
@@ -115,6 +134,14 @@ def test_rounded_inputs(spec: InputQuantization, num_in: int) -> None:
         found, found_scale = quantize_inputs(x, spec, static_scale=scale, scales_by_group=by_group)
         spread = found_scale.repeat_interleave(spec.group_size or num_in, 1)[:, :num_in]
         assert_rounded(found.float() * spread, expected, spec)
+
+
+def test_tokens_are_filled_up_for_the_library() -> None:
+    x, spec = torch.randn(5, 256), InputQuantization(number="float8", group_size=128)
+    codes, scale = quantize_inputs(x, spec, scales_by_group=True, token_multiple=4)
+    exact_codes, exact_scale = quantize_inputs(x, spec)
+    assert codes.shape == (8, 256) and scale.shape == (8, 2) and scale.stride() == (1, 8)
+    assert torch.equal(codes[:5].float(), exact_codes.float()) and torch.equal(scale[:5], exact_scale)
 
 
 def assert_rounded(found: torch.Tensor, expected: torch.Tensor, spec: InputQuantization) -> None:

@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import multiprocessing
+import sys
+import threading
+import time
+
+import pytest
+
+from atom_cluster.gang.local_gang import _end_with_a_follower
+
+
+def end_behind(seconds: float, status: int) -> None:
+    time.sleep(seconds)
+    sys.exit(status)
+
+
+def test_any_follower_that_dies_is_told_of_whichever_lives_on(caplog: pytest.LogCaptureFixture) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    followers = [
+        spawn.Process(target=end_behind, args=(seconds, status), name=f"rank-{rank}", daemon=True)
+        for rank, seconds, status in ((1, 60.0, 0), (2, 0.0, 3))
+    ]
+    for follower in followers:
+        follower.start()
+    threading.Thread(target=_end_with_a_follower, args=(followers,), daemon=True).start()
+    followers[1].join(30)
+    deadline_s = time.monotonic() + 5
+    while not caplog.text and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert "rank-2 ended with status 3" in caplog.text
+    followers[0].kill()

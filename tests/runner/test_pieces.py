@@ -1,0 +1,96 @@
+"""Steps with prompts in pieces give what whole passes do, for as many tokens as were recorded and for fewer.
+
+Graphs are stand-ins here: a replay repeats the tensor operations that were issued while it was captured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from atom_cluster.runner import build, pieces
+from atom_cluster.runner.model_runner import ModelRunner
+from atom_cluster.runner.pieces import PiecewiseForward
+from tests.equivalence.generation import generate, mixed_requests
+
+SIZES = (8, 16, 40)
+SETTINGS = {"max_num_batched_tokens": 40, "ops_backend": "torch"}
+
+
+class StandInGraph:
+    """Operations, and the memory that they left their results in."""
+
+    def __init__(self) -> None:
+        self.operations: list[tuple[Any, tuple[Any, ...], dict[str, Any], list[Any]]] = []
+
+    def replay(self) -> None:
+        for operation, arguments, options, results in self.operations:
+            for old, new in zip(results, tree_leaves(operation(*arguments, **options)), strict=True):
+                is_tensor = isinstance(old, torch.Tensor)
+                if is_tensor and old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
+                    old.copy_(new)
+
+
+class Capture(TorchDispatchMode):
+    def __init__(self, graph: StandInGraph) -> None:
+        super().__init__()
+        self._graph = graph
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self._graph.operations.append((func, args, kwargs or {}, tree_leaves(result)))
+        return result
+
+
+@contextlib.contextmanager
+def captured(graph: StandInGraph, pool: object) -> Iterator[None]:
+    with Capture(graph):
+        yield
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[PiecewiseForward]:
+    """Runners that are built from now on have pieces, recorded when they are needed."""
+    found: list[PiecewiseForward] = []
+
+    def add_pieces(runner: ModelRunner, *_: object) -> str:
+        runner.pieces = PiecewiseForward(
+            model=runner._program._model,
+            inputs=runner._inputs,
+            table=runner._table,
+            ops=runner._ops,
+            sizes=SIZES,
+            pool=None,
+            device=runner.device,
+        )
+        found.append(runner.pieces)
+        return "stand-ins"
+
+    monkeypatch.setattr(build, "_capture", add_pieces)
+    monkeypatch.setattr(pieces, "captured", captured)
+    monkeypatch.setattr(pieces, "capture_stream", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(pieces, "without_owning", lambda x: x)  # there is no pool that would keep it
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", StandInGraph)
+    return found
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3_5"])
+def test_pieces_give_what_a_whole_pass_does(name: str, built: list[PiecewiseForward]) -> None:
+    with pytest.MonkeyPatch.context() as without:
+        without.setattr(build, "_capture", lambda *_: "none")
+        expected = generate(name, mixed_requests(), **SETTINGS)
+    assert generate(name, mixed_requests(), **SETTINGS) == expected
+    assert set(built[0]._recordings) == set(SIZES)
+
+
+def test_a_model_that_cannot_be_divided_goes_on_without_pieces(built: list[PiecewiseForward]) -> None:
+    requests = mixed_requests()[:3]
+    found = generate("deepseek_v32", requests, **SETTINGS)
+    assert not built[0].takes(1)
+    assert found == generate("deepseek_v32", requests, **SETTINGS)
