@@ -15,6 +15,11 @@ from atom_cluster.messages.profile import OpenWindow
 from atom_cluster.messages.steps import StepPlan
 from atom_cluster.messages.transfer import ReadBlocks, TagBlocks
 
+EXIT_LEADERLESS = 70
+"""Exit status of a follower whose rank 0 is gone."""
+LEAVE_S = 2.0
+"""How long a follower may take to end by itself after rank 0 hung up."""
+
 _KV_POLL_S = 0.001
 _LOOK_S = 0.1
 """How often a device that still computes is looked at: after an error there, rank 0 waits for this one in vain, and so

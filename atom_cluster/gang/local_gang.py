@@ -12,6 +12,7 @@ import multiprocessing.connection
 import os
 import socket
 import threading
+import time
 from multiprocessing.context import SpawnProcess
 from typing import cast
 
@@ -19,7 +20,7 @@ from atom_cluster.engine.local_runner import LocalRunner, merge_rank_infos
 from atom_cluster.engine.protocols import StepRunner
 from atom_cluster.errors import GangError
 from atom_cluster.gang import wire
-from atom_cluster.gang.follower import Follower
+from atom_cluster.gang.follower import EXIT_LEADERLESS, LEAVE_S, Follower
 from atom_cluster.gang.gang_runner import GangRunner
 from atom_cluster.gang.plan_channel import PlanReceiver
 from atom_cluster.gang.shm_receiver import connect_shm
@@ -34,7 +35,6 @@ _log = logging.getLogger(__name__)
 _HOST = "127.0.0.1"
 _JOIN_S = 600.0
 _SEND_S = 60.0
-_EXIT_LEADERLESS = 70
 
 
 def open_local_gang(options: RunnerOptions, num_ranks: int) -> StepRunner:
@@ -56,7 +56,7 @@ def open_local_gang(options: RunnerOptions, num_ranks: int) -> StepRunner:
     ]
     for follower in followers:
         follower.start()
-    watch = threading.Thread(target=_end_with_a_follower, args=(followers,), daemon=True)
+    watch = threading.Thread(target=_log_deaths, args=(followers,), daemon=True)
     watch.start()
     runner = build_model_runner(options)
     try:
@@ -82,7 +82,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _end_with_a_follower(followers: list[SpawnProcess]) -> None:
+def _log_deaths(followers: list[SpawnProcess]) -> None:
     """Say when a follower dies; while the gang comes up, rank 0 waits for it in a collective."""
     running = {follower.sentinel: follower for follower in followers}
     while running:
@@ -110,5 +110,5 @@ def _follow(options: RunnerOptions, address: ShmAddress) -> None:
 def _watch(receiver: PlanReceiver) -> None:
     """End this process when rank 0 is gone: a step that waits for it may never return."""
     receiver.wait_until_gone()
-    threading.Event().wait(2.0)
-    os._exit(_EXIT_LEADERLESS)
+    time.sleep(LEAVE_S)
+    os._exit(EXIT_LEADERLESS)

@@ -22,7 +22,7 @@ from atom_cluster.engine.protocols import StepRunner
 from atom_cluster.errors import GangError
 from atom_cluster.gang import wire
 from atom_cluster.gang.engine_host import EngineHost, resolve
-from atom_cluster.gang.follower import Follower
+from atom_cluster.gang.follower import EXIT_LEADERLESS, LEAVE_S, Follower
 from atom_cluster.gang.join import ChannelAddresses, connect, listen
 from atom_cluster.gang.plan_channel import PlanReceiver, PlanSender
 from atom_cluster.gang.rank_runner import RankRunner
@@ -33,11 +33,6 @@ from atom_cluster.observability.logging import setup_logging
 from atom_cluster.runner.rank_info import RankInfo
 
 _log = logging.getLogger(__name__)
-
-EXIT_LEADERLESS = 70
-"""Exit status of a follower whose rank 0 is gone."""
-_LEAVE_S = 2.0
-"""How long a follower may take to end by itself after rank 0 hung up."""
 
 Phase = Literal["new", "loading", "loaded", "working", "failed", "stopped"]
 
@@ -227,7 +222,7 @@ class Worker:
     def _watch(self, receiver: PlanReceiver) -> None:
         """End this process when rank 0 is gone: a step that waits for it may never return."""
         receiver.wait_until_gone()
-        if self._is_dismissed.wait(_LEAVE_S):
+        if self._is_dismissed.wait(LEAVE_S):
             return
         _log.critical("rank %d exits: rank 0 is gone", self._rank)
         logging.shutdown()

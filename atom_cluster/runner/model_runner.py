@@ -34,8 +34,7 @@ from atom_cluster.runner.kv_memory import KvMemory
 from atom_cluster.runner.pieces import PiecewiseForward
 from atom_cluster.runner.rank_info import RankInfo
 from atom_cluster.runner.row_state import RowTable
-from atom_cluster.runner.sampler import LogprobTensors, Samples, choose, is_plain, sample
-from atom_cluster.runner.sampling_table import draw_of
+from atom_cluster.runner.sampler import LogprobTensors, Samples, choose, sample
 from atom_cluster.runner.step_layout import SamplingStep, StepLayout, sampling_steps
 from atom_cluster.runner.step_profiler import LabelledDrafter, StepProfiler
 from atom_cluster.runner.step_program import Computed, Outcome, StepProgram
@@ -255,7 +254,7 @@ class ModelRunner:
         sampling = sampling_steps(plan.rows)
         draw = self._draw(sampling)
         # What only some requests ask for is no part of graphs.
-        is_captured = all(is_plain(self._table.get(step.row).sampling) for step in sampling)
+        is_captured = all(self._table.get(step.row).is_plain for step in sampling)
         graphed = graphs.run(plan.rows, draw if is_captured else None)
         if graphed.outcome is not None:
             return self._send(graphed.layout, sampling, graphed.outcome, None)
@@ -283,7 +282,7 @@ class ModelRunner:
 
     def _draw(self, sampling: Sequence[SamplingStep]) -> Draw:
         """What it takes to choose tokens for these rows."""
-        return max((draw_of(self._table.get(step.row).sampling) for step in sampling), default=Draw.GREEDY)
+        return max((self._table.get(step.row).draw for step in sampling), default=Draw.GREEDY)
 
     def _choose_in_graph(self, computed: Computed, draw: Draw) -> torch.Tensor:
         assert computed.logits is not None, "every row of a captured step samples"

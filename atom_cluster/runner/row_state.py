@@ -18,10 +18,11 @@ from atom_cluster.errors import ProtocolError
 from atom_cluster.kv_cache.layout import CacheGroup
 from atom_cluster.messages.requests import SamplingParams
 from atom_cluster.messages.steps import NewRow, StepPlan
+from atom_cluster.ops.sampling import Draw
 from atom_cluster.ops.step_inputs import RowTables
 from atom_cluster.runner.host_tensors import on_device
 from atom_cluster.runner.page_tables import PageTable, StateTable
-from atom_cluster.runner.sampling_table import SamplingTable
+from atom_cluster.runner.sampling_table import SamplingTable, draw_of, is_plain
 from atom_cluster.units import ceil_div
 
 
@@ -30,6 +31,15 @@ class Row:
     """The host's part of one occupied row."""
 
     sampling: SamplingParams
+    draw: Draw
+    """What it takes to choose its tokens."""
+    is_plain: bool
+    """Whether they follow from logits, temperature and truncation alone, and are all that is wanted."""
+
+    @classmethod
+    def of(cls, sampling: SamplingParams) -> Row:
+        """For a request with these parameters; worked out once, as every step asks."""
+        return cls(sampling, draw_of(sampling), is_plain(sampling))
 
 
 def slack(num_drafts: int) -> int:
@@ -128,7 +138,7 @@ class RowTable:
             raise ProtocolError(f"request {new.request_id} has {len(new.token_ids)} tokens, more than a row holds")
         sampling = new.sampling
         eos_token_ids = () if sampling.ignore_eos else new.eos_token_ids
-        self.rows[new.row] = Row(sampling)
+        self.rows[new.row] = Row.of(sampling)
         self.sampling.fill(
             new.row,
             sampling,

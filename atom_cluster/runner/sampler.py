@@ -21,7 +21,7 @@ from atom_cluster.ops.sampling import Draw, SamplingTensors, winners
 from atom_cluster.ops.table import OpTable
 from atom_cluster.parallel.collectives import all_reduce_max
 from atom_cluster.runner.row_state import RowTable
-from atom_cluster.runner.sampling_table import adjusts, draw_of
+from atom_cluster.runner.sampling_table import adjusts, draw_of, is_plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +74,6 @@ class Samples:
     def draw(self) -> Draw:
         """What it takes to choose the tokens."""
         return max((draw_of(sampling) for sampling in self.samplings), default=Draw.GREEDY)
-
-
-def is_plain(sampling: SamplingParams) -> bool:
-    """Whether a row's token follows from logits, temperature and truncation alone, and is all that is wanted."""
-    return sampling.logprobs is None and not adjusts(sampling)
 
 
 def choose(

@@ -35,6 +35,11 @@ def adjusts(sampling: SamplingParams) -> bool:
     )
 
 
+def is_plain(sampling: SamplingParams) -> bool:
+    """Whether a row's token follows from logits, temperature and truncation alone, and is all that is wanted."""
+    return sampling.logprobs is None and not adjusts(sampling)
+
+
 class SamplingTable:
     """One row of numbers for each row of a `RowTable`."""
 

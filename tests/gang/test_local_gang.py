@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from atom_cluster.gang.local_gang import _end_with_a_follower
+from atom_cluster.gang.local_gang import _log_deaths
 
 
 def end_behind(seconds: float, status: int) -> None:
@@ -23,7 +23,7 @@ def test_any_follower_that_dies_is_told_of_whichever_lives_on(caplog: pytest.Log
     ]
     for follower in followers:
         follower.start()
-    threading.Thread(target=_end_with_a_follower, args=(followers,), daemon=True).start()
+    threading.Thread(target=_log_deaths, args=(followers,), daemon=True).start()
     followers[1].join(30)
     deadline_s = time.monotonic() + 5
     while not caplog.text and time.monotonic() < deadline_s:
