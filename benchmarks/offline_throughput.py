@@ -23,6 +23,7 @@ import torch
 
 from atom_cluster import LLMEngine, SamplingParams
 from atom_cluster.config.compilation import CompilationConfig
+from atom_cluster.config.observability import ProfileConfig
 from atom_cluster.config.quantization import QuantizationConfig
 from atom_cluster.config.speculative import SpeculativeConfig
 from atom_cluster.observability.metrics import MetricSink
@@ -145,7 +146,13 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory-fraction", type=float, default=0.85)
 
 
-def open_engine(directory: Path, args: argparse.Namespace, metrics: MetricSink | None = None) -> LLMEngine:
+def open_engine(
+    directory: Path,
+    args: argparse.Namespace,
+    *,
+    metrics: MetricSink | None = None,
+    profile: ProfileConfig | None = None,
+) -> LLMEngine:
     """An engine as the command line describes it; dummy weights where there are no others."""
     longest = max(workload.input_len + workload.output_len for workload in args.workload)
     has_weights = any(directory.glob("*.safetensors")) or any(directory.glob("*.gguf"))
@@ -167,6 +174,7 @@ def open_engine(directory: Path, args: argparse.Namespace, metrics: MetricSink |
         quantization=QuantizationConfig(online=args.quantize),
         speculative=SpeculativeConfig(num_tokens=args.speculative) if args.speculative else None,
         metrics=metrics,
+        profile=profile,
         tensor_parallel_size=args.tensor_parallel_size,
         compilation=CompilationConfig(graph_mode=args.graph_mode, capture=args.capture, capture_sizes=sizes),
     )
