@@ -70,12 +70,14 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     directory = model_dir(args.model)
     rows = []
-    with tempfile.TemporaryDirectory() as traces:
-        with open_engine(directory, args, profile=ProfileConfig(directory=traces)) as engine:
-            for workload in args.workload:
-                rows.append(Row.of(workload, record(engine, workload)))
-                print_row(rows[-1], args.top)
-            choices = dict(engine.info.choices)
+    with (
+        tempfile.TemporaryDirectory() as traces,
+        open_engine(directory, args, profile=ProfileConfig(directory=traces)) as engine,
+    ):
+        for workload in args.workload:
+            rows.append(Row.of(workload, record(engine, workload)))
+            print_row(rows[-1], args.top)
+        choices = dict(engine.info.choices)
     if args.save:
         details = {"choices": choices, "rows": [asdict(row) for row in rows]}
         print(f"saved {save_record('decode_profile', args.label or directory.name, details)}")
