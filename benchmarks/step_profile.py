@@ -1,11 +1,11 @@
-"""What steady decode steps spend their time on: how long the GPU is idle, and the kernels, from a profiler's window.
+"""What steps spend their time on: how long the GPU is idle, and the kernels, from a profiler's window.
 
-    python -m benchmarks.decode_profile --model shape:llama_8b --workload 1x128x96 32x1024x96
+    python -m benchmarks.step_profile --model shape:llama_8b --workload 1x128x64 32x1024x64
 
-A workload is requests x prompt tokens x output tokens. The window opens when every request has had a few tokens, and is
-of steps that all decode. A period is from the start of a step on the GPU to the start of the next one, so idle time
-counts between steps as well as inside of them; while the profiler records, the host is slower than otherwise.
-`benchmarks/latency.py` times steps without one.
+A workload is requests x prompt tokens x output tokens, all added at once; it runs once before the window, which is of
+all its steps. Steps that do the same work are one phase (docs/profiling.md). A period is from the start of a step on the
+GPU to the start of the next one of its phase: idle time counts between steps as well as inside of them. While the
+profiler records, the host is slower than otherwise: `benchmarks/latency.py` times steps without one.
 """
 
 from __future__ import annotations
@@ -19,21 +19,16 @@ import torch
 
 from atom_cluster import LLMEngine, SamplingParams
 from atom_cluster.config.observability import ProfileConfig
-from atom_cluster.llm_engine import StreamedOutput
 from atom_cluster.tools.trace.breakdown import KernelRow, Phase, break_down, percentile
 from atom_cluster.tools.trace.events import read_trace
 from benchmarks.offline_throughput import Workload, add_engine_arguments, open_engine
 from benchmarks.records import save_record
 from benchmarks.shapes import model_dir
 
-NUM_STEPS = 40
-"""In a window, unless the workload is shorter."""
-_NUM_SETTLING_TOKENS = 8
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """Decode steps of one workload."""
+    """A phase of one workload."""
 
     workload: Workload
     phase: str
@@ -51,7 +46,7 @@ class Row:
 
     @classmethod
     def of(cls, workload: Workload, phase: Phase) -> Row:
-        """Of the phase that most steps of a window were of."""
+        """Of a phase with at least two steps in a row."""
         return cls(
             workload=workload,
             phase=phase.name,
@@ -75,18 +70,22 @@ def main(arguments: list[str] | None = None) -> None:
         open_engine(directory, args, profile=ProfileConfig(directory=traces)) as engine,
     ):
         for workload in args.workload:
-            rows.append(Row.of(workload, record(engine, workload)))
-            print_row(rows[-1], args.top)
+            for phase in record(engine, workload, num_prompts=1 if args.identical_prompts else workload.num_requests):
+                rows.append(Row.of(workload, phase))
+                print_row(rows[-1], args.top)
         choices = dict(engine.info.choices)
     if args.save:
         details = {"choices": choices, "rows": [asdict(row) for row in rows]}
-        print(f"saved {save_record('decode_profile', args.label or directory.name, details)}")
+        print(f"saved {save_record('step_profile', args.label or directory.name, details)}")
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workload", type=Workload.parse, nargs="+", default=[Workload(1, 128, 96)])
+    parser.add_argument("--workload", type=Workload.parse, nargs="+", default=[Workload(1, 128, 64)])
+    parser.add_argument(
+        "--identical-prompts", action="store_true", help="one prompt for all: all rows go to the same experts"
+    )
     parser.add_argument("--top", type=int, default=16, help="kernels to print")
     parser.add_argument("--save", action="store_true", help="write JSON to benchmarks/results")
     parser.add_argument("--label", help="name of the saved result; the model's if not given")
@@ -94,40 +93,28 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def record(engine: LLMEngine, workload: Workload) -> Phase:
-    """The phase that most steps of a window belong to; the workload runs once before, so that nothing is compiled."""
-    if workload.output_len < 2 * _NUM_SETTLING_TOKENS:
-        raise SystemExit(f"{workload} has too few output tokens: at least {2 * _NUM_SETTLING_TOKENS}")
+def record(engine: LLMEngine, workload: Workload, *, num_prompts: int) -> list[Phase]:
+    """The phases of a workload of so many different prompts that have two steps in a row; the longest first."""
     generator = torch.Generator().manual_seed(0)
+    params = SamplingParams(temperature=0.0, max_tokens=workload.output_len, ignore_eos=True)
     for is_recorded in (False, True):
-        shape = (workload.num_requests, workload.input_len)
-        prompts = torch.randint(engine.info.vocab_size, shape, generator=generator).tolist()
-        counts: dict[str, int] = {}
-
-        def count(output: StreamedOutput, counts: dict[str, int] = counts) -> None:
-            counts[output.request_id] += len(output.token_ids)
-
-        params = SamplingParams(temperature=0.0, max_tokens=workload.output_len, ignore_eos=True)
-        counts.update((name, 0) for name in engine.add_request(prompts, params, stream_callback=count))
-        while is_recorded and min(counts.values()) < _NUM_SETTLING_TOKENS:
-            engine.step()
+        prompts = torch.randint(engine.info.vocab_size, (num_prompts, workload.input_len), generator=generator).tolist()
         if is_recorded:
-            engine.start_profile(num_steps=NUM_STEPS)
-        while not engine.is_finished():
-            engine.step()
-    trace = engine.stop_profile()[0]
-    phases = [phase for phase in break_down(read_trace(trace)).phases if phase.name.startswith("decode")]
-    if not phases or len(phases[0].period_us) < 2:
-        raise SystemExit(f"the window of {workload} has fewer than three steps that decode")
-    return phases[0]
+            engine.start_profile()
+        engine.generate(prompts * (workload.num_requests // num_prompts), params)
+    (trace, *_) = engine.stop_profile()
+    found = [phase for phase in break_down(read_trace(trace)).phases if phase.period_us]
+    trace.unlink()
+    return found
 
 
 def print_row(row: Row, num_kernels: int) -> None:
     """A line, the groups, and the kernels."""
     w = row.workload
     print(
-        f"{w.num_requests} x {w.input_len} + {w.output_len}   {row.phase}   period {row.period_us:.0f} us   "
-        f"step p50 {row.step_p50_us:.0f} us, p99 {row.step_p99_us:.0f} us   idle {row.idle_share:.1%}"
+        f"{w.num_requests} x {w.input_len} + {w.output_len}   {row.phase}   {row.num_steps} steps   "
+        f"period {row.period_us:.0f} us   step p50 {row.step_p50_us:.0f} us, p99 {row.step_p99_us:.0f} us   "
+        f"idle {row.idle_share:.1%}"
     )
     print("   " + "   ".join(f"{group} {us:.0f}" for group, us in row.us_by_group.items()))
     for kernel in row.kernels[:num_kernels]:
