@@ -28,6 +28,7 @@ from atom_cluster.config.quantization import QuantizationConfig
 from atom_cluster.config.speculative import SpeculativeConfig
 from atom_cluster.observability.metrics import MetricSink
 from benchmarks.records import save_record
+from benchmarks.routing import favour_some_experts
 from benchmarks.shapes import model_dir
 
 Prompts = list[list[int]]
@@ -94,11 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
         peer = transformers_generate(directory) if args.peer == "transformers" else None
         rows = []
         for workload in args.workload:
-            num_prompts = 1 if args.identical_prompts else workload.num_requests
-            found = measure(
-                our_generate(engine), peer, workload, num_prompts=num_prompts, repeats=args.repeats, engine=engine
-            )
-            rows.append(found)
+            rows.append(measure(our_generate(engine), peer, workload, repeats=args.repeats, engine=engine))
             print(rows[-1], flush=True)
         if args.speculative:
             engine.print_mtp_statistics()
@@ -115,9 +112,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--workload", type=Workload.parse, nargs="+", default=[Workload(1, 64, 64), Workload(8, 64, 64)]
     )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument(
-        "--identical-prompts", action="store_true", help="one prompt for all: all rows go to the same experts"
-    )
     parser.add_argument("--peer", choices=["transformers", "none"], default="none")
     parser.add_argument("--save", action="store_true", help="write JSON to benchmarks/results")
     parser.add_argument("--label", help="name of the saved result; the model's if not given")
@@ -144,6 +138,9 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-model-len", type=int, help="longest context; the workloads' longest if not given")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs that compute together")
     parser.add_argument("--memory-fraction", type=float, default=0.85)
+    parser.add_argument(
+        "--same-experts", action="store_true", help="all tokens go to the same experts, see benchmarks/routing.py"
+    )
 
 
 def open_engine(
@@ -154,6 +151,8 @@ def open_engine(
     profile: ProfileConfig | None = None,
 ) -> LLMEngine:
     """An engine as the command line describes it; dummy weights where there are no others."""
+    if args.same_experts:
+        favour_some_experts()
     longest = max(workload.input_len + workload.output_len for workload in args.workload)
     has_weights = any(directory.glob("*.safetensors")) or any(directory.glob("*.gguf"))
     sizes = None if args.capture_sizes is None else tuple(args.capture_sizes)
@@ -212,15 +211,14 @@ def transformers_generate(directory: Path) -> Generate:
     return generate
 
 
-def measure(
-    ours: Generate, peer: Generate | None, workload: Workload, *, num_prompts: int, repeats: int, engine: LLMEngine
-) -> Row:
-    """One workload of so many different prompts: a short warm-up of both, then alternating repeats."""
+def measure(ours: Generate, peer: Generate | None, workload: Workload, *, repeats: int, engine: LLMEngine) -> Row:
+    """One workload: a short warm-up of both, then alternating repeats."""
     generator = torch.Generator().manual_seed(workload.num_requests)
 
     def prompts(length: int) -> Prompts:
-        found: Prompts = torch.randint(engine.info.vocab_size, (num_prompts, length), generator=generator).tolist()
-        return found * (workload.num_requests // num_prompts)
+        shape = (workload.num_requests, length)
+        found: Prompts = torch.randint(engine.info.vocab_size, shape, generator=generator).tolist()
+        return found
 
     for generate in (ours, peer):
         if generate is not None:

@@ -38,7 +38,7 @@ class Row:
     step_p50_us: float
     step_p99_us: float
     idle_share: float
-    """Of the mean period."""
+    """Of the periods."""
     us_by_group: dict[str, float]
     """Per step."""
     kernels: list[KernelRow]
@@ -54,7 +54,7 @@ class Row:
             period_us=statistics.median(phase.period_us),
             step_p50_us=percentile(phase.step_us, 50),
             step_p99_us=percentile(phase.step_us, 99),
-            idle_share=1.0 - phase.busy_us / statistics.mean(phase.period_us),
+            idle_share=phase.idle_of_periods,
             us_by_group=phase.us_by_group,
             kernels=list(phase.rows),
         )
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
         open_engine(directory, args, profile=ProfileConfig(directory=traces)) as engine,
     ):
         for workload in args.workload:
-            for phase in record(engine, workload, num_prompts=1 if args.identical_prompts else workload.num_requests):
+            for phase in record(engine, workload):
                 rows.append(Row.of(workload, phase))
                 print_row(rows[-1], args.top)
         choices = dict(engine.info.choices)
@@ -83,9 +83,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", type=Workload.parse, nargs="+", default=[Workload(1, 128, 64)])
-    parser.add_argument(
-        "--identical-prompts", action="store_true", help="one prompt for all: all rows go to the same experts"
-    )
     parser.add_argument("--top", type=int, default=16, help="kernels to print")
     parser.add_argument("--save", action="store_true", help="write JSON to benchmarks/results")
     parser.add_argument("--label", help="name of the saved result; the model's if not given")
@@ -93,15 +90,16 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def record(engine: LLMEngine, workload: Workload, *, num_prompts: int) -> list[Phase]:
-    """The phases of a workload of so many different prompts that have two steps in a row; the longest first."""
+def record(engine: LLMEngine, workload: Workload) -> list[Phase]:
+    """The phases of a workload that have two steps in a row; the longest first."""
     generator = torch.Generator().manual_seed(0)
     params = SamplingParams(temperature=0.0, max_tokens=workload.output_len, ignore_eos=True)
     for is_recorded in (False, True):
-        prompts = torch.randint(engine.info.vocab_size, (num_prompts, workload.input_len), generator=generator).tolist()
+        shape = (workload.num_requests, workload.input_len)
+        prompts = torch.randint(engine.info.vocab_size, shape, generator=generator).tolist()
         if is_recorded:
             engine.start_profile()
-        engine.generate(prompts * (workload.num_requests // num_prompts), params)
+        engine.generate(prompts, params)
     (trace, *_) = engine.stop_profile()
     found = [phase for phase in break_down(read_trace(trace)).phases if phase.period_us]
     trace.unlink()

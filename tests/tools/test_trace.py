@@ -45,6 +45,7 @@ def test_times_of_kernels_groups_and_idle_add_up_to_the_steps(breakdown: Breakdo
     assert (decode.name, prefill.name, draft.name, draft.is_part) == ("decode bs=2", "prefill", "draft", True)
     assert decode.step_us == (21.0, 31.0, 35.0)
     assert decode.period_us == (30.0, 50.0)
+    assert decode.idle_of_periods == pytest.approx(1 - (15 + 20) / 80)
     assert decode.us_by_group == pytest.approx({"gemm": 35 / 3, "norm": 8 / 3, "copy": 7 / 3})
     assert decode.busy_us + decode.idle_us == pytest.approx(decode.mean_step_us)
     assert decode.idle_us == pytest.approx((6 + 11 + 20) / 3)

@@ -46,6 +46,8 @@ class Phase:
     """Per step, in the order of `GROUPS`; only groups that there are."""
     step_us: tuple[float, ...]
     period_us: tuple[float, ...]
+    idle_of_periods: float
+    """Share of the periods' time, inside of steps and between them; 0 when there are none."""
     busy_us: float
     """Per step."""
     idle_us: float
@@ -102,7 +104,7 @@ class Breakdown:
 
 def break_down(trace: Trace) -> Breakdown:
     """The numbers of a trace."""
-    phases = [_phase(name, steps, _periods(trace.steps, name)) for name, steps in _by_phase(trace.steps).items()]
+    phases = [_phase(name, steps, _neighbours(trace.steps, name)) for name, steps in _by_phase(trace.steps).items()]
     parts = [_phase(name, steps, [], is_part=True) for name, steps in _by_phase(trace.drafts).items()]
     by_time = sorted(phases, key=lambda phase: -phase.total_us)
     first_us = min((step.start_us for step in trace.steps), default=0.0)
@@ -132,8 +134,11 @@ def _by_phase(steps: Iterable[Step]) -> dict[str, list[Step]]:
     return by_phase
 
 
-def _phase(name: str, steps: Sequence[Step], periods: Sequence[float], *, is_part: bool = False) -> Phase:
+def _phase(
+    name: str, steps: Sequence[Step], neighbours: Sequence[tuple[Step, Step]], *, is_part: bool = False
+) -> Phase:
     num_steps = len(steps)
+    period_us = tuple(after.start_us - step.start_us for step, after in neighbours)
     step_us = tuple(step.end_us - step.start_us for step in steps)
     rows = _rows(steps)
     busy_us = sum(row.us_per_step for row in rows)
@@ -144,7 +149,8 @@ def _phase(name: str, steps: Sequence[Step], periods: Sequence[float], *, is_par
         rows=rows,
         us_by_group={group: us for group, us in us_by_group.items() if us},
         step_us=step_us,
-        period_us=tuple(periods),
+        period_us=period_us,
+        idle_of_periods=1.0 - sum(_busy_us(step) for step, _ in neighbours) / sum(period_us) if period_us else 0.0,
         busy_us=busy_us,
         idle_us=sum(step_us) / num_steps - busy_us,
         is_part=is_part,
@@ -183,9 +189,17 @@ def _rows(steps: Sequence[Step]) -> tuple[KernelRow, ...]:
     return tuple(sorted(rows, key=lambda row: -row.us_per_step))
 
 
-def _periods(steps: Sequence[Step], phase: str) -> list[float]:
-    pairs = zip(steps, steps[1:])
-    return [after.start_us - step.start_us for step, after in pairs if step.phase == after.phase == phase]
+def _neighbours(steps: Sequence[Step], phase: str) -> list[tuple[Step, Step]]:
+    """Steps of a phase that another one of it follows, with that one."""
+    return [pair for pair in zip(steps, steps[1:]) if pair[0].phase == pair[1].phase == phase]
+
+
+def _busy_us(step: Step) -> float:
+    busy_us, until_us = 0.0, step.start_us
+    for work in step.work:
+        busy_us += max(0.0, work.end_us - max(work.start_us, until_us))
+        until_us = max(until_us, work.end_us)
+    return busy_us
 
 
 def _gaps(trace: Trace, first_us: float, last_us: float) -> list[Gap]:
