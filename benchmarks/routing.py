@@ -12,7 +12,7 @@ import torch
 from atom_cluster.layers.router import Router
 from atom_cluster.ops.moe import RoutingRule
 
-_ADVANTAGE = 100.0
+ADVANTAGE = 100.0
 """More than any score."""
 
 
@@ -33,9 +33,9 @@ def favour_some_experts() -> None:
 
     def finish_loading(self: Router) -> None:
         finish(self)
-        bias_E, rule = self._bias_E, self._spec
-        if bias_E is None:
+        bias, rule = self._bias_E, self._spec
+        if bias is None:
             raise ValueError("--same-experts: the model's router has no bias that could favour experts")
-        bias_E[torch.tensor(favoured_experts(rule, len(bias_E)), device=bias_E.device)] += _ADVANTAGE
+        bias[torch.tensor(favoured_experts(rule, len(bias)), device=bias.device)] += ADVANTAGE
 
     Router.finish_loading = finish_loading  # type: ignore[method-assign]

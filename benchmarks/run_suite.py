@@ -3,7 +3,8 @@
     python -m benchmarks.run_suite benchmarks/suites/one_h200.txt
 
 A suite has one benchmark per line, with its arguments; lines that begin with # say what it is for. What a benchmark
-prints about its results is shown; one that fails or takes too long does not keep the others from running.
+prints about its results is shown; one that fails or takes too long does not keep the others from running. Benchmarks
+save their own results, but for those of single ops (`ops.NAME`): of these the tables that they print are saved here.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from benchmarks.records import save_record
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,13 +40,19 @@ def run(line: str, limit_s: float) -> bool:
     """Whether a benchmark ended well."""
     name, *options = shlex.split(line)
     started_s = time.perf_counter()
-    command = [sys.executable, "-m", f"benchmarks.{name}", *options, "--save"]
+    is_table = name.startswith("ops.")
+    command = [sys.executable, "-m", f"benchmarks.{name}", *options, *([] if is_table else ["--save"])]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
     except subprocess.TimeoutExpired:
         print(f"   took longer than {limit_s:.0f} s", flush=True)
         return False
     print("\n".join(f"   {text}" for text in done.stdout.splitlines()[-24:]))
+    if is_table and not done.returncode:
+        import torch  # noqa: F401  what a record says of GPUs it has from torch
+
+        label = "_".join(option.lstrip("-") for option in options)
+        print(f"   saved {save_record(name, label, {'table': done.stdout.splitlines()}, arguments=options)}")
     if done.returncode:
         print("\n".join(f"   {text}" for text in done.stderr.splitlines()[-12:]))
     print(f"   [{time.perf_counter() - started_s:.0f} s]", flush=True)

@@ -3,8 +3,8 @@
     python -m benchmarks.step_profile --model shape:llama_8b --workload 1x128x64 32x1024x64
 
 A workload is requests x prompt tokens x output tokens, all added at once; it runs once before the window, which is of
-all its steps. Steps that do the same work are one phase (docs/profiling.md). A period is from the start of a step on the
-GPU to the start of the next one of its phase: idle time counts between steps as well as inside of them. While the
+all its steps. Steps that do the same work are one phase (docs/profiling.md). A period is from the start of a step on
+the GPU to the start of the next one of its phase: idle time counts between steps as well as inside of them. While the
 profiler records, the host is slower than otherwise: `benchmarks/latency.py` times steps without one.
 """
 

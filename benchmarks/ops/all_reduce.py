@@ -16,17 +16,15 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from atom_cluster.parallel.groups import ProcessGroups
-from benchmarks.records import save_record
 
 NUM_ROWS = [1, 2, 4, 8, 16, 32, 56, 64, 96, 128, 256]
 CALLS_PER_GRAPH = 50
 
 
 def main() -> None:
-    """Measure, print, and save if asked to."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--save", action="store_true", help="write JSON to benchmarks/results")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         rows = torch.multiprocessing.get_context("spawn").SimpleQueue()
@@ -37,8 +35,6 @@ def main() -> None:
     for row in found:
         peers_us = row["peers_us"] or float("nan")
         print(f"{row['rows']:6d}{row['bytes'] / 1024:8.0f}{peers_us:10.1f}{row['library_us']:12.1f}")
-    if args.save:
-        print(f"saved {save_record('ops.all_reduce', f'{args.ranks}_ranks', {'rows': found})}")
 
 
 def run_rank(rank: int, num_ranks: int, meeting: str, rows: object) -> None:

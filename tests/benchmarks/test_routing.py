@@ -13,11 +13,11 @@ DEEPSEEK = RoutingRule(experts_per_token=8, score="sigmoid", num_groups=8, topk_
 def test_every_token_gets_the_favoured_experts_whatever_its_scores() -> None:
     favoured = routing.favoured_experts(DEEPSEEK, 256)
     assert favoured == [0, 1, 32, 33, 64, 65, 96, 97]
-    bias_E = torch.randn(256)
-    bias_E[favoured] += routing._ADVANTAGE
-    expert_TK, weight_TK = route(torch.randn(5, 256), bias_E, DEEPSEEK)
-    assert expert_TK.sort().values.tolist() == [favoured] * 5
-    assert (weight_TK > 0).all()
+    bias = torch.randn(256)
+    bias[favoured] += routing.ADVANTAGE
+    experts, weights = route(torch.randn(5, 256), bias, DEEPSEEK)
+    assert experts.sort().values.tolist() == [favoured] * 5
+    assert (weights > 0).all()
 
 
 def test_a_router_without_a_bias_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

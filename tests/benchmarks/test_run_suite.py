@@ -1,8 +1,9 @@
+import json
 from pathlib import Path
 
 import pytest
 
-from benchmarks import latency, offline_throughput, prefill_rate, run_suite
+from benchmarks import latency, offline_throughput, prefill_rate, run_suite, step_profile
 from tests.tiny_models import tiny_model_dir
 
 SUITES = sorted((Path(run_suite.__file__).parent / "suites").glob("*.txt"))
@@ -26,9 +27,25 @@ def test_every_line_of_a_suite_can_be_read(suite: Path) -> None:
         "offline_throughput": offline_throughput.parse_arguments,
         "latency": latency.parse_arguments,
         "prefill_rate": prefill_rate.parse_arguments,
+        "step_profile": step_profile.parse_arguments,
     }
     lines = [line.split() for line in suite.read_text().splitlines() if not line.startswith("#")]
     assert lines
     for name, *options in lines:
         if name in parsers:
             parsers[name](options)
+        else:
+            assert name == "startup" or Path("benchmarks", f"{name.replace('.', '/')}.py").is_file()
+
+
+def test_tables_of_ops_are_saved_as_they_are_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATOM_BENCHMARK_RESULTS", str(tmp_path / "results"))
+    package = tmp_path / "benchmarks" / "ops"
+    package.mkdir(parents=True)
+    (package / "made_up.py").write_text("import sys; print('shape  us'); print(sys.argv[1], 7)")
+    monkeypatch.chdir(tmp_path)
+    assert run_suite.run("ops.made_up decode", 60.0)
+    (path,) = (tmp_path / "results").iterdir()
+    record = json.loads(path.read_text())
+    assert record["table"] == ["shape  us", "decode 7"]
+    assert record["command"] == "python -m benchmarks.ops.made_up decode"
