@@ -8,6 +8,7 @@ from atom_cluster.layers.context import LayerContext
 from atom_cluster.layers.linear import ColumnLinear, Output, RowLinear
 from atom_cluster.layers.module import Module
 from atom_cluster.ops.activation import GateAndMul
+from atom_cluster.ops.linear import gated_product
 from atom_cluster.parallel.sharding import even_span
 
 
@@ -41,4 +42,4 @@ class GatedMlp(Module):
 
     def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
         """[T, D] -> [T, D]"""
-        return self.down(self._activation(self.gate_up(x_TD)))
+        return self.down(gated_product(self.gate_up.op, x_TD, self._activation))

@@ -41,12 +41,13 @@ class SparseMoe(Module):
         self.shared: GatedMlp | None = None
         self.shared_gate: ColumnLinear | None = None
         if spec.shared_size is not None:
+            silu, limit = context.ops.silu_and_mul, spec.activation.limit
             self.shared = GatedMlp(
                 context.at(spec.shared_name),
                 hidden_size=spec.hidden_size,
                 intermediate_size=spec.shared_size,
                 names=spec.projection_names,
-                activation=partial(context.ops.silu_and_mul, limit=spec.activation.limit),
+                activation=silu if limit is None else partial(silu, limit=limit),
                 sums=False,
             )
         if spec.shared_gate_name is not None:

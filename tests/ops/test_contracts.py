@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from atom_cluster.config.ops import OpsConfig
+from atom_cluster.ops.linear import gated_product
 from atom_cluster.ops.select import select_ops
 from atom_cluster.ops.table import OpTable
 from atom_cluster.platform.detect import detect_platform
@@ -53,6 +54,15 @@ def test_linear_with_sums_of_float32(case: tuple[OpTable, torch.dtype], num_toke
     torch.testing.assert_close(
         y.double(), x.double() @ weight.double().T + bias.double(), atol=tolerance, rtol=tolerance
     )
+
+
+@pytest.mark.parametrize("name", ["silu_and_mul", "gelu_tanh_and_mul"])
+@pytest.mark.parametrize("num_tokens", [1, 5])
+def test_gates_of_a_linear_op(case: tuple[OpTable, torch.dtype], num_tokens: int, name: str) -> None:
+    ops, dtype = case
+    op = ops.prepare_linear(randn(10, 24, dtype=dtype, seed=1), randn(10, dtype=dtype, seed=2), dtype=dtype)
+    x, activation = randn(num_tokens, 24, dtype=dtype), getattr(ops, name)
+    assert_matches(gated_product(op, x, activation), activation(op(x)).double(), dtype)
 
 
 @pytest.mark.parametrize("shape", [(7, 24), (3, 5, 24)])

@@ -8,12 +8,24 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from atom_cluster.ops.activation import GateAndMul
 from atom_cluster.ops.linear import LinearOp
 from atom_cluster.ops.torch_ref.linear import prepare_linear as prepare_plain
+from atom_cluster.ops.triton.activation import silu_and_mul
 from atom_cluster.ops.triton.gemm import gemm
 from atom_cluster.ops.triton.gemv import MAX_TOKENS as MAX_GEMV_TOKENS
 from atom_cluster.ops.triton.gemv import gemv
-from atom_cluster.ops.triton.linear_blocks import GEMM, GEMV, MAX_TUNED_TOKENS, Choice, choose, gemm_blocks
+from atom_cluster.ops.triton.gemv_hopper import MAX_TOKENS as MAX_HOPPER_TOKENS
+from atom_cluster.ops.triton.gemv_hopper import Rounding, gemv_hopper, is_fit
+from atom_cluster.ops.triton.linear_blocks import (
+    GEMM,
+    GEMV,
+    MAX_TUNED_TOKENS,
+    Choice,
+    choose,
+    gemm_blocks,
+    hopper_blocks,
+)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -21,6 +33,26 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def new_counters(num_out: int, device: torch.device) -> torch.Tensor:
     """What `gemm` counts with: enough for the smallest tiles of outputs, twice."""
     return torch.zeros(2 * (-(-num_out // 16)), dtype=torch.int32, device=device)
+
+
+def product_by_hopper(
+    kind: str,
+    x_TI: torch.Tensor,
+    weight_OI: torch.Tensor,
+    bias_O: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    rounding: Rounding | None = None,
+    *,
+    gates: bool,
+) -> torch.Tensor | None:
+    """What `gemv_hopper` computes, where it is the kernel to take. kind: of the weight, as its choices are named."""
+    num_tokens, (num_out, num_in) = len(x_TI), weight_OI.shape
+    blocks = hopper_blocks(kind, num_out, num_in, num_tokens) if num_tokens <= MAX_HOPPER_TOKENS else None
+    if blocks is None or not is_fit(x_TI, weight_OI, blocks.inputs):
+        return None
+    out_TO = x_TI.new_empty(num_tokens, num_out // 2 if gates else num_out, dtype=out_dtype)
+    gemv_hopper(x_TI, weight_OI, bias_O, out_TO, blocks, rounding, gates=gates)
+    return out_TO
 
 
 class PlainLinear:
@@ -41,6 +73,20 @@ class PlainLinear:
 
     def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
         """[T, in] -> [T, out]"""
+        return self._multiply(x_TI, None)
+
+    def gated(self, x_TI: torch.Tensor, activation: GateAndMul) -> torch.Tensor:
+        """[T, in] -> [T, out / 2]"""
+        return self._multiply(x_TI, activation)
+
+    def _multiply(self, x_TI: torch.Tensor, activation: GateAndMul | None) -> torch.Tensor:
+        gates = activation is silu_and_mul
+        y_TO = product_by_hopper(self._kind, x_TI, self._weight_OI, self._bias_O, self._out_dtype, gates=gates)
+        if y_TO is None:
+            y_TO, gates = self._by_others(x_TI), False
+        return y_TO if activation is None or gates else activation(y_TO)
+
+    def _by_others(self, x_TI: torch.Tensor) -> torch.Tensor:
         num_tokens = len(x_TI)
         if 0 < num_tokens <= MAX_TUNED_TOKENS:
             num_out, num_in = self._weight_OI.shape

@@ -18,8 +18,9 @@ import triton
 from atom_cluster.ops.triton import runtime
 from atom_cluster.ops.triton.codes import KIND_NAMES
 from atom_cluster.ops.triton.gemm import GemmBlocks
+from atom_cluster.ops.triton.gemv_hopper import GemvBlocks
 
-GEMV, GEMM, LIBRARY = "gemv", "gemm", "library"
+GEMV, GEMV_HOPPER, GEMM, LIBRARY = "gemv", "gemv_hopper", "gemm", "library"
 MAX_TUNED_TOKENS = 128
 _MAX_SPLITS = 8
 _MIN_TURNS = 2
@@ -30,29 +31,52 @@ _AS_WIDE = {"float16": "bfloat16", "int8": "float8"}
 
 Choice = dict[str, Any]
 """`kernel`, and how it cuts."""
+_Row = tuple[int, int, int, Choice]
+"""Outputs, inputs, tokens, choice."""
 
 
 def choose(kind: str, num_out: int, num_in: int, num_tokens: int) -> Choice:
-    """For weights of a kind, such as `bfloat16`, of this rank, and up to `MAX_TUNED_TOKENS` tokens."""
+    """For weights of a kind, such as `bfloat16`, of this rank, and up to `MAX_TUNED_TOKENS` tokens. Any kernel takes it
+    but `GEMV_HOPPER`, which `hopper_blocks` chooses."""
     return _choose(runtime.arch(), kind, num_out, num_in, num_tokens)
 
 
 @cache
 def _choose(arch: str, kind: str, num_out: int, num_in: int, num_tokens: int) -> Choice:
-    measured = _measured(arch).get(_AS_WIDE.get(kind, kind))
-    if not measured:
+    nearest = _nearest(arch, kind, num_out, num_in, num_tokens, is_hopper=False)
+    if nearest is None:
         return _guess(kind, num_out, num_in, num_tokens)
-    steps = sorted({tokens for _, _, tokens, _ in measured})
-    step = next((tokens for tokens in steps if tokens >= num_tokens), steps[-1])
-
-    def distance(row: tuple[int, int, int, Choice]) -> float:
-        return abs(math.log(row[0] / num_out)) + abs(math.log(row[1] / num_in))
-
-    rows, columns, _, choice = min((row for row in measured if row[2] == step), key=distance)
+    rows, columns, _, choice = nearest
     if choice["kernel"] != GEMM or (rows, columns) == (num_out, num_in):
         return choice
     tiles, wanted = -(-num_out // choice["outputs"]), -(-rows // choice["outputs"]) * choice["splits"]
     return {**choice, "splits": _splits(tiles, num_in // choice["inputs"], wanted)}
+
+
+def hopper_blocks(kind: str, num_out: int, num_in: int, num_tokens: int) -> GemvBlocks | None:
+    """How `gemv_hopper` cuts such a product; None where another kernel is faster, or nothing was measured."""
+    return _hopper_blocks(runtime.arch(), kind, num_out, num_in, num_tokens)
+
+
+@cache
+def _hopper_blocks(arch: str, kind: str, num_out: int, num_in: int, num_tokens: int) -> GemvBlocks | None:
+    nearest = _nearest(arch, kind, num_out, num_in, num_tokens, is_hopper=True)
+    if nearest is None or nearest[3]["kernel"] != GEMV_HOPPER:
+        return None
+    return GemvBlocks(**{key: value for key, value in nearest[3].items() if key != "kernel"})
+
+
+def _nearest(arch: str, kind: str, num_out: int, num_in: int, num_tokens: int, *, is_hopper: bool) -> _Row | None:
+    """What was measured of the most similar product. is_hopper: `GEMV_HOPPER` too, which goes before others."""
+    measured = _measured(arch).get(_AS_WIDE.get(kind, kind), ())
+    steps = sorted({tokens for _, _, tokens, _ in measured})
+    step = next((tokens for tokens in steps if tokens >= num_tokens), steps[-1] if steps else 0)
+
+    def distance(row: _Row) -> tuple[float, bool]:
+        return abs(math.log(row[0] / num_out)) + abs(math.log(row[1] / num_in)), row[3]["kernel"] != GEMV_HOPPER
+
+    rows = (row for row in measured if row[2] == step and (is_hopper or row[3]["kernel"] != GEMV_HOPPER))
+    return min(rows, key=distance, default=None)
 
 
 def gemm_blocks(choice: Choice) -> GemmBlocks:
@@ -102,8 +126,8 @@ def _splits(tiles: int, turns: int, wanted: int) -> int:
 
 
 @cache
-def _measured(arch: str) -> dict[str, list[tuple[int, int, int, Choice]]]:
-    """Outputs, inputs, tokens and choice, by kind."""
+def _measured(arch: str) -> dict[str, list[_Row]]:
+    """By kind."""
     path = Path(__file__).parent / "tuning" / f"linear.{arch}.json"
     if not path.exists():
         return {}

@@ -13,14 +13,18 @@ from dataclasses import replace
 
 import torch
 
+from atom_cluster.ops.activation import GateAndMul
 from atom_cluster.ops.linear import LinearOp
+from atom_cluster.ops.number_formats import largest
 from atom_cluster.ops.quantized import InputQuantization, QuantizedWeight
 from atom_cluster.ops.torch_ref.quantized import QuantizedLinear
 from atom_cluster.ops.triton import runtime
+from atom_cluster.ops.triton.activation import silu_and_mul
 from atom_cluster.ops.triton.codes import KIND_NAMES, PackedWeight
 from atom_cluster.ops.triton.gemm import Scales, gemm
 from atom_cluster.ops.triton.gemm_packed import dequantize_packed, gemm_packed
-from atom_cluster.ops.triton.linear import new_counters
+from atom_cluster.ops.triton.gemv_hopper import ROUNDED_GROUP, Rounding
+from atom_cluster.ops.triton.linear import new_counters, product_by_hopper
 from atom_cluster.ops.triton.linear_blocks import (
     GEMM,
     LIBRARY,
@@ -68,6 +72,7 @@ class CodesLinear:
         self._group_in = inputs.group_size or num_in
         self._kind = ("float8_block" if self._is_blockwise else "float8") if weight.number == "float8" else "int8"
         self._counters = new_counters(num_out, weight.codes.device)
+        self._rounding = self._rounding_of_few_tokens(weight, inputs)
         self._refused_by_library: set[int] = set()
         """Numbers of tokens."""
         self._has_library = (
@@ -79,6 +84,37 @@ class CodesLinear:
 
     def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
         """[T, in] -> [T, out]"""
+        return self._multiply(x_TI, None)
+
+    def gated(self, x_TI: torch.Tensor, activation: GateAndMul) -> torch.Tensor:
+        """[T, in] -> [T, out / 2]"""
+        return self._multiply(x_TI, activation)
+
+    def _rounding_of_few_tokens(self, weight: QuantizedWeight, inputs: InputQuantization) -> Rounding | None:
+        """For the kernel that rounds inputs itself; None where it does not know how."""
+        groups = (inputs.group_size or weight.num_in, weight.block[1])
+        if inputs.is_static or weight.codes.dtype != torch.float8_e4m3fn:
+            return None
+        if self._is_blockwise and groups != (ROUNDED_GROUP, ROUNDED_GROUP):
+            return None
+        return Rounding(
+            of_outputs=self._scale,
+            block=self._block,
+            limit=largest("float8", weight.codes.dtype),
+            max_abs=math.inf if inputs.max_abs is None else inputs.max_abs,
+        )
+
+    def _multiply(self, x_TI: torch.Tensor, activation: GateAndMul | None) -> torch.Tensor:
+        gates, y_TO = activation is silu_and_mul, None
+        if self._rounding is not None:
+            y_TO = product_by_hopper(
+                self._kind, x_TI, self._codes_OI, self._bias_O, x_TI.dtype, self._rounding, gates=gates
+            )
+        if y_TO is None:
+            y_TO, gates = self._by_others(x_TI), False
+        return y_TO if activation is None or gates else activation(y_TO)
+
+    def _by_others(self, x_TI: torch.Tensor) -> torch.Tensor:
         num_tokens, (num_out, num_in) = len(x_TI), self._codes_OI.shape
         if num_tokens == 0:
             return x_TI.new_empty(0, num_out)

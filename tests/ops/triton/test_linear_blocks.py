@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from atom_cluster.ops.triton import runtime
-from atom_cluster.ops.triton.linear_blocks import GEMM, GEMV, LIBRARY, choose, gemm_blocks
+from atom_cluster.ops.triton.linear_blocks import GEMM, GEMV, LIBRARY, choose, gemm_blocks, hopper_blocks
 
 
 @pytest.fixture
@@ -32,7 +32,18 @@ def test_other_shapes_have_as_many_programs_as_the_nearest() -> None:
     assert few_inputs["kernel"] == LIBRARY or few_inputs["splits"] == 1
 
 
+@pytest.mark.usefixtures("h200")
+def test_the_hopper_kernel_is_chosen_near_where_it_won() -> None:
+    assert hopper_blocks("bfloat16", 28672, 4096, 1) and hopper_blocks("float8", 3072, 4096, 1)
+    assert hopper_blocks("bfloat16", 151936, 1024, 1) is None
+    assert hopper_blocks("bfloat16", 28672, 4096, 2) is None
+    assert hopper_blocks("float32", 4096, 4096, 1) is None
+    # Where it cannot be used after all, others are chosen as if it were not there.
+    assert choose("bfloat16", 4096, 4096, 1)["kernel"] == GEMV
+
+
 def test_chips_without_measurements_have_guesses() -> None:
+    assert hopper_blocks("bfloat16", 4096, 4096, 1) is None
     assert choose("bfloat16", 4096, 4096, 2)["kernel"] == GEMV
     assert choose("bfloat16", 4096, 4096, 5)["kernel"] == LIBRARY
     assert choose("int4", 4096, 4096, 1)["splits"] == 8

@@ -9,11 +9,19 @@ from dataclasses import replace
 import pytest
 import torch
 
+from atom_cluster.ops.linear import LinearOp, gated_product
 from atom_cluster.ops.number_formats import float8_to_fnuz
 from atom_cluster.ops.quantized import InputQuantization, QuantizedWeight, dequantize
 from atom_cluster.ops.select import float8_dtype_of
 from atom_cluster.ops.torch_ref.quantized import round_inputs as round_by_reference
-from atom_cluster.ops.triton import prepare_linear, prepare_quantized_linear
+from atom_cluster.ops.triton import (
+    gelu_tanh_and_mul,
+    prepare_linear,
+    prepare_quantized_linear,
+    runtime,
+    silu_and_mul,
+)
+from atom_cluster.ops.triton.gemv_hopper import GemvBlocks, Rounding, gemv_hopper, is_fit
 from atom_cluster.ops.triton.quantize import quantize_inputs
 from atom_cluster.platform.detect import detect_platform
 from atom_cluster.quantization.quantize import QUANTIZERS
@@ -125,6 +133,57 @@ def test_quantized_weights(name: str, shape: tuple[int, int], dtype: torch.dtype
         y = op(x)
         expected = rounded_inputs(x, weight) @ numbers.T + bias.double()
         assert error(y, expected) < limit, num_tokens
+
+
+@pytest.mark.parametrize("name", ["plain", "fp8", "fp8_block", "int4"])
+@pytest.mark.parametrize("shape", [(28672, 4096), (6144, 4096), (500, 1024)], ids=str)
+@torch.inference_mode()
+def test_gates_are_applied_to_rounded_outputs(name: str, shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+    if name == "plain":
+        op: LinearOp = prepare_linear(weight, None, dtype=torch.bfloat16)
+    elif float8_dtype_of(detect_platform("auto")) == torch.float8_e4m3fnuz and name.startswith("fp8"):
+        pytest.skip("quantizers make the other kind of float8")
+    else:
+        op = prepare_quantized_linear(QUANTIZERS[name](weight.float()), None, dtype=torch.bfloat16)
+    for num_tokens in (1, 2, 5, 8, 40):
+        x = torch.randn(num_tokens, shape[1], device="cuda", dtype=torch.bfloat16) * 0.1
+        for activation in (silu_and_mul, gelu_tanh_and_mul):
+            expected = activation(op(x)).double()
+            poison()
+            assert error(gated_product(op, x, activation), expected) < 1e-3, num_tokens
+
+
+@pytest.mark.parametrize("kind", ["plain", "fp8", "fp8_block"])
+@pytest.mark.parametrize("seed", range(12))
+@torch.inference_mode()
+def test_hopper_kernel_of_any_cut(kind: str, seed: int) -> None:
+    if not runtime.is_hopper():
+        pytest.skip("for sm_90")
+    generator = random.Random(seed)
+    torch.manual_seed(seed)
+    num_tokens, num_in = generator.randint(1, 8), 1024 * generator.choice([1, 2, 4, 7])
+    num_out = generator.choice([16, 100, 1536, 2112, 4098])
+    gates, has_bias = generator.random() < 0.5, generator.random() < 0.5
+    blocks = GemvBlocks(inputs=128, num_warps=generator.choice([4, 8]), num_stages=generator.choice([2, 3, 4]))
+    plain = torch.randn(num_out, num_in, device="cuda", dtype=torch.bfloat16) * 0.05
+    bias = torch.randn(num_out, device="cuda", dtype=torch.bfloat16) if has_bias else None
+    x = torch.randn(num_tokens, num_in + 16, device="cuda", dtype=torch.bfloat16)[:, :num_in]
+    x[0] *= 30
+    codes, rounding, inputs, numbers = plain, None, x.double(), plain.double()
+    if kind != "plain":
+        weight = QUANTIZERS[kind](plain.float())
+        codes, inputs, numbers = weight.codes, rounded_inputs(x, weight), dequantize(weight, torch.float64)
+        rounding = Rounding(of_outputs=weight.scale, block=weight.block, limit=448.0, max_abs=torch.inf)
+    expected = (inputs @ numbers.T + (0 if bias is None else bias.double())).bfloat16()
+    if gates:
+        expected = silu_and_mul(expected)
+    poison()
+    out = torch.full_like(expected, torch.nan)
+    assert is_fit(x, codes, blocks.inputs)
+    gemv_hopper(x, codes, bias, out, blocks, rounding, gates=gates)
+    assert error(out, expected.double()) < 5e-3
 
 
 @pytest.mark.parametrize("num_in", [128, 300, 4096, 20000])

@@ -5,13 +5,41 @@ from dataclasses import replace
 
 import torch
 
+from atom_cluster.ops.linear import LinearOp, gated_product
 from atom_cluster.ops.quantized import InputQuantization, QuantizedWeight
 from atom_cluster.ops.triton import linear, linear_quantized, runtime
+from atom_cluster.ops.triton.activation import silu_and_mul
 from atom_cluster.ops.triton.gemm_packed import dequantize_packed
+from atom_cluster.ops.triton.gemv_hopper import GemvBlocks, Rounding, gemv_hopper
 from atom_cluster.ops.triton.pack import pack_weight
 
 HALF = torch.bfloat16
 OUTPUTS, INPUTS = 256, 4096
+
+
+def gated(num_tokens: int, weight: QuantizedWeight | None = None) -> None:
+    """Of a shape whose gates are applied in the same kernel."""
+    if weight is None:
+        op: LinearOp = linear.prepare_linear(torch.empty(6144, INPUTS, dtype=HALF), None, dtype=HALF)
+    else:
+        op = linear_quantized.prepare_quantized_linear(weight, None, dtype=HALF)
+    gated_product(op, torch.empty(num_tokens, INPUTS, dtype=HALF), silu_and_mul)
+    op(torch.empty(num_tokens, INPUTS, dtype=HALF))
+
+
+def wide_float8_channels() -> QuantizedWeight:
+    codes = torch.empty(6144, INPUTS, dtype=float8_dtype())
+    return replace(float8_channels(), codes=codes, scale=torch.empty(6144, 1))
+
+
+def by_hopper(num_tokens: int, weight: QuantizedWeight) -> None:
+    """What tables may choose on that chip."""
+    if not runtime.is_hopper():
+        return
+    x, out = torch.empty(num_tokens, INPUTS, dtype=HALF), torch.empty(num_tokens, OUTPUTS, dtype=HALF)
+    rounding = Rounding(of_outputs=weight.scale, block=weight.block, limit=448.0, max_abs=torch.inf)
+    blocks = GemvBlocks(inputs=128, num_warps=8, num_stages=3)
+    gemv_hopper(x, weight.codes, torch.empty(OUTPUTS, dtype=HALF), out, blocks, rounding)
 
 
 def plain(num_tokens: int, dtype: torch.dtype = HALF) -> None:
@@ -76,6 +104,10 @@ def as_floats(make: Callable[[], QuantizedWeight]) -> None:
 LAUNCHES: dict[str, Callable[[], None]] = {
     "bfloat16_1": lambda: plain(1),
     "bfloat16_4": lambda: plain(4),
+    "gated_bfloat16": lambda: gated(1),
+    "gated_float8": lambda: gated(1, wide_float8_channels()),
+    "hopper_float8_channels": lambda: by_hopper(3, float8_channels()),
+    "hopper_float8_blocks": lambda: by_hopper(1, float8_blocks()),
     "float32_3": lambda: plain(3, torch.float32),
     "int4_floats": lambda: as_floats(int4),
     "mxfp4_floats": lambda: as_floats(mxfp4),
