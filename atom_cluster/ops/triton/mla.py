@@ -219,13 +219,16 @@ def plan_mla(metadata: AttentionMetadata, dims: MlaDims) -> PagedMla:
 
 
 def _runs(metadata: AttentionMetadata, dims: MlaDims) -> list[_Run]:
+    """Short rows are no run with longer ones, whatever becomes of those: a run has tiles for all tokens of its longest
+    row, so that few programs would walk its short ones."""
     starts, lengths = metadata.query_start_cpu, metadata.context_len_cpu
-    kinds = [_is_expanded(end - start, n, dims) for start, end, n in zip(starts, starts[1:], lengths)]
+    counts = [end - start for start, end in zip(starts, starts[1:])]
+    kinds = [(count <= MAX_SHORT_QUERIES, _is_expanded(count, n, dims)) for count, n in zip(counts, lengths)]
     runs = []
     first = 0
     for row in range(1, len(kinds) + 1):
         if row == len(kinds) or kinds[row] != kinds[first]:
-            runs.append(_Run(slice(first, row), slice(starts[first], starts[row]), kinds[first]))
+            runs.append(_Run(slice(first, row), slice(starts[first], starts[row]), kinds[first][1]))
             first = row
     return runs
 

@@ -127,7 +127,7 @@ def attend_absorbed(
         )
     if num_parts > 1:
         is_small = blocks.num_rows * blocks.max_tokens * num_heads <= 1024
-        queries, dims = (1, min(128, latent_dim)) if is_small else (8, latent_dim)
+        queries, pieces, dims = (1, 16, min(128, latent_dim)) if is_small else (4, 2, latent_dim)
         dim_block = triton.next_power_of_2(dims)
         grid = (
             blocks.num_rows,
@@ -144,7 +144,7 @@ def attend_absorbed(
             MIN_BLOCKS=blocks.min_per_part,
             QUERIES=queries,
             DIM_BLOCK=dim_block,
-            PIECES=16 if is_small else 4,
+            PIECES=pieces,
             num_warps=4,
             **launch_options(),
         )
@@ -342,30 +342,34 @@ def _join_kernel(
         token = tl.load(query_start_ptr + row)
         num_tokens = tl.load(query_start_ptr + row + 1) - token
     first_query = tl.program_id(1) * QUERIES
-    if (last_part > first_part) & (end > begin):
+    if (last_part > first_part) & (end > begin) & (first_query < num_tokens * H):
+        query = first_query + tl.arange(0, QUERIES)
         dim = tl.program_id(2) * DIM_BLOCK + tl.arange(0, DIM_BLOCK)
-        for query in range(first_query, tl.minimum(first_query + QUERIES, num_tokens * H)):
-            highest = tl.full([], -1.0e30, tl.float32)
-            total_weight = tl.zeros([], tl.float32)
-            mixed = tl.zeros([DIM_BLOCK], tl.float32)
-            for first in range(first_part, last_part + 1, PIECES):
-                part = first + tl.arange(0, PIECES)
-                is_part = part <= last_part
-                at_piece = (2 * part + (part == first_part).to(tl.int32)).to(tl.int64) * num_queries + query
-                logarithm = tl.load(weight_ptr + at_piece, is_part, other=-1.0e30)
-                piece = tl.load(
-                    piece_ptr + at_piece[:, None] * L + dim[None, :], is_part[:, None] & (dim < L)[None, :], other=0.0
-                )
-                new_highest = tl.maximum(highest, tl.max(logarithm, axis=0))
-                kept = tl.exp2(highest - new_highest)
-                weight = tl.where(logarithm > -1.0e30, tl.exp2(logarithm - new_highest), 0.0)
-                mixed = mixed * kept + tl.sum(piece * weight[:, None], axis=0)
-                total_weight = total_weight * kept + tl.sum(weight, axis=0)
-                highest = new_highest
-            mixed = mixed / tl.where(total_weight > 0, total_weight, 1.0)
-            target = (token - first_token + query // H).to(tl.int64) * out_token_stride
-            target += tl.cast(query % H, tl.int64) * out_head_stride
-            tl.store(out_ptr + target + dim, mixed.to(out_ptr.dtype.element_ty), dim < L)
+        is_inside = (query < num_tokens * H)[:, None] & (dim < L)[None, :]
+        highest = tl.full([QUERIES], -1.0e30, tl.float32)
+        total_weight = tl.zeros([QUERIES], tl.float32)
+        mixed = tl.zeros([QUERIES, DIM_BLOCK], tl.float32)
+        for first in range(first_part, last_part + 1, PIECES):
+            part = first + tl.arange(0, PIECES)
+            is_part = (part <= last_part)[None, :]
+            piece = 2 * part + (part == first_part).to(tl.int32)
+            at_piece = piece.to(tl.int64)[None, :] * num_queries + query[:, None]
+            logarithm = tl.load(weight_ptr + at_piece, is_part, other=-1.0e30)
+            pieces = tl.load(
+                piece_ptr + at_piece[:, :, None] * L + dim[None, None, :],
+                is_part[:, :, None] & is_inside[:, None, :],
+                other=0.0,
+            )
+            new_highest = tl.maximum(highest, tl.max(logarithm, axis=1))
+            kept = tl.exp2(highest - new_highest)
+            weight = tl.where(logarithm > -1.0e30, tl.exp2(logarithm - new_highest[:, None]), 0.0)
+            mixed = mixed * kept[:, None] + tl.sum(pieces * weight[:, :, None], axis=1)
+            total_weight = total_weight * kept + tl.sum(weight, axis=1)
+            highest = new_highest
+        mixed = mixed / tl.where(total_weight > 0, total_weight, 1.0)[:, None]
+        target = (token - first_token + query // H).to(tl.int64) * out_token_stride
+        target += (query % H).to(tl.int64) * out_head_stride
+        tl.store(out_ptr + target[:, None] + dim[None, :], mixed.to(out_ptr.dtype.element_ty), is_inside)
 
 
 @triton.jit

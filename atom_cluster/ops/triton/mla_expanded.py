@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from atom_cluster.ops.attention import AttentionMetadata, KvLayerCache
-from atom_cluster.ops.triton import runtime
+from atom_cluster.ops.triton import mla_expanded_hopper, runtime
 from atom_cluster.ops.triton.programmatic import launch_options, let_next_start, wait_for_inputs
 
 LOG2_E = 1.4426950408889634
@@ -97,6 +97,21 @@ def attend_expanded(
     out_THV: torch.Tensor,
 ) -> None:
     """Fill in the rows' part of `out_THV`. Queries and output are of all tokens of the step."""
+    if mla_expanded_hopper.is_fit(query_THN, rope_THP, key_CHN, rope_CP, value_CHV, out_THV):
+        mla_expanded_hopper.attend(
+            query_THN,
+            rope_THP,
+            key_CHN,
+            rope_CP,
+            value_CHV,
+            rows.query_start,
+            rows.context_len,
+            rows.place_start,
+            max_queries=rows.max_queries,
+            scale_log2=scale * LOG2_E,
+            out_THV=out_THV,
+        )
+        return
     num_heads, nope_dim = key_CHN.shape[1:]
     rope_dim, value_dim = rope_CP.shape[-1], value_CHV.shape[-1]
     blocks = [max(16, triton.next_power_of_2(dim)) for dim in (nope_dim, rope_dim, value_dim)]

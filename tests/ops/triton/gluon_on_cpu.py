@@ -1,0 +1,346 @@
+"""Runs kernels written in Gluon, as they stand, on CPU tensors: what Triton's interpreter does not do.
+
+Partitions are threads, barriers are counted. Copies and products are carried out as late as the kernel lets them, and
+what a copy will fill in holds NaN until then, so that an operand that is read too early or replaced too soon is found;
+a wait that never ends fails. Layouts, and what a compiler makes of them, are not looked at. Knows no kernels.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+DEADLOCK_SECONDS = 20.0
+THREADS_PER_PARTITION = 128
+"""Of the partitions that copy, whose threads each arrive."""
+
+
+@dataclass
+class Pointer:
+    tensor: torch.Tensor
+    offset: Any = 0
+
+    @property
+    def dtype(self) -> SimpleNamespace:
+        return SimpleNamespace(element_ty=self.tensor.dtype)
+
+    def __add__(self, other: Any) -> Pointer:
+        return Pointer(self.tensor, self.offset + other)
+
+    def places(self, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(all of the memory, places in it, which of them are meant)"""
+        memory = self.tensor.as_strided(
+            (self.tensor.untyped_storage().nbytes() // self.tensor.element_size(),), (1,), 0
+        )
+        place = torch.as_tensor(self.offset).long() + self.tensor.storage_offset()
+        place, mask = torch.broadcast_tensors(place, torch.tensor(True) if mask is None else mask)
+        meant = place[mask]
+        assert not len(meant) or (meant.min() >= 0 and meant.max() < len(memory)), "outside of the memory"
+        return memory, place, mask
+
+
+@dataclass
+class Shared:
+    data: torch.Tensor
+    layout: object = None
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.data.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.data.dtype
+
+    def index(self, index: int) -> Shared:
+        return Shared(self.data[index], self.layout)
+
+    def permute(self, order: tuple[int, ...]) -> Shared:
+        return Shared(self.data.permute(order))
+
+    def store(self, x: torch.Tensor) -> None:
+        self.data.copy_(x)
+
+    def load(self, layout: object = None) -> torch.Tensor:
+        return self.data.clone()
+
+
+@dataclass
+class Barrier:
+    changed: threading.Condition = field(default_factory=threading.Condition)
+    count: int = 0
+    pending: int = 0
+    expected_bytes: int = 0
+    phase: int = 0
+
+    def init(self, count: int) -> None:
+        self.count = self.pending = count
+
+    def advance(self, *, arrivals: int = 0, num_bytes: int = 0) -> None:
+        with self.changed:
+            self.pending -= arrivals
+            self.expected_bytes += num_bytes
+            assert self.pending >= 0, "more have arrived than are waited for"
+            if self.pending == 0 and self.expected_bytes == 0:
+                self.phase, self.pending = self.phase + 1, self.count
+                self.changed.notify_all()
+
+
+@dataclass
+class Product:
+    """One that has been issued."""
+
+    compute: Callable[[torch.Tensor], torch.Tensor]
+    accumulator: Any
+    value: torch.Tensor | None = None
+
+    def finish(self) -> torch.Tensor:
+        if self.value is None:
+            before = self.accumulator.finish() if isinstance(self.accumulator, Product) else self.accumulator
+            self.value = self.compute(before)
+        return self.value
+
+
+@dataclass
+class Descriptor:
+    """Of [C, D] or [C, heads, D], whose heads are a stride apart in one line."""
+
+    tensor: torch.Tensor
+    num_rows: int
+    layout: object = None
+
+    @property
+    def block_type(self) -> SimpleNamespace:
+        return SimpleNamespace(nbytes=self.num_rows * self.tensor.shape[-1] * self.tensor.element_size())
+
+    @property
+    def lines(self) -> torch.Tensor:
+        x = self.tensor
+        width = x.shape[-1] + (x.shape[1] - 1) * x.stride(1) if x.ndim == 3 else x.shape[1]
+        return x.as_strided((len(x), width), (x.stride(0), 1))
+
+
+class Layout:
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    @staticmethod
+    def get_default_for(*_: object) -> Layout:
+        return Layout()
+
+
+class Machine:
+    """Runs one program after the other."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+        self._own = threading.local()
+        self._program: tuple[int, ...] = ()
+        self._grid: tuple[int, ...] = ()
+        self._failed: list[BaseException] = []
+        self.num_launches = 0
+
+    def install(self, monkeypatch: pytest.MonkeyPatch, module: ModuleType, functions: list[str]) -> None:
+        """`functions` are all of the module's that are written in Gluon; `attend_kernel` is what is launched."""
+        for name in functions:
+            monkeypatch.setattr(module, name, getattr(module, name).fn)
+        kernel = module.attend_kernel
+
+        def start(grid: tuple[int, ...]) -> Callable[..., None]:
+            def launch(*args: object, num_warps: int, **options: object) -> None:
+                self._grid = (*grid, 1, 1)[:3]
+                pointers = [Pointer(x) if isinstance(x, torch.Tensor) else x for x in args]
+                for place in torch.cartesian_prod(*(torch.arange(n) for n in self._grid)).view(-1, 3).tolist():
+                    self._program = tuple(place)
+                    self._enter()
+                    kernel(*pointers, **options)
+                self.num_launches += 1
+
+            return launch
+
+        monkeypatch.setattr(module, "attend_kernel", type("Kernel", (), {"__getitem__": lambda _, grid: start(grid)})())
+        language = self._language()
+        monkeypatch.setattr(module, "gl", language)
+        barriers = SimpleNamespace(
+            MBarrierLayout=Layout,
+            init=lambda barrier, count: barrier.init(count),
+            arrive=self._arrive,
+            expect=lambda barrier, num_bytes: barrier.advance(arrivals=1, num_bytes=num_bytes),
+            wait=self._wait,
+        )
+        monkeypatch.setattr(module, "mbarrier", barriers)
+        monkeypatch.setattr(module, "fence_async_shared", self._dawdle)
+        monkeypatch.setattr(module, "warpgroup_mma", self._multiply)
+        monkeypatch.setattr(module, "warpgroup_mma_wait", self._wait_for_products)
+        bulk = SimpleNamespace(async_copy_global_to_shared=self._copy_box)
+        monkeypatch.setattr(module, "tma", bulk, raising=False)
+        copies = SimpleNamespace(
+            async_copy_global_to_shared=self._copy, mbarrier_arrive=self._arrive_with_copies, wait_group=lambda _: None
+        )
+        monkeypatch.setattr(module, "async_copy", copies, raising=False)
+
+    def _language(self) -> SimpleNamespace:
+        def filled(value: float) -> Callable[..., torch.Tensor]:
+            return lambda shape, dtype, layout=None: torch.full(shape, value, dtype=dtype)
+
+        def of_both(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+            def apply(a: Any, b: Any) -> torch.Tensor:
+                dtype = (a if isinstance(a, torch.Tensor) else b).dtype
+                return function(torch.as_tensor(a, dtype=dtype), torch.as_tensor(b, dtype=dtype))
+
+            return apply
+
+        return SimpleNamespace(
+            constexpr=None,
+            int32=torch.int32,
+            int64=torch.int64,
+            float32=torch.float32,
+            load=self._load,
+            store=self._store,
+            program_id=lambda axis: torch.tensor(self._program[axis], dtype=torch.int32),
+            num_programs=lambda axis: torch.tensor(self._grid[axis], dtype=torch.int32),
+            num_warps=lambda: 4,
+            arange=lambda start, end, layout=None: torch.arange(start, end, dtype=torch.int32),
+            zeros=filled(0),
+            full=lambda shape, value, dtype, layout=None: filled(value)(shape, dtype),
+            minimum=of_both(torch.minimum),
+            maximum=of_both(torch.maximum),
+            where=lambda condition, a, b: torch.where(torch.as_tensor(condition), a, b),
+            max=lambda x, axis: x.amax(axis),
+            sum=lambda x, axis: x.sum(axis, dtype=x.dtype),
+            exp2=torch.exp2,
+            log2=torch.log2,
+            cdiv=lambda a, b: (a + b - 1) // b,
+            convert_layout=lambda x, layout: x,
+            thread_barrier=self._dawdle,
+            static_range=range,
+            allocate_shared_memory=_allocate,
+            warp_specialize=self._specialize,
+            **dict.fromkeys(
+                (
+                    "NVMMASharedLayout",
+                    "SwizzledSharedLayout",
+                    "BlockedLayout",
+                    "SliceLayout",
+                    "NVMMADistributedLayout",
+                    "DotOperandLayout",
+                ),
+                Layout,
+            ),
+        )
+
+    def _enter(self) -> None:
+        self._own.products, self._own.copies = [], []
+
+    def _dawdle(self) -> None:
+        chance = self._random.random()
+        if chance < 0.1:
+            time.sleep(0.001 if chance < 0.02 else 0)
+
+    def _specialize(self, parts: list[tuple[Callable[..., None], tuple[Any, ...]]], *_: object) -> None:
+        def run(function: Callable[..., None], args: tuple[Any, ...]) -> None:
+            self._enter()
+            try:
+                function(*_copied(args))
+            except BaseException as exc:  # noqa: BLE001 - raised where the kernel was started
+                self._failed.append(exc)
+
+        threads = [threading.Thread(target=run, args=part) for part in parts]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if self._failed:
+            raise self._failed[0]
+
+    def _load(self, pointer: Pointer, mask: torch.Tensor | None = None, other: float = 0) -> torch.Tensor:
+        self._dawdle()
+        memory, place, mask = pointer.places(mask)
+        found = torch.full(place.shape, other, dtype=memory.dtype)
+        found[mask] = memory[place[mask]]
+        return found
+
+    def _store(self, pointer: Pointer, x: torch.Tensor, mask: torch.Tensor | None = None) -> None:
+        memory, place, mask = pointer.places(mask)
+        memory[place[mask]] = x.expand(place.shape)[mask].to(memory.dtype)
+
+    def _copy(self, target: Shared, pointer: Pointer, mask: torch.Tensor | None = None) -> None:
+        target.data.fill_(float("nan"))
+        self._own.copies.append((target, pointer, mask))
+
+    def _arrive_with_copies(self, barrier: Barrier, increment_count: bool = True) -> None:
+        assert not increment_count
+        self._dawdle()
+        for target, pointer, mask in self._own.copies:
+            target.data.copy_(self._load(pointer, mask))
+        self._own.copies = []
+        barrier.advance(arrivals=THREADS_PER_PARTITION)
+
+    def _copy_box(self, descriptor: Descriptor, corner: list[Any], barrier: Barrier, target: Shared) -> None:
+        row, column = map(int, corner)
+        lines, (num_rows, width) = descriptor.lines, target.shape
+        assert row >= 0 and 0 <= column <= lines.shape[1] - width, "outside of the tensor"
+        target.data.fill_(float("nan"))
+
+        def fill_in() -> None:
+            self._dawdle()
+            box = lines[row : row + num_rows, column : column + width]
+            target.data[: len(box)] = box
+            target.data[len(box) :] = 0
+            barrier.advance(num_bytes=-target.data.numel() * target.data.element_size())
+
+        threading.Thread(target=fill_in).start()
+
+    def _arrive(self, barrier: Barrier, count: int = 1, pred: Any = True) -> None:
+        self._dawdle()
+        if pred:
+            barrier.advance(arrivals=count)
+
+    def _wait(self, barrier: Barrier, parity: Any) -> None:
+        deadline = time.monotonic() + DEADLOCK_SECONDS
+        with barrier.changed:
+            while barrier.phase % 2 == int(parity):
+                barrier.changed.wait(0.1)
+                assert not self._failed, "another partition failed"
+                assert time.monotonic() < deadline, "waits for ever"
+
+    def _multiply(self, a: Any, b: Shared, accumulator: Any, *, use_acc: bool = True, is_async: bool) -> Product:
+        def compute(before: torch.Tensor) -> torch.Tensor:
+            found = (a.data if isinstance(a, Shared) else a).float() @ b.data.float()
+            assert not found.isnan().any(), "an operand was not there"
+            return before + found if use_acc else found
+
+        product = Product(compute, accumulator)
+        if self._random.random() < 0.5:
+            product.finish()
+        self._own.products.append(product)
+        return product
+
+    def _wait_for_products(self, num_outstanding: int, deps: list[Product]) -> torch.Tensor:
+        while len(self._own.products) > num_outstanding:
+            self._own.products.pop(0).finish()
+        (product,) = deps
+        assert product.value is not None, "not the product that was waited for"
+        return product.value
+
+
+def _allocate(dtype: torch.dtype, shape: list[int], layout: object) -> Any:
+    if dtype == torch.int64:
+        barriers = [Barrier() for _ in range(shape[0])]
+        return SimpleNamespace(index=barriers.__getitem__)
+    return Shared(torch.full(shape, float("nan"), dtype=dtype), layout)
+
+
+def _copied(args: Any) -> Any:
+    """Numbers are tensors here, which a partition may add to."""
+    if isinstance(args, tuple):
+        return tuple(map(_copied, args))
+    return args.clone() if isinstance(args, torch.Tensor) else args
