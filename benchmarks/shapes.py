@@ -141,5 +141,8 @@ def model_dir(name: str) -> Path:
         config["num_hidden_layers"] = int(num_layers[0])
     directory = Path(tempfile.gettempdir()) / "atom_cluster_shapes" / "-".join([shape, *num_layers])
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(config, indent=2))
+    # Benchmarks of one host may ask for the same shape at the same time.
+    with tempfile.NamedTemporaryFile("w", dir=directory, delete=False) as unfinished:
+        unfinished.write(json.dumps(config, indent=2))
+    Path(unfinished.name).replace(directory / "config.json")
     return directory

@@ -164,6 +164,8 @@ def test_hopper_kernel_of_any_cut(kind: str, seed: int) -> None:
     generator = random.Random(seed)
     torch.manual_seed(seed)
     num_tokens, num_in = generator.randint(1, 8), 1024 * generator.choice([1, 2, 4, 7])
+    if num_tokens > 4:
+        num_in = min(num_in, 4096)  # a program holds the inputs of all tokens
     num_out = generator.choice([16, 100, 1536, 2112, 4098])
     gates, has_bias = generator.random() < 0.5, generator.random() < 0.5
     blocks = GemvBlocks(inputs=128, num_warps=generator.choice([4, 8]), num_stages=generator.choice([2, 3, 4]))
