@@ -1,5 +1,6 @@
 """The only reader of environment variables in the library. They carry secrets and facts about one machine, never
-behaviour: that belongs into the YAML. Variables of other libraries (HF_HOME, RAY_ADDRESS) are left to those."""
+behaviour: that belongs into the YAML. Variables of other libraries (HF_HOME, RAY_ADDRESS) are left to those, but for
+a few that such a library takes in no other way."""
 
 from __future__ import annotations
 
@@ -34,6 +35,16 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
     """
     values = os.environ if variables is None else variables
     return Environment(secret=_secret(values), cache_dir=_cache_dir(values.get(CACHE)))
+
+
+def is_variable_set(name: str) -> bool:
+    """Whether the operator, or `default_variable`, has set a variable of another library."""
+    return name in os.environ
+
+
+def default_variable(name: str, value: str) -> None:
+    """Set a variable of another library, in this process and its children, unless it is set already."""
+    os.environ.setdefault(name, value)
 
 
 def _secret(values: Mapping[str, str]) -> bytes | None:

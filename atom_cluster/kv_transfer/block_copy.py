@@ -1,0 +1,84 @@
+"""One launch that copies many scattered blocks between memories which the device can address, its peers' included.
+
+Copy engines take one command per contiguous piece, which costs a few microseconds each whatever the size. This kernel
+is for lists of small pieces. It runs on few multiprocessors, so that forward passes keep the others: what limits it is
+the link, and these have enough loads under way to fill one. Knows nothing of peers, handles or tensors.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from atom_cluster.units import KiB, ceil_div
+
+_CHUNK_BYTES = 16 * KiB
+"""Of one program's turn: on NVIDIA, four loads of 16 bytes by each thread."""
+_NUM_WARPS = 8
+_NUM_PROGRAMS = 64
+_WORD_BYTES = 8
+_VECTOR_BYTES = 16
+
+
+def copy_blocks(addresses: torch.Tensor, block_bytes: int, alignment: int) -> None:
+    """Copy block i from `addresses[1, i]` to `addresses[0, i]`, on the current stream.
+
+    addresses: int64 [2, num_blocks] on the device. No block that is written may overlap another of the list.
+    alignment: what all addresses and `block_bytes` are multiples of; 16 is fastest, less than 8 is slow.
+    """
+    num_blocks = addresses.shape[1]
+    unit_bytes = next(size for size in (_VECTOR_BYTES, _WORD_BYTES, 1) if alignment % size == 0)
+    word_bytes = min(unit_bytes, _WORD_BYTES)
+    chunk_bytes = _CHUNK_BYTES if word_bytes == _WORD_BYTES else _CHUNK_BYTES // _VECTOR_BYTES
+    chunks_per_block = ceil_div(block_bytes, chunk_bytes)
+    _copy_kernel[(min(_NUM_PROGRAMS, num_blocks * chunks_per_block),)](
+        addresses,
+        num_blocks,
+        block_bytes // unit_bytes,
+        chunks_per_block,
+        UNIT_BYTES=unit_bytes,
+        WORDS_PER_UNIT=unit_bytes // word_bytes,
+        CHUNK=chunk_bytes // word_bytes,
+        num_warps=_NUM_WARPS,
+    )
+
+
+def compile_copy(device: torch.device) -> None:
+    """Compile everything that `copy_blocks` can need, or find it compiled, and wait for it."""
+    scratch = torch.zeros(2 * _VECTOR_BYTES, dtype=torch.uint8, device=device)
+    addresses = torch.tensor([[scratch.data_ptr()], [scratch.data_ptr() + _VECTOR_BYTES]], device=device)
+    for alignment in (_VECTOR_BYTES, _WORD_BYTES, 1):
+        copy_blocks(addresses, _VECTOR_BYTES, alignment)
+    scratch.cpu()
+
+
+@triton.jit
+def _words(addresses_ptr, index, UNIT_BYTES: tl.constexpr):
+    """Where a block begins. Alignment has to be told: the address comes out of memory."""
+    address = tl.load(addresses_ptr + index)
+    if UNIT_BYTES == 1:
+        words = address.to(tl.pointer_type(tl.uint8))
+    else:
+        words = tl.multiple_of(address.to(tl.pointer_type(tl.int64)), UNIT_BYTES)
+    return words
+
+
+# Not specialized, so that a read never waits for a compiler.
+@triton.jit(do_not_specialize=["num_blocks", "block_units", "chunks_per_block"])
+def _copy_kernel(
+    addresses_ptr,
+    num_blocks,
+    block_units,
+    chunks_per_block,
+    UNIT_BYTES: tl.constexpr,
+    WORDS_PER_UNIT: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    for task in range(tl.program_id(0), num_blocks * chunks_per_block, tl.num_programs(0)):
+        block = task // chunks_per_block
+        word = (task % chunks_per_block) * CHUNK + tl.arange(0, CHUNK)
+        is_inside = word < block_units * WORDS_PER_UNIT
+        target = _words(addresses_ptr, block, UNIT_BYTES)
+        source = _words(addresses_ptr, num_blocks + block, UNIT_BYTES)
+        tl.store(target + word, tl.load(source + word, is_inside), is_inside)

@@ -1,0 +1,186 @@
+"""What the `ipc` transport asks of a GPU: share an allocation, map a peer's, copy between the two, say when it is done.
+
+`IpcDevice` is the seam behind which tests put memory of CPUs. `GpuIpcDevice` is CUDA and HIP, through the driver calls
+of `ipc_driver.py`. Addresses are numbers, since torch knows no tensors over what another process allocated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+import numpy as np
+import torch
+
+from atom_cluster.errors import TransferError
+from atom_cluster.kv_transfer.ipc_copies import Batch
+from atom_cluster.kv_transfer.ipc_driver import GpuDriver, open_driver
+
+
+@dataclass(frozen=True, slots=True)
+class SharedAllocation:
+    """An allocation of this process that others can map as a whole."""
+
+    handle: bytes
+    address: int
+    num_bytes: int
+
+
+class Fence(Protocol):
+    """Tells when the device has done the copies that it was given before. `torch.Event` is one."""
+
+    def query(self) -> bool:
+        """Whether it has. Raises RuntimeError when the device is lost."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait for it."""
+        ...
+
+
+class Lane(Protocol):
+    """Carries out copies one call after the other, beside other lanes and the device's other work."""
+
+    def copy(self, batch: Batch) -> None:
+        """Begin with these. Raises `TransferError` when the device refuses one; others may have begun."""
+        ...
+
+    def fence(self) -> Fence:
+        """Of everything given to this lane until now."""
+        ...
+
+
+class IpcDevice(Protocol):
+    """One GPU as this process uses it."""
+
+    uuid: str
+    """Of the hardware, the same in every process."""
+
+    def share(self, address: int) -> SharedAllocation:
+        """The allocation around an address. Raises `TransferError` with the reason if it cannot be shared."""
+        ...
+
+    def map(self, handle: bytes, owner_uuid: str) -> int:
+        """Map another process's allocation, which is on the GPU `owner_uuid`. Raises `TransferError` if that fails."""
+        ...
+
+    def unmap(self, address: int) -> None:
+        """Undo one `map`. No copy may be under way."""
+        ...
+
+    def open_lane(self) -> Lane:
+        """A lane for the copies out of one peer."""
+        ...
+
+    def close(self) -> None:
+        """Nothing is mapped any more."""
+        ...
+
+
+class GpuIpcDevice:
+    """A CUDA or ROCm device of this process. Not run on ROCm yet."""
+
+    def __init__(self, device: torch.device, driver: GpuDriver) -> None:
+        self._device = device
+        self._driver = driver
+        self.uuid = _uuid(device.index)
+
+    def share(self, address: int) -> SharedAllocation:
+        """See `IpcDevice`."""
+        try:
+            start, num_bytes = self._driver.allocation_around(address)
+            return SharedAllocation(self._driver.get_handle(start), start, num_bytes)
+        except TransferError as exc:
+            raise TransferError(f"{exc}{_known_reason(address)}") from exc
+
+    def map(self, handle: bytes, owner_uuid: str) -> int:
+        """See `IpcDevice`. The GPU need not be visible to this process: its memory is mapped for the own one."""
+        owner = next((i for i in range(torch.cuda.device_count()) if _uuid(i) == owner_uuid), None)
+        own = self._device.index
+        if owner not in (None, own) and not torch.cuda.can_device_access_peer(own, owner):
+            raise TransferError(f"GPU {self.uuid} cannot address the memory of the peer's GPU {owner_uuid}")
+        try:
+            return self._driver.open_handle(handle)
+        except TransferError as exc:
+            where = "this very GPU" if owner == own else f"GPU {owner_uuid}"
+            where += ", which is not visible to this process" if owner is None else ""
+            raise TransferError(f"cannot map the peer's memory on {where}: {exc}") from exc
+
+    def unmap(self, address: int) -> None:
+        """See `IpcDevice`."""
+        self._driver.close_handle(address)
+
+    def open_lane(self) -> Lane:
+        """See `IpcDevice`."""
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        return _StreamLane(stream, self._driver)
+
+    def close(self) -> None:
+        """See `IpcDevice`."""
+        self._driver.close()
+
+
+class _StreamLane:
+    """`Lane` on a stream of its own."""
+
+    def __init__(self, stream: torch.cuda.Stream, driver: GpuDriver) -> None:
+        self._stream = stream
+        self._driver = driver
+
+    def copy(self, batch: Batch) -> None:
+        """See `Lane`."""
+        if batch.by_kernel:
+            self._copy_by_kernel(batch)
+            return
+        copies = zip(batch.targets.tolist(), batch.sources.tolist(), batch.sizes.tolist())
+        self._driver.copy(copies, int(self._stream.cuda_stream))
+
+    def fence(self) -> Fence:
+        """See `Lane`."""
+        return cast("Fence", self._stream.record_event())
+
+    def _copy_by_kernel(self, batch: Batch) -> None:
+        from atom_cluster.kv_transfer.block_copy import copy_blocks
+
+        # Pinned, and kept by torch until the stream has copied it, so that nothing here waits for the stream.
+        table = torch.from_numpy(np.stack([batch.targets, batch.sources])).pin_memory()
+        with torch.cuda.stream(self._stream):
+            addresses = table.to(self._stream.device, non_blocking=True)
+            copy_blocks(addresses, int(batch.sizes[0]), alignment_of(batch))
+
+
+def alignment_of(batch: Batch) -> int:
+    """The largest of 16, 8 and 1 that all addresses and sizes are multiples of."""
+    together = int(np.bitwise_or.reduce(batch.targets | batch.sources | batch.sizes))
+    return next(size for size in (16, 8, 1) if together % size == 0)
+
+
+def open_gpu(device: torch.device) -> IpcDevice:
+    """For memory on this torch device. Raises `TransferError` when it is not a GPU, or lacks what this needs."""
+    if device.type != "cuda":
+        raise TransferError(f"ipc shares memory of GPUs; this is on {device}")
+    try:
+        from atom_cluster.kv_transfer.block_copy import compile_copy
+    except ImportError as exc:
+        raise TransferError(f"ipc needs Triton: pip install 'triton>=3.4' ({exc})") from exc
+    opened = GpuIpcDevice(device, open_driver(device))
+    with torch.cuda.device(device):
+        compile_copy(device)
+    return opened
+
+
+def _uuid(index: int) -> str:
+    return str(torch.cuda.get_device_properties(index).uuid)
+
+
+def _known_reason(address: int) -> str:
+    """Why memory at this address cannot be shared, as far as torch's allocator knows; begins with `: ` if it does."""
+    backend = torch.cuda.get_allocator_backend()
+    if backend != "native":
+        return f": memory of the {backend} allocator cannot be shared (PYTORCH_CUDA_ALLOC_CONF)"
+    for segment in torch.cuda.memory_snapshot():  # type: ignore[no-untyped-call]
+        if segment["address"] <= address < segment["address"] + segment["total_size"] and segment["is_expandable"]:
+            return ": it is in an expandable segment; take expandable_segments out of PYTORCH_CUDA_ALLOC_CONF"
+    if torch.version.hip is not None:
+        return "; on some systems HSA_ENABLE_IPC_MODE_LEGACY=1 forbids it, on others it needs it"
+    return ""

@@ -1,0 +1,149 @@
+"""The drivers' calls have the arguments of the published signatures; what the libraries do with them is not here."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import pytest
+
+from atom_cluster.errors import TransferError
+from atom_cluster.kv_transfer import ipc_driver
+from atom_cluster.kv_transfer.ipc_driver import HANDLE_BYTES, CudaDriver, GpuDriver, HipDriver
+
+BASE, SIZE, MAPPED = 0x7F00_0000_0000, 1 << 40, 0x7E12_3456_7000
+CONTEXT = 0xC0FFEE
+HANDLE = bytes(range(HANDLE_BYTES))
+
+
+class Library:
+    """Both drivers' libraries: notes the calls and answers as they would."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.failure = 0
+        self.contexts: list[int] = []
+        self.device = 5
+        self.hipGetErrorString = lambda code: b"invalid argument"
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any) -> int:
+            plain = [getattr(argument, "value", argument) for argument in arguments]
+            self.calls.append((name, *plain))
+            if name in {"cuIpcGetMemHandle", "hipIpcGetMemHandle"}:
+                arguments[0]._obj.reserved[:] = list(HANDLE)
+            elif name in {"cuIpcOpenMemHandle_v2", "hipIpcOpenMemHandle"}:
+                assert bytes(arguments[1].reserved) == HANDLE
+                arguments[0]._obj.value = MAPPED
+            elif name in {"cuMemGetAddressRange_v2", "hipMemGetAddressRange"}:
+                arguments[0]._obj.value, arguments[1]._obj.value = BASE, SIZE
+            return self.failure
+
+        return call
+
+    def cuInit(self, flags: ctypes.c_uint) -> int:  # noqa: N802
+        return 0
+
+    def cuDeviceGet(self, device: Any, index: ctypes.c_int) -> int:  # noqa: N802
+        device._obj.value = index.value
+        return 0
+
+    def cuDevicePrimaryCtxRetain(self, context: Any, device: ctypes.c_int) -> int:  # noqa: N802
+        context._obj.value = CONTEXT + device.value
+        return 0
+
+    def cuCtxPushCurrent_v2(self, context: ctypes.c_void_p) -> int:  # noqa: N802
+        self.contexts.append(context.value or 0)
+        return 0
+
+    def cuCtxPopCurrent_v2(self, context: Any) -> int:  # noqa: N802
+        self.contexts.pop()
+        return 0
+
+    def cuGetErrorString(self, code: ctypes.c_int, text: Any) -> int:  # noqa: N802
+        text._obj.value = b"invalid argument"
+        return 0
+
+    def hipGetDevice(self, device: Any) -> int:  # noqa: N802
+        device._obj.value = self.device
+        return 0
+
+    def hipSetDevice(self, device: ctypes.c_int) -> int:  # noqa: N802
+        self.device = device.value
+        return 0
+
+    def hipGetLastError(self) -> int:  # noqa: N802
+        self.calls.append(("hipGetLastError",))
+        return 0
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> Library:
+    library = Library()
+    monkeypatch.setattr(ipc_driver.ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(ipc_driver, "_loaded_library", lambda name: name)
+    return library
+
+
+@pytest.fixture(params=[CudaDriver, HipDriver])
+def driver(request: pytest.FixtureRequest, library: Library) -> GpuDriver:
+    driver: GpuDriver = request.param(2)
+    return driver
+
+
+def test_handles_are_got_opened_and_closed(driver: GpuDriver, library: Library) -> None:
+    assert driver.allocation_around(BASE + 5) == (BASE, SIZE)
+    assert driver.get_handle(BASE) == HANDLE
+    assert driver.open_handle(HANDLE) == MAPPED
+    driver.close_handle(MAPPED)
+    around, get, opened, closed = library.calls
+    assert around[3] == BASE + 5
+    assert get[2] == BASE
+    assert opened[3] == 1, "the flag that both drivers require"
+    assert closed[1] == MAPPED
+    assert (library.contexts, library.device) == ([], 5), "the thread's own device is current again"
+
+
+def test_copies_go_to_the_stream(driver: GpuDriver, library: Library) -> None:
+    driver.copy([(BASE, MAPPED, 7 << 32), (BASE + 9, MAPPED + 9, 1)], stream=0xABC)
+    kind = () if isinstance(driver, CudaDriver) else (4,)
+    assert [call[1:] for call in library.calls] == [
+        (BASE, MAPPED, 7 << 32, *kind, 0xABC),
+        (BASE + 9, MAPPED + 9, 1, *kind, 0xABC),
+    ]
+    assert (library.contexts, library.device) == ([], 5)
+
+
+def test_failures_are_told_in_the_drivers_words(driver: GpuDriver, library: Library) -> None:
+    library.failure = 1
+    calls = (
+        lambda: driver.get_handle(BASE),
+        lambda: driver.copy([(1, 2, 3)], stream=0),
+        lambda: driver.close_handle(1),
+    )
+    for call in calls:
+        with pytest.raises(TransferError, match=r"^(cu|hip)\w+: invalid argument \(1\)$"):
+            call()
+    assert (library.contexts, library.device) == ([], 5)
+    if isinstance(driver, HipDriver):
+        assert library.calls.count(("hipGetLastError",)) == 3, "or torch would find the failure and take it for its own"
+
+
+def test_the_context_is_given_back_once(library: Library) -> None:
+    driver = CudaDriver(2)
+    driver.close()
+    driver.close()
+    assert [call for call in library.calls if call[0] == "cuDevicePrimaryCtxRelease_v2"] == [
+        ("cuDevicePrimaryCtxRelease_v2", 2)
+    ]
+
+
+def test_no_driver_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(ipc_driver.ctypes, "CDLL", absent)
+    with pytest.raises(TransferError, match=r"libcuda\.so\.1"):
+        CudaDriver(0)
+    with pytest.raises(TransferError, match="libamdhip64"):
+        HipDriver(0)
