@@ -13,7 +13,7 @@ class CacheConfig(FrozenConfig):
     """KV blocks of one replica."""
 
     block_size: int = Field(16, ge=1, le=1024)
-    """Tokens per KV block."""
+    """Tokens per KV block, of groups that do not have their own."""
     num_blocks: Annotated[int, Field(ge=2)] | Literal["auto"] = "auto"
     """KV blocks per replica. auto: what `memory_fraction` leaves on GPUs, `cpu_cache_gib` on CPUs."""
     cpu_cache_gib: float = Field(0.5, gt=0)

@@ -57,6 +57,9 @@ class GroupConfig(FrozenConfig):
     """Ranks of one replica."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """cuda also means ROCm, whose torch devices have the same name. auto: GPUs if Ray has any, else CPUs."""
+    block_size: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Tokens per KV block of these replicas; null: `cache.block_size`. Of prefill's and decode's, one must be a
+    multiple of the other."""
     memory_fraction: float = Field(0.88, gt=0, lt=1)
     """Share of a GPU's memory for weights, activations and KV cache together. Ignored on CPUs."""
     threads_per_rank: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"

@@ -12,6 +12,7 @@ from atom_cluster.config.cluster import ClusterConfig
 from atom_cluster.config.facts import ModelFacts, PlatformFacts
 from atom_cluster.config.ops import OpBackendChoice
 from atom_cluster.config.parallel import GroupConfig
+from atom_cluster.config.transfer import KvTransportName
 from atom_cluster.errors import ConfigError
 from atom_cluster.units import GiB
 
@@ -64,7 +65,7 @@ class _Resolver:
                 **groups,
                 "model_options": options,
                 "cache": config.cache.model_copy(update={"num_blocks": num_blocks}),
-                "kv_transfer": config.kv_transfer.model_copy(update={"transport": self._transport()}),
+                "kv_transfer": config.kv_transfer.model_copy(update={"transport": self._transport(devices)}),
                 "ops": config.ops.model_copy(update={"backend": self._ops_backend(devices)}),
             }
         )
@@ -143,10 +144,11 @@ class _Resolver:
         num_ranks = min(group.parallel.tensor for group in self._config.groups().values())
         kv_dtype = dtype if cache.kv_dtype == "auto" else cache.kv_dtype
         token_bytes = self._model.kv.bytes_per_token(element_bytes=_DTYPE_BYTES[kv_dtype], num_ranks=num_ranks)
-        num_blocks = int(cache.cpu_cache_gib * GiB) // (token_bytes * cache.block_size)
+        block_size = max(self._block_sizes())
+        num_blocks = int(cache.cpu_cache_gib * GiB) // (token_bytes * block_size)
         if num_blocks < _MIN_BLOCKS:
             raise ConfigError(
-                f"`cache.cpu_cache_gib` of {cache.cpu_cache_gib} holds {num_blocks} blocks of {cache.block_size} "
+                f"`cache.cpu_cache_gib` of {cache.cpu_cache_gib} holds {num_blocks} blocks of {block_size} "
                 f"tokens of {token_bytes} bytes; at least {_MIN_BLOCKS} are needed"
             )
         self._because(
@@ -154,12 +156,15 @@ class _Resolver:
         )
         return num_blocks
 
+    def _block_sizes(self) -> list[int]:
+        return [self._config.block_size_of(group) for group in self._config.groups().values()]
+
     def _max_model_len(self, num_blocks: int | Literal["auto"]) -> int:
         given, limit = self._config.model_options.max_model_len, self._model.max_positions
         key = "model_options.max_model_len"
         # Drafting writes behind the last token.
         num_behind = max(0, self._config.num_drafts - 1)
-        capacity = None if num_blocks == "auto" else num_blocks * self._config.cache.block_size - num_behind
+        capacity = None if num_blocks == "auto" else num_blocks * min(self._block_sizes()) - num_behind
         if given == "auto":
             if capacity is not None and capacity < limit:
                 self._because(key, f"the KV cache holds {capacity} tokens, the checkpoint's limit is {limit}")
@@ -187,17 +192,17 @@ class _Resolver:
         self._because("model_options.served_name", "last part of `model`")
         return self._config.model.rstrip("/").rpartition("/")[2].rpartition(":")[2]
 
-    def _transport(self) -> Literal["auto", "shm", "tcp"]:
+    def _transport(self, devices: Set[str]) -> KvTransportName:
         given, key = self._config.kv_transfer.transport, "kv_transfer.transport"
         if given != "auto":
             return given
         if self._config.unified is not None:
             self._because(key, "unused: unified replicas exchange no KV")
-        elif self._platform.is_single_host:
+        elif self._platform.is_single_host and "cuda" not in devices:
             self._because(key, "all replicas are on one host")
             return "shm"
         else:
-            self._because(key, "decided by each pair of engines: shm on the same host, tcp otherwise")
+            self._because(key, "decided by each pair of engines: shm or ipc on the same host, tcp otherwise")
         return "auto"
 
     def _ops_backend(self, devices: Set[str]) -> OpBackendChoice:

@@ -8,12 +8,15 @@ from pydantic import Field
 
 from atom_cluster.config.base import FrozenConfig
 
+KvTransportName = Literal["auto", "shm", "ipc", "mori", "nixl", "tcp"]
+
 
 class KvTransferConfig(FrozenConfig):
     """KV transfer between engines."""
 
-    transport: Literal["auto", "shm", "tcp"] = "auto"
-    """auto: shm between processes of one host, tcp otherwise."""
+    transport: KvTransportName = "auto"
+    """auto: shm between processes of one host on CPUs, ipc on GPUs; tcp otherwise. RDMA, which is mori under
+    ROCm and nixl under CUDA, has to be named: it trusts the network."""
     min_remote_tokens: int = Field(16, ge=1)
     """Prompts with fewer uncached tokens than this are prefilled by the decode replica itself."""
     lease_s: float = Field(10.0, gt=0)

@@ -18,18 +18,17 @@ def make_request(
     """A request that this engine can finish, whatever else it has to do.
 
     Raises `InvalidRequest` or `ContextLengthExceeded`. `max_tokens` is cut to what the context leaves; a request for
-    another engine gets one token, since what comes after is that engine's.
+    another engine gets one new token, since what comes after is that engine's.
     """
     sampling = message.sampling
     validate_sampling(sampling)
     if sampling.seed is None or sampling.n != 1:
         raise InvalidRequest("an engine needs an integer seed and n == 1", param="seed")
-    is_order = isinstance(message, PrefillOrder)
-    max_tokens = _check_lengths(message.token_ids, 1 if is_order else sampling.max_tokens, info)
+    max_tokens = _check_lengths(message, info)
     return Request(
         request_id=message.request_id,
         client=client,
-        tokens=list(message.token_ids),
+        tokens=[*message.token_ids, *message.emitted],
         num_prompt=len(message.token_ids),
         sampling=msgspec.structs.replace(sampling, max_tokens=max_tokens),
         eos=frozenset(message.eos_token_ids),
@@ -37,19 +36,25 @@ def make_request(
         arrived_s=now_s,
         order=order,
         ticket_id=message.ticket_id if isinstance(message, PrefillOrder) else None,
+        num_replayed=len(message.emitted),
     )
 
 
-def _check_lengths(token_ids: tuple[int, ...], max_tokens: int | None, info: RunnerInfo) -> int:
+def _check_lengths(message: EngineRequest | PrefillOrder, info: RunnerInfo) -> int:
     """Output tokens that there is room for, in the model's context and in the KV cache."""
-    num_prompt, limit = len(token_ids), min(info.max_model_len, info.max_request_tokens)
+    num_prompt, limit = len(message.token_ids), min(info.max_model_len, info.max_request_tokens)
     if not num_prompt:
         raise InvalidRequest("the prompt is empty", param="prompt")
-    if max(token_ids) >= info.vocab_size or min(token_ids) < 0:
-        raise InvalidRequest(f"token ids must be in [0, {info.vocab_size})", param="prompt")
-    if num_prompt >= limit:
+    for token_ids, name in ((message.token_ids, "prompt"), (message.emitted, "emitted")):
+        if max(token_ids, default=0) >= info.vocab_size or min(token_ids, default=0) < 0:
+            raise InvalidRequest(f"{name}: token ids must be in [0, {info.vocab_size})", param=name)
+    is_order = isinstance(message, PrefillOrder)
+    # A request whose output fills the room already ends with that; an order must get its token.
+    num_known = num_prompt + len(message.emitted) if is_order else num_prompt
+    if num_known >= limit:
         what = "context" if limit == info.max_model_len else "KV cache"
         raise ContextLengthExceeded(
-            f"the prompt has {num_prompt} tokens, the {what} holds {limit} with at least one of output", param="prompt"
+            f"the prompt has {num_known} tokens, the {what} holds {limit} with at least one of output", param="prompt"
         )
+    max_tokens = len(message.emitted) + 1 if is_order else message.sampling.max_tokens
     return min(max_tokens or limit, limit - num_prompt)

@@ -28,10 +28,10 @@ from atom_cluster.engine.protocols import EngineInput, Outbox, StepRunner
 from atom_cluster.engine.replies import Replies
 from atom_cluster.engine.reporting import CacheReporter
 from atom_cluster.engine.request import Phase, Request
-from atom_cluster.engine.results import NewTokens, append_tokens, confirm_row
+from atom_cluster.engine.results import NewTokens, append_tokens, confirm_row, end_before_first
 from atom_cluster.engine.scheduler import ScheduledRow, ScheduledStep, Scheduler
 from atom_cluster.engine.speculation import DraftStatistics
-from atom_cluster.errors import AtomClusterError, InvalidRequest, Overloaded, RequestFailed, RequestTimeout
+from atom_cluster.errors import AtomClusterError, EngineLost, InvalidRequest, Overloaded, RequestTimeout
 from atom_cluster.kv_cache.block_manager import BlockManager
 from atom_cluster.kv_cache.prefix_hash import fingerprint_of, seed_of
 from atom_cluster.messages.cluster import EngineStatus, PeerAddress
@@ -42,6 +42,7 @@ from atom_cluster.messages.transfer import (
     BlocksTagged,
     KvCommand,
     KvExport,
+    KvPlacement,
     KvPublication,
     PrefillAccepted,
     PrefillFailed,
@@ -126,6 +127,7 @@ class EngineCore:
             epoch=peer.epoch,
             fingerprint=self.fingerprint,
             fingerprint_fields=info.fingerprint_fields,
+            placement=KvPlacement(block_size=info.block_size, world_size=info.world_size),
             offers=info.kv_offers,
         )
         self._kv_commands: list[KvCommand] = []
@@ -135,7 +137,6 @@ class EngineCore:
             blocks=self._blocks,
             outbox=outbox,
             command=self._kv_commands.append,
-            verify_blocks=transfer.verify_blocks,
         )
         self._decode = DecodeSide(
             export=export,
@@ -200,7 +201,7 @@ class EngineCore:
         try:
             self._is_busy = self._turn(items)
         except Exception as exc:
-            self._fail_everything(RequestFailed(f"the engine failed: {exc}"))
+            self._fail_everything(EngineLost(f"the engine failed: {exc}"))
             raise
         self._replies.flush()
         self._stats = self._take_stats()
@@ -272,8 +273,8 @@ class EngineCore:
         for request in (row.request for row in step.rows if row.request.row in new_rows):
             # Once per request: not when it comes back after a preemption or with a first token from prefill, and not
             # on prefill.
-            if request.ticket_id is None and request.residence == 1 and not request.num_output:
-                self._metrics.inc(PREFIX_CACHE_QUERIES, request.num_prompt)
+            if request.ticket_id is None and request.residence == 1 and not request.num_new:
+                self._metrics.inc(PREFIX_CACHE_QUERIES, request.num_initial)
                 self._metrics.inc(PREFIX_CACHE_HITS, request.num_cached or 0)
 
     def _collect(self) -> None:
@@ -325,7 +326,7 @@ class EngineCore:
         """The first token, from prefill."""
         new = self._append(request, delta)
         request.num_cached = max(request.num_cached or 0, delta.num_cached_tokens)
-        self._metrics.inc(PREFIX_CACHE_QUERIES, request.num_prompt)
+        self._metrics.inc(PREFIX_CACHE_QUERIES, request.num_initial)
         self._metrics.inc(PREFIX_CACHE_HITS, request.num_cached)
         self._replies.tokens(request, new)
         if new.finish_reason is not None:
@@ -336,7 +337,7 @@ class EngineCore:
         """The first token of a prompt that was computed for another engine."""
         delta = TokenDelta(
             request_id=request.request_id,
-            first_index=0,
+            first_index=request.num_replayed,
             token_ids=new.token_ids,
             logprobs=new.logprobs,
             num_cached_tokens=request.num_cached or 0,
@@ -392,11 +393,14 @@ class EngineCore:
         except AtomClusterError as exc:
             self._replies.refuse(client, message.request_id, exc)
             return
+        if (reason := end_before_first(request, max_model_len=self._info.max_model_len)) is not None:
+            self._replies.end(request, reason)
+            return
         self._requests[request.request_id] = request
         self._metrics.inc(PROMPT_TOKENS, request.num_prompt)
         if message.deadline_s is not None:
             heapq.heappush(self._deadlines, (request.arrived_s + message.deadline_s, request.order, request))
-        if message.prefill is not None and self._decode.wants(message.token_ids):
+        if message.prefill is not None and self._decode.wants(request.tokens):
             self._decode.add(request, message.prefill)
         else:
             self._scheduler.add(request)

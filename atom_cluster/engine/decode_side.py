@@ -7,15 +7,18 @@ the first bad block, with the first token kept if the client has it already.
 from __future__ import annotations
 
 import bisect
+from collections import deque
 from collections.abc import Callable, Sequence
 
 from atom_cluster.config.transfer import KvTransferConfig
 from atom_cluster.engine.protocols import Outbox
 from atom_cluster.engine.request import Phase, Request
 from atom_cluster.engine.scheduler import Scheduler
-from atom_cluster.errors import ProtocolError
+from atom_cluster.errors import ProtocolError, TransferError
 from atom_cluster.kv_cache.block_manager import BlockManager
+from atom_cluster.kv_cache.prefix_hash import differences
 from atom_cluster.kv_transfer.handoff import DecodeState, DecodeTicket, DecodeTickets
+from atom_cluster.kv_transfer.routes import check_placement
 from atom_cluster.messages.cluster import PeerAddress
 from atom_cluster.messages.requests import TokenDelta
 from atom_cluster.messages.transfer import (
@@ -105,25 +108,23 @@ class DecodeSide:
     def _start(self, request: Request, address: PeerAddress) -> bool:
         # Of groups other than the first everything comes from prefill: it is little, and only of use in one piece.
         request.table = self._blocks.match(request.tokens, "arriving", in_first_group=True)
-        num_held = len(request.table.block_ids)
+        num_held = len(request.table.block_ids) * self._blocks.block_size
         # Who waits for pages of this engine longer gets them first; else a stream of short prompts would starve it.
         wanted = self._scheduler.pages_wanted(request)
-        missing = self._blocks.missing_to_receive(request.table, request.num_prompt)
+        missing = self._blocks.missing_to_receive(request.table, request.num_initial)
         is_room = self._blocks.has_room(missing, besides=wanted)
-        if not is_room or not self._blocks.receive(request.table, request.num_prompt):
+        if not is_room or not self._blocks.receive(request.table, request.num_initial):
             self._blocks.release(request.table)
             return False
         now_s = self._clock()
         request.scheduled_s = now_s
-        request.num_cached = num_held * self._blocks.block_size
+        request.num_cached = num_held
         ticket = self.tickets.open(
             request,
             request_id=request.request_id,
             address=address,
-            num_tokens=request.num_prompt,
-            block_size=self._blocks.block_size,
-            num_blocks_held=num_held,
-            other_columns=self._blocks.columns_behind(request.num_prompt),
+            num_tokens=request.num_initial,
+            num_tokens_held=num_held,
             timeout_s=self._config.prefill_timeout_s,
             now_s=now_s,
         )
@@ -132,13 +133,16 @@ class DecodeSide:
             PrefillOrder(
                 ticket_id=ticket.ticket_id,
                 request_id=request.request_id,
-                token_ids=tuple(request.tokens),
+                token_ids=tuple(request.tokens[: request.num_prompt]),
                 sampling=request.sampling,
                 eos_token_ids=tuple(sorted(request.eos)),
-                num_blocks_held=num_held,
+                emitted=tuple(request.tokens[request.num_prompt :]),
+                num_tokens_held=num_held,
                 lease_s=self._config.lease_s,
                 fingerprint=self._export.fingerprint,
                 fingerprint_fields=self._export.fingerprint_fields,
+                placement=self._export.placement,
+                wants_tags=self._config.verify_blocks,
                 priority=request.priority,
             ),
         )
@@ -151,23 +155,52 @@ class DecodeSide:
         ticket = self.tickets.get(message.ticket_id, peer_id=source)
         if ticket is None:
             return
-        offer = self._choose(message.export)
-        if offer is None:
-            self._fall_back(ticket, "no_transport", f"{source} offers {[o.transport for o in message.export.offers]}")
+        export = message.export
+        try:
+            self._check(export)
+        except TransferError as exc:
+            self._fall_back(ticket, "mismatch", f"{source}: {exc}")
             return
-        peer = f"{source}/{message.export.epoch}"
+        offers = self._common(export)
+        if not offers:
+            self._fall_back(ticket, "no_transport", f"{source} offers {[o.transport for o in export.offers]}")
+            return
+        peer = f"{source}/{export.epoch}"
         if ticket.state is DecodeState.ASKED and peer not in self._peers:
             self._peers.add(peer)
-            self._command(ConnectPeer(peer=peer, transport=offer.transport, descriptors=offer.descriptors))
-        self._guarded(
-            ticket, lambda: self.tickets.accept(ticket, peer=peer, epoch=message.export.epoch, now_s=self._clock())
-        )
+            self._command(
+                ConnectPeer(
+                    peer=peer,
+                    transport=offers[0].transport,
+                    descriptors=offers[0].descriptors,
+                    others=offers[1:],
+                    placement=export.placement,
+                )
+            )
+        self._guarded(ticket, lambda: self._accept(ticket, peer, export))
 
-    def _choose(self, export: KvExport) -> KvOffer | None:
+    def _check(self, export: KvExport) -> None:
+        """Raise `TransferError` if prefill's blocks would not mean the same here, which it should have found itself."""
         if export.fingerprint != self._export.fingerprint:
-            return None
+            fields = differences(export.fingerprint_fields, self._export.fingerprint_fields)
+            raise TransferError(f"prefill and decode differ in {fields}")
+        check_placement(export.placement, self._export.placement)
+
+    def _common(self, export: KvExport) -> tuple[KvOffer, ...]:
+        """What both sides have, in this side's order of preference."""
         offers = {offer.transport: offer for offer in export.offers}
-        return next((offers[name] for name in self._transports if name in offers), None)
+        return tuple(offers[name] for name in self._transports if name in offers)
+
+    def _accept(self, ticket: Ticket, peer: str, export: KvExport) -> None:
+        block_size = export.placement.block_size
+        self.tickets.accept(
+            ticket,
+            peer=peer,
+            epoch=export.epoch,
+            block_size=block_size,
+            other_columns=self._blocks.columns_behind(ticket.num_tokens, block_size),
+            now_s=self._clock(),
+        )
 
     def on_publication(self, source: str, message: KvPublication) -> None:
         """Blocks can be read; with the last of them comes the first token, which the client gets at once."""
@@ -177,21 +210,10 @@ class DecodeSide:
         self._guarded(ticket, lambda: self._take(ticket, message))
 
     def _take(self, ticket: Ticket, message: KvPublication) -> None:
-        read_id = self.tickets.take(ticket, message, now_s=self._clock())
-        if read_id is not None:
-            columns = range(message.first_block, message.first_block + len(message.block_ids))
-            self._command(
-                ReadBlocks(
-                    read_id=read_id,
-                    peer=ticket.peer,
-                    epoch=message.epoch,
-                    remote_block_ids=message.block_ids,
-                    local_block_ids=self._blocks.handed_over(ticket.request.table, message.group, columns),
-                    tags=message.tags,
-                    timeout_s=self._config.read_timeout_s,
-                    group=message.group,
-                )
-            )
+        if self._config.verify_blocks and message.block_ids and not message.tags:
+            raise ProtocolError(f"ticket {ticket.ticket_id}: blocks came without the tags that were asked for")
+        self.tickets.take(ticket, message, now_s=self._clock())
+        self._start_read(ticket, message)
         if message.first_token is not None:
             ticket.request.drafts = message.drafts
             self._emit_first(ticket.request, message.first_token)
@@ -199,6 +221,30 @@ class DecodeSide:
             self._end(ticket, wants_fallback=False)
         elif ticket.is_complete:
             self._join(ticket)
+
+    def _start_read(self, ticket: Ticket, message: KvPublication) -> None:
+        """Read what was published into this engine's blocks of the same tokens, as far as they were not here before."""
+        published = range(message.first_block, message.first_block + len(message.block_ids))
+        columns = self._blocks.columns_with(message.group, published, ticket.block_size, num_tokens=ticket.num_tokens)
+        if message.group == 0:
+            num_held = ticket.num_tokens_held // self._blocks.block_size
+            columns = range(max(columns.start, num_held), columns.stop)
+        if not columns or not published:
+            return
+        self._command(
+            ReadBlocks(
+                read_id=self.tickets.start_read(ticket, group=message.group, first_column=columns.start),
+                peer=ticket.peer,
+                epoch=message.epoch,
+                remote_block_ids=message.block_ids,
+                local_block_ids=self._blocks.handed_over(ticket.request.table, message.group, columns),
+                tags=message.tags,
+                timeout_s=self._config.read_timeout_s,
+                first_remote_block=message.first_block,
+                first_local_block=columns.start,
+                group=message.group,
+            )
+        )
 
     def on_failed(self, source: str, message: PrefillFailed) -> None:
         """Prefill gave up."""
@@ -224,23 +270,35 @@ class DecodeSide:
     # --- ends
 
     def _join(self, ticket: Ticket) -> None:
-        """All pages are here: the request runs, from the first bad block if there is one."""
+        """All pages are here: the request runs, and computes the bad blocks again."""
         request = ticket.request
         self.tickets.close(ticket)
         self._outbox.send(ticket.address, TicketRelease((ticket.ticket_id,)))
-        num_good = request.num_prompt
+        good = deque([range(request.num_initial)])
         if ticket.bad_pages:
-            self._metrics.inc(KV_BAD_BLOCKS, len(ticket.bad_pages))
-            _logger.warning("%s: pages %s arrived damaged", request.request_id, sorted(ticket.bad_pages))
+            bad_pages = sorted(set(ticket.bad_pages))
+            self._metrics.inc(KV_BAD_BLOCKS, len(bad_pages))
+            _logger.warning("%s: pages %s arrived damaged", request.request_id, bad_pages)
             request.drafts = ()
-            num_good = min(column for _, column in ticket.bad_pages) * self._blocks.block_size
+            good = self._between([column for _, column in bad_pages], request.num_initial)
             if self._blocks.has_other_groups:
-                num_good = 0  # what is here of the others is of use only behind the prompt's end
+                good = deque([range(0)])  # what is here of the others is of use only behind the prompt's end
                 self._blocks.release(request.table)
-        request.num_computed = request.num_confirmed = num_good
+        num_good = request.num_computed = request.num_confirmed = good.popleft().stop
+        request.in_place = good
         self._blocks.rename(request.table, "running")
         self._blocks.confirm(request.table, request.tokens, num_good)
         self._scheduler.add(request)
+
+    def _between(self, bad_columns: Sequence[int], num_tokens: int) -> deque[range]:
+        """Tokens of the blocks between the bad ones. The first range, which may be empty, begins with the prompt."""
+        good, start = deque[range](), 0
+        for column in bad_columns:
+            good.append(range(start, column * self._blocks.block_size))
+            start = (column + 1) * self._blocks.block_size
+        if start < num_tokens:
+            good.append(range(start, num_tokens))
+        return deque(tokens for index, tokens in enumerate(good) if tokens or not index)
 
     def _fall_back(self, ticket: Ticket, reason: str, why: str) -> None:
         """Compute the prompt here instead."""
@@ -262,7 +320,7 @@ class DecodeSide:
         self._blocks.release(ticket.request.table)
         ticket.request.drafts = ()
         if ticket.wants_fallback:
-            if not ticket.request.num_output:
+            if not ticket.request.num_new:
                 ticket.request.num_cached = None  # what counts is found when it is scheduled here
             self._scheduler.add(ticket.request)
 

@@ -11,7 +11,9 @@ from atom_cluster.engine.request import Phase, Request
 from atom_cluster.engine.scheduler import Scheduler
 from atom_cluster.errors import AtomClusterError, TransferError
 from atom_cluster.kv_cache.block_manager import BlockManager
+from atom_cluster.kv_cache.prefix_hash import differences
 from atom_cluster.kv_transfer.handoff import PrefillTicket, PrefillTickets
+from atom_cluster.kv_transfer.routes import check_placement
 from atom_cluster.messages.requests import TokenDelta
 from atom_cluster.messages.transfer import (
     BlocksTagged,
@@ -39,7 +41,6 @@ class PrefillSide:
         blocks: BlockManager,
         outbox: Outbox,
         command: Callable[[KvCommand], None],
-        verify_blocks: bool,
     ) -> None:
         """`command` puts a KV command into the next plan."""
         self._export = export
@@ -47,24 +48,20 @@ class PrefillSide:
         self._blocks = blocks
         self._outbox = outbox
         self._command = command
-        self._verify_blocks = verify_blocks
         self.tickets: PrefillTickets[Request] = PrefillTickets()
 
     def check(self, order: PrefillOrder) -> None:
-        """Raise `TransferError` if this engine's blocks would not mean the same on the other side."""
+        """Raise `TransferError` if this engine's blocks would not mean the same on the other side, or not be of use."""
         if not self._export.offers:
             raise TransferError("this engine exports no KV")
         if order.fingerprint != self._export.fingerprint:
-            raise TransferError(f"prefill and decode differ in {self._differences(order.fingerprint_fields)}")
-
-    def _differences(self, theirs: dict[str, str]) -> str:
-        ours = self._export.fingerprint_fields
-        names = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
-        return ", ".join(f"{name} ({ours.get(name)} on prefill, {theirs.get(name)} on decode)" for name in names)
+            fields = differences(self._export.fingerprint_fields, order.fingerprint_fields)
+            raise TransferError(f"prefill and decode differ in {fields}")
+        check_placement(order.placement, self._export.placement)
 
     def open(self, order: PrefillOrder, *, peer_id: str, request: Request, now_s: float) -> None:
         """Take an order whose request is about to be scheduled."""
-        self.tickets.open(order, peer_id=peer_id, request=request, now_s=now_s)
+        self.tickets.open(order, peer_id=peer_id, request=request, block_size=self._blocks.block_size, now_s=now_s)
         self._outbox.send(peer_id, PrefillAccepted(ticket_id=order.ticket_id, export=self._export))
 
     def refuse(self, order: PrefillOrder, *, peer_id: str, error: AtomClusterError) -> None:
@@ -86,8 +83,8 @@ class PrefillSide:
         self._scheduler.remove(request)
         self._blocks.trim(request.table)
         self._blocks.rename(request.table, "leased")
-        ranges = self._next_blocks(ticket, ceil_div(request.num_prompt, self._blocks.block_size))
-        self._publish(ticket, ranges | self._blocks.columns_behind(request.num_prompt))
+        ranges = self._next_blocks(ticket, ceil_div(request.num_initial, self._blocks.block_size))
+        self._publish(ticket, ranges | self._blocks.columns_behind(request.num_initial))
         if not ticket.unpublished and not ticket.is_published:
             self._send(ticket, 0, ticket.next_block, (), ())
 
@@ -129,18 +126,19 @@ class PrefillSide:
         return {0: blocks} if blocks else {}
 
     def _publish(self, ticket: Ticket, ranges: dict[int, range]) -> None:
-        """Publish columns of cache groups; with checksums, as soon as those are known."""
+        """Publish columns of cache groups; with checksums, if decode wants them, as soon as those are known."""
         for group, columns in ranges.items():
             page_ids = self._blocks.handed_over(ticket.request.table, group, columns)
             ticket.unpublished[group, columns.start] = page_ids
         for group, columns in ranges.items():
-            if self._verify_blocks:
+            if ticket.order.wants_tags:
                 self._command(
                     TagBlocks(
                         ticket_id=ticket.order.ticket_id,
                         epoch=self._export.epoch,
                         first_block=columns.start,
                         block_ids=ticket.unpublished[group, columns.start],
+                        reader=ticket.order.placement,
                         group=group,
                     )
                 )

@@ -40,7 +40,8 @@ class Replies:
         now_s = self._clock()
         if request.first_token_s is None:
             request.first_token_s = now_s
-            self._metrics.observe(TTFT_S, now_s - request.arrived_s)
+            if not request.num_replayed:  # else its client has had the first token long since
+                self._metrics.observe(TTFT_S, now_s - request.arrived_s)
             self._metrics.observe(QUEUE_S, (request.scheduled_s or now_s) - request.arrived_s)
         elif request.last_token_s is not None:
             self._metrics.observe(ITL_S, (now_s - request.last_token_s) / len(new.token_ids))
@@ -54,8 +55,20 @@ class Replies:
                 token_ids=new.token_ids,
                 logprobs=new.logprobs,
                 finish_reason=new.finish_reason,
-                num_cached_tokens=request.num_cached or 0,
+                num_cached_tokens=min(request.num_cached or 0, request.num_prompt),
                 timing=None if new.finish_reason is None else self._timing(request),
+            ),
+        )
+
+    def end(self, request: Request, reason: FinishReason) -> None:
+        """The request has all its tokens already."""
+        self._put(
+            request,
+            TokenDelta(
+                request_id=request.request_id,
+                first_index=request.num_output,
+                finish_reason=reason,
+                timing=self._timing(request),
             ),
         )
 

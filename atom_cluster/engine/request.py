@@ -3,6 +3,7 @@ the engine core and the handoffs only; knows nothing of other requests."""
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -41,6 +42,8 @@ class Request:
     """Number of arrival; equal priorities run in this order."""
     ticket_id: str | None = None
     """Set for a prefill order: the request is computed for another engine, and its blocks go there."""
+    num_replayed: int = 0
+    """Output tokens known when it arrived: an engine that is gone gave them to the client."""
 
     phase: Phase = Phase.WAITING
     table: BlockTable = field(default_factory=lambda: BlockTable("running"))
@@ -49,6 +52,8 @@ class Request:
     """Leading tokens whose KV is in place or being put there by a plan in flight; drafts do not count."""
     num_unverified: int = 0
     """Drafts that plans in flight verify: so many tokens more than `num_computed` may turn out to be computed."""
+    in_place: deque[range] = field(default_factory=deque)
+    """Positions behind `num_computed` whose KV is here already: only what lies between is to be computed."""
     num_confirmed: int = 0
     """Leading tokens whose KV is in place."""
     num_sampling: int = 0
@@ -71,6 +76,16 @@ class Request:
         return len(self.tokens) - self.num_prompt
 
     @property
+    def num_initial(self) -> int:
+        """Tokens known when it arrived: the prompt, and output that is not sent again."""
+        return self.num_prompt + self.num_replayed
+
+    @property
+    def num_new(self) -> int:
+        """Output tokens known since."""
+        return self.num_output - self.num_replayed
+
+    @property
     def num_uncomputed(self) -> int:
         """Tokens whose KV is still to be computed, with those being sampled. At least 1 unless it is to end."""
         return len(self.tokens) + self.num_sampling - self.num_computed
@@ -79,6 +94,14 @@ class Request:
     def is_prefilling(self) -> bool:
         """Whether more than the newest token is to be computed."""
         return self.num_computed < len(self.tokens) - 1 or self.num_output == self.num_sampling == 0
+
+    def skip_in_place(self) -> int:
+        """Go on behind what is in place from here on; how many tokens that is."""
+        if not self.in_place or self.num_computed < self.in_place[0].start:
+            return 0
+        num_skipped = self.in_place.popleft().stop - self.num_computed
+        self.num_computed += num_skipped
+        return num_skipped
 
     @property
     def is_done(self) -> bool:

@@ -44,13 +44,27 @@ def append_tokens(
     return NewTokens(tuple(token_ids[:count]), None if logprobs is None else logprobs[:count], reason)
 
 
+def end_before_first(request: Request, *, max_model_len: int) -> FinishReason | None:
+    """Why a request that has just arrived is over already: what it was sent with ends with its last token."""
+    if not request.num_output:
+        return None
+    return finish_reason(
+        request.tokens[-1],
+        num_output=request.num_output,
+        num_known=len(request.tokens),
+        max_model_len=max_model_len,
+        sampling=request.sampling,
+        eos=request.eos,
+    )
+
+
 def confirm_row(row: ScheduledRow, sampled: SampledTokens | None) -> None:
     """The row's tokens are computed, and as many of its drafts as were kept. Says nothing of an earlier residence."""
     request = row.request
     if row.residence != request.residence or request.phase is not Phase.RUNNING:
         return
     num_kept = 0 if sampled is None else len(sampled.token_ids) - 1
-    request.num_confirmed += row.num_tokens - row.num_drafts + num_kept
+    request.num_confirmed += row.num_tokens - row.num_drafts + num_kept + row.num_skipped
     request.num_computed += num_kept
     request.num_unverified -= row.num_drafts
     if sampled is not None:

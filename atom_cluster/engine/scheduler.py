@@ -37,6 +37,8 @@ class ScheduledRow:
     num_tokens: int
     samples: bool
     num_drafts: int = 0
+    num_skipped: int = 0
+    """Tokens behind these that are in place (`Request.in_place`)."""
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -220,6 +222,8 @@ class Scheduler:
 
     def _num_chunk_tokens(self, request: Request) -> int:
         wanted = min(request.num_uncomputed, self._max_chunk)
+        if request.in_place:
+            wanted = min(wanted, request.in_place[0].start - request.num_computed)
         if self._config.long_prefill_tokens:
             wanted = min(wanted, self._config.long_prefill_tokens)
         if not self._config.chunked_prefill:
@@ -264,6 +268,7 @@ class Scheduler:
         # after the plans before them: whoever gets the blocks next writes later.
         self._blocks.release(request.table)
         request.num_computed = request.num_confirmed = request.num_unverified = 0
+        request.in_place.clear()
         request.drafts = ()
         self._has_preempted = True
         self._metrics.inc(PREEMPTIONS)
@@ -286,8 +291,17 @@ class Scheduler:
         num_tokens = part.end + part.num_drafts - request.num_computed
         start = request.num_computed + request.num_unverified
         self._step.steps.append(RowStep(request.row, start, num_tokens, part.samples, new_pages, part.num_drafts))
-        self._step.rows.append(ScheduledRow(request, request.residence, num_tokens, part.samples, part.num_drafts))
         request.num_computed = part.end
+        self._step.rows.append(
+            ScheduledRow(
+                request,
+                request.residence,
+                num_tokens,
+                part.samples,
+                part.num_drafts,
+                num_skipped=request.skip_in_place(),
+            )
+        )
         request.num_unverified += part.num_drafts
         request.num_sampling += part.samples
         request.num_in_flight += 1

@@ -201,10 +201,21 @@ class BlockManager:
 
     # --- prompts computed by one engine for another
 
-    def columns_behind(self, num_tokens: int) -> dict[int, range]:
-        """Columns of each group but the first that tokens behind so many need; groups that need none are left out."""
-        columns = {i: group.columns_behind(num_tokens) for i, group in enumerate(self._groups) if i}
+    def columns_behind(self, num_tokens: int, block_size: int | None = None) -> dict[int, range]:
+        """Columns of each group but the first that tokens behind so many need; groups that need none are left out.
+
+        `block_size`: of the engine whose columns are meant; None: of this one.
+        """
+        columns = {i: group.columns_behind(num_tokens, block_size) for i, group in enumerate(self._groups) if i}
         return {i: needed for i, needed in columns.items() if needed}
+
+    def columns_with(self, group: int, columns: range, block_size: int, *, num_tokens: int) -> range:
+        """Columns of this engine that share tokens with columns of another engine, of those that tokens behind
+        `num_tokens` need."""
+        found = self._groups[group].columns_with(columns, block_size)
+        needed = self._groups[group].columns_behind(num_tokens)
+        start = max(found.start, needed.start)
+        return range(start, max(start, min(found.stop, needed.stop)))
 
     def missing_to_receive(self, table: BlockTable, num_tokens: int) -> tuple[int, ...]:
         """Pages of each group that the table, matched in the first group, lacks to receive so many tokens."""

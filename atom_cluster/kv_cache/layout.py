@@ -1,5 +1,8 @@
 """KvLayout: what each layer keeps between steps, in which groups of pages. Sizes and names, no tensors.
 
+What differs between ranks, and between engines that split a model over different numbers of them, is only which heads a
+layer has; `page_map` says where in a page they are.
+
 Layers that keep the same span of the past share pages, and so form a group: those that keep everything, those that keep
 a window of one size, and those that keep a state that is rewritten by every token. A page of a paged group holds
 `block_size` tokens of all its layers; a page of the state group holds one state of all its layers. The first group of a
@@ -34,6 +37,8 @@ class KvLayerLayout:
 
     num_kv_heads: int
     """Heads on this rank."""
+    all_kv_heads: int | None = None
+    """Heads of the model, which are divided over the ranks; None: every rank has the same ones."""
     key_dim: int
     value_dim: int
     """0 where values are part of the keys (latent attention) or there are none (an index)."""
@@ -42,11 +47,6 @@ class KvLayerLayout:
     window: int | None = None
     """Positions that a token of this layer sees, its own included; None: all."""
     tokens_per_entry: int = 1
-
-    @property
-    def bytes_per_entry(self) -> int:
-        """Bytes stored per entry."""
-        return self.num_kv_heads * (self.key_dim + self.value_dim) * DTYPE_BYTES[self.dtype]
 
     def entries_per_page(self, block_size: int) -> int:
         """Entries that a page of `block_size` tokens has room for.
@@ -61,10 +61,11 @@ class KvLayerLayout:
         return ceil_div(block_size, self.tokens_per_entry)
 
     def describe(self) -> str:
-        """A string equal exactly when two layouts are."""
+        """A string equal exactly when the layouts of all ranks together are, however many there are."""
         window = "" if self.window is None else f"/{self.window}"
         tokens = "" if self.tokens_per_entry == 1 else f"per{self.tokens_per_entry}"
-        return f"{self.dtype}:{self.num_kv_heads}x{self.key_dim}+{self.value_dim}{window}{tokens}"
+        num_heads = self.num_kv_heads if self.all_kv_heads is None else self.all_kv_heads
+        return f"{self.dtype}:{num_heads}x{self.key_dim}+{self.value_dim}{window}{tokens}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,13 +74,17 @@ class StateTensor:
 
     name: str
     shape: tuple[int, ...]
+    """On this rank."""
     dtype: str
     """A key of `DTYPE_BYTES`."""
+    sections: tuple[int, ...] = ()
+    """Lengths, over all ranks, of the consecutive parts of the first axis, each of which is divided evenly over the
+    ranks; empty: every rank has the same tensor."""
 
-    @property
-    def num_bytes(self) -> int:
-        """Size of one copy."""
-        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+    def describe(self) -> str:
+        """A string equal exactly when the tensors of all ranks together are."""
+        first = "+".join(map(str, self.sections or self.shape[:1]))
+        return f"{self.name}{'x'.join((first, *map(str, self.shape[1:])))}:{self.dtype}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,14 +94,9 @@ class StateLayerLayout:
     tensors: tuple[StateTensor, ...]
     """Widest dtype first, so that each starts aligned."""
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of one state."""
-        return sum(tensor.num_bytes for tensor in self.tensors)
-
     def describe(self) -> str:
-        """A string equal exactly when two layouts are."""
-        return "state:" + "+".join(f"{t.name}{'x'.join(map(str, t.shape))}:{t.dtype}" for t in self.tensors)
+        """A string equal exactly when the layouts of all ranks together are, however many there are."""
+        return "state:" + "&".join(tensor.describe() for tensor in self.tensors)
 
 
 LayerLayout = KvLayerLayout | StateLayerLayout
@@ -122,6 +122,23 @@ class PageGroup:
     window: int | None
     """Of a window group: positions that a token sees, its own included."""
     num_pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class PageTensor:
+    """One tensor of one layer within a page."""
+
+    layer: int
+    """Index into the layout's layers."""
+    name: str
+    """`key`, `value`, or a state tensor's."""
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Size within each page."""
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,15 +168,25 @@ class KvLayout:
 
     def page_bytes(self, group: CacheGroup, block_size: int) -> int:
         """Bytes of one page of a group on this rank, padded so that every page starts aligned."""
-        total = 0
+        total = sum(tensor.num_bytes for tensor in self.page_tensors(group, block_size))
+        return align_up(total, PAGE_ALIGNMENT)
+
+    def page_tensors(self, group: CacheGroup, block_size: int) -> tuple[PageTensor, ...]:
+        """What a page of the group holds, in order: wide dtypes first, so that each tensor starts aligned.
+
+        Keys and values are [entries, heads, dim].
+        """
+        tensors: list[PageTensor] = []
         for index in group.layers:
             layer = self.layers[index]
             if isinstance(layer, StateLayerLayout):
-                total += layer.num_bytes
+                tensors += [PageTensor(index, tensor.name, tensor.shape, tensor.dtype) for tensor in layer.tensors]
             else:
-                total += layer.bytes_per_entry * layer.entries_per_page(block_size)
-        return align_up(total, PAGE_ALIGNMENT)
+                rows = (layer.entries_per_page(block_size), layer.num_kv_heads)
+                tensors.append(PageTensor(index, "key", (*rows, layer.key_dim), layer.dtype))
+                tensors.append(PageTensor(index, "value", (*rows, layer.value_dim), layer.dtype))
+        return tuple(sorted(tensors, key=lambda tensor: -DTYPE_BYTES[tensor.dtype]))
 
     def describe(self) -> str:
-        """A string equal exactly when two layouts are; part of an engine's fingerprint."""
+        """A string equal exactly when the layouts of all ranks together are; part of an engine's fingerprint."""
         return ",".join(layer.describe() for layer in self.layers)

@@ -87,8 +87,12 @@ class PageGroupPool(ABC):
         return num_blocks
 
     @abstractmethod
-    def columns_behind(self, num_tokens: int) -> range:
-        """Columns that tokens behind so many need."""
+    def columns_behind(self, num_tokens: int, block_size: int | None = None) -> range:
+        """Columns that tokens behind so many need, in blocks of this group's or of another size."""
+
+    @abstractmethod
+    def columns_with(self, columns: range, block_size: int) -> range:
+        """Columns that share tokens with these of blocks of another size."""
 
     def find(self, prefix: Prefix) -> int | None:
         """The cached page that ends this prefix."""
@@ -184,6 +188,11 @@ class ColumnGroup(PageGroupPool):
         """No columns."""
         return ColumnPages(self)
 
+    def columns_with(self, columns: range, block_size: int) -> range:
+        """By position."""
+        first, end = columns.start * block_size, columns.stop * block_size
+        return range(first // self.block_size, ceil_div(end, self.block_size))
+
 
 class FullGroup(ColumnGroup):
     """Every token sees all before it. The first group of every model."""
@@ -191,9 +200,9 @@ class FullGroup(ColumnGroup):
     def __init__(self, num_pages: int, *, block_size: int) -> None:
         super().__init__("full", num_pages, block_size)
 
-    def columns_behind(self, num_tokens: int) -> range:
+    def columns_behind(self, num_tokens: int, block_size: int | None = None) -> range:
         """All."""
-        return range(ceil_div(num_tokens, self.block_size))
+        return range(ceil_div(num_tokens, block_size or self.block_size))
 
 
 class WindowGroup(ColumnGroup):
@@ -215,10 +224,11 @@ class WindowGroup(ColumnGroup):
                 num_blocks = column
         return num_blocks
 
-    def columns_behind(self, num_tokens: int) -> range:
+    def columns_behind(self, num_tokens: int, block_size: int | None = None) -> range:
         """The window's."""
-        end = ceil_div(num_tokens, self.block_size)
-        return range(min(end, max(0, num_tokens - self._window + 1) // self.block_size), end)
+        block_size = block_size or self.block_size
+        end = ceil_div(num_tokens, block_size)
+        return range(min(end, max(0, num_tokens - self._window + 1) // block_size), end)
 
 
 class StatePages(GroupPages):
@@ -337,9 +347,13 @@ class StateGroup(PageGroupPool):
         """Up to the last checkpoint."""
         return next((n for n in range(num_blocks, 0, -1) if self.find(prefixes[n - 1]) is not None), 0)
 
-    def columns_behind(self, num_tokens: int) -> range:
+    def columns_behind(self, num_tokens: int, block_size: int | None = None) -> range:
         """The state counts as column 0."""
         return range(1)
+
+    def columns_with(self, columns: range, block_size: int) -> range:
+        """The same: a state is one whatever the size of blocks."""
+        return columns
 
 
 def make_group(group: PageGroup, *, block_size: int, max_drafts: int, lookahead: int) -> PageGroupPool:

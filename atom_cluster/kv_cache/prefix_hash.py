@@ -20,6 +20,12 @@ def fingerprint_of(fields: Mapping[str, str]) -> str:
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 
+def differences(prefill: Mapping[str, str], decode: Mapping[str, str]) -> str:
+    """What differs between the fields of two fingerprints, with both values; for people."""
+    names = [name for name in sorted(prefill.keys() | decode.keys()) if prefill.get(name) != decode.get(name)]
+    return ", ".join(f"{name} ({prefill.get(name)} on prefill, {decode.get(name)} on decode)" for name in names)
+
+
 def seed_of(fingerprint: str) -> int:
     """The hash that stands before a prompt's first block."""
     return xxhash.xxh64_intdigest(fingerprint.encode())

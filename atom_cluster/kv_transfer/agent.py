@@ -1,8 +1,10 @@
 """KvAgent: executes an engine's KV commands on one rank, in a thread of its own, so that computing never waits for it.
 
-It connects and reads through the transports, tags blocks for peers, and checks the tags of every block it read before
-the engine hears that the read is over. Each `ReadBlocks` ends in exactly one report within its timeout and a short
-grace; a transport that breaks this promise ends the agent, since nobody could tell when it stops writing to blocks.
+It connects and reads through the transports, tags blocks for peers, and checks the tags of all it read before the
+engine hears that the read is over. A `ReadBlocks` may take several reads of a transport, from several ranks of the peer
+if that lays out its KV differently (`routes`). It ends in exactly one report, when all of them have ended, within its
+timeout and a short grace; a transport that breaks this promise ends the agent, since nobody could tell when it stops
+writing to blocks.
 
 Knows nothing of requests, tickets' owners or other ranks; `ReportCombiner` merges the reports of all ranks.
 """
@@ -16,21 +18,27 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from atom_cluster.errors import TransferError
+from atom_cluster.kv_cache.page_map import PageMap
 from atom_cluster.kv_transfer import registry
 from atom_cluster.kv_transfer.checksum import BlockTagger
 from atom_cluster.kv_transfer.combine import ReportCombiner, merge_offers
+from atom_cluster.kv_transfer.pieces import PeerShape
 from atom_cluster.kv_transfer.protocol import KvRegion, KvTransport, ReadCompletion
+from atom_cluster.kv_transfer.reads import Part, parts_of_read, tags_for_reader
 from atom_cluster.kv_transfer.registry import TransportSettings
+from atom_cluster.kv_transfer.routes import RoutePlanner, check_placement
 from atom_cluster.messages.transfer import (
     BlocksTagged,
     ConnectPeer,
     DropPeer,
     KvCommand,
+    KvOffer,
+    KvPlacement,
     KvReport,
     RankReport,
     ReadBlocks,
@@ -66,21 +74,40 @@ class _Order:
         return isinstance(self.command, ReadBlocks) and time.monotonic() >= self.issued_s + self.command.timeout_s
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Read:
-    """A read that was handed to a transport."""
+    """A read whose parts were handed to a transport."""
 
     command: ReadBlocks
     issued_s: float
     deadline: Deadline
+    parts: list[Part]
+    num_open: int
+    """Parts under way."""
+    num_bytes: int = 0
+    error: str | None = None
+    """Of the first part that failed."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Peer:
     """A peer that can be read from, or why it cannot."""
 
+    placement: KvPlacement
     transport: KvTransport | None
+    sources: tuple[int, ...] = ()
+    """Its ranks that this one reads from."""
     error: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PageFacts:
+    """What the bytes of this rank's pages mean."""
+
+    maps: tuple[PageMap, ...]
+    """By cache group."""
+    placement: KvPlacement
+    """Of this engine."""
 
 
 class KvAgent:
@@ -90,19 +117,33 @@ class KvAgent:
     commands wait for the work issued before them, and neither side waits for the other otherwise.
     """
 
-    def __init__(self, *, rank: int, regions: Sequence[KvRegion], exports: Sequence[tuple[KvTransport, bytes]]) -> None:
+    def __init__(
+        self,
+        *,
+        rank: int,
+        regions: Sequence[KvRegion],
+        pages: PageFacts,
+        exports: Sequence[tuple[KvTransport, bytes]],
+    ) -> None:
         """`exports`: transports, best first, each with what its `export` of these regions returned.
 
         Owns the transports from here on, unless it raises `TransferError` because these regions cannot be tagged.
         """
         self._rank = rank
         self._device = regions[0].blocks.device
+        self._placement = pages.placement
+        self._maps = pages.maps
+        self._planner = RoutePlanner(pages.maps)
         self._tagger = BlockTagger(regions)
         self._transports = {transport.name: transport for transport, _ in exports}
         self.descriptors: Mapping[str, bytes] = {transport.name: descriptor for transport, descriptor in exports}
         """How peers reach this rank's memory, by transport name, best first. For `merge_offers`."""
         self._peers: dict[str, _Peer] = {}
         self._reads: dict[int, _Read] = {}
+        """By the engine's read id."""
+        self._read_by_part: dict[int, _Read] = {}
+        """By the transport's read id."""
+        self._num_parts = 0
         self._waiting: deque[_Order] = deque()
         self._inbox: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
         self._reports: deque[RankReport] = deque()
@@ -185,11 +226,9 @@ class KvAgent:
             self._fail(order.command, order.issued_s, "the deadline passed before the device was ready for the read")
 
     def _tag(self, command: TagBlocks) -> None:
-        tags = self._tagger.tags(command.group, command.block_ids, command.epoch)
+        tags = tags_for_reader(command, self._planner, self._tagger, own=self._placement, rank=self._rank)
         self._report(
-            BlocksTagged(
-                ticket_id=command.ticket_id, first_block=command.first_block, tags=(tags,), group=command.group
-            )
+            BlocksTagged(ticket_id=command.ticket_id, first_block=command.first_block, tags=tags, group=command.group)
         )
 
     def _connect(self, command: ConnectPeer) -> None:
@@ -197,45 +236,82 @@ class KvAgent:
         known = self._peers.get(command.peer)
         if known is not None and known.transport is not None:
             return
-        transport = self._transports.get(command.transport)
+        errors = []
+        for offer in (KvOffer(command.transport, command.descriptors), *command.others):
+            peer = self._connect_through(offer, command)
+            self._peers[command.peer] = peer
+            if peer.transport is not None:
+                break
+            errors.append(peer.error)
+            _log.warning(
+                "rank %d cannot read from %s through %s: %s", self._rank, command.peer, offer.transport, peer.error
+            )
+        else:
+            self._peers[command.peer] = _Peer(command.placement, None, error=f"cannot connect: {'; '.join(errors)}")
+
+    def _connect_through(self, offer: KvOffer, command: ConnectPeer) -> _Peer:
+        """The peer connected through this transport, or why it cannot be."""
+        transport = self._transports.get(offer.transport)
+        connected: list[str] = []
         try:
             if transport is None:
-                raise TransferError(f"no transport {command.transport!r} here; there are {', '.join(self._transports)}")
-            if len(command.descriptors) <= self._rank:
-                raise TransferError(f"the peer has {len(command.descriptors)} ranks, none for rank {self._rank}")
-            transport.connect(command.peer, command.descriptors[self._rank])
-            self._peers[command.peer] = _Peer(transport)
+                raise TransferError(f"no transport {offer.transport!r} here; there are {', '.join(self._transports)}")
+            sources = self._sources(command, len(offer.descriptors))
+            for source in sources:
+                shape = None if command.placement == self._placement else self._shape(source, command.placement)
+                connected.append(_rank_name(command.peer, source))
+                transport.connect(connected[-1], offer.descriptors[source], shape)
         except TransferError as exc:
-            _log.warning("rank %d cannot read from %s: %s", self._rank, command.peer, exc)
-            self._peers[command.peer] = _Peer(None, f"cannot connect: {exc}")
+            if transport is not None:
+                for name in connected:
+                    transport.disconnect(name)
+            return _Peer(command.placement, None, error=str(exc))
+        return _Peer(command.placement, transport, sources)
+
+    def _sources(self, command: ConnectPeer, num_descriptors: int) -> tuple[int, ...]:
+        """Ranks of a peer to read from. Raises `TransferError` if it has not told how to reach them."""
+        check_placement(command.placement, self._placement)
+        if num_descriptors != command.placement.world_size:
+            raise TransferError(f"{num_descriptors} descriptors of {command.placement.world_size} ranks")
+        sources = {
+            route.source
+            for group in range(len(self._maps))
+            for route in self._planner.routes(group, source=command.placement, reader=self._placement, rank=self._rank)
+        }
+        return tuple(sorted(sources))
+
+    def _shape(self, source: int, placement: KvPlacement) -> PeerShape:
+        sizes = (pages.page_bytes(source, placement.world_size, placement.block_size) for pages in self._maps)
+        return PeerShape(source, tuple(sizes))
 
     def _drop(self, command: DropPeer) -> None:
         peer = self._peers.pop(command.peer, None)
         if peer is not None and peer.transport is not None:
-            peer.transport.disconnect(command.peer)
+            for source in peer.sources:
+                peer.transport.disconnect(_rank_name(command.peer, source))
 
     def _start_read(self, command: ReadBlocks, issued_s: float) -> None:
-        peer = self._peers.get(command.peer, _Peer(None, "unknown peer"))
-        error = self._defect(command) or peer.error
-        if error or peer.transport is None:
-            self._fail(command, issued_s, error)
-            return
-        deadline = Deadline(issued_s + command.timeout_s)
-        self._reads[command.read_id] = _Read(command, issued_s, deadline)
-        peer.transport.start_read(
-            command.read_id, command.peer, command.group, command.remote_block_ids, command.local_block_ids, deadline
-        )
-
-    def _defect(self, command: ReadBlocks) -> str:
-        """What makes the command itself impossible to carry out; empty when nothing does."""
-        num_blocks = len(command.local_block_ids)
-        if len(command.remote_block_ids) != num_blocks or len(set(command.local_block_ids)) != num_blocks:
-            return "local blocks must be distinct and as many as remote ones"
-        if command.tags and (len(command.tags) <= self._rank or len(command.tags[self._rank]) != num_blocks):
-            return f"there is not one tag per block for rank {self._rank}"
         if command.read_id in self._reads:
             raise TransferError(f"read {command.read_id} was started twice")
-        return ""
+        peer = self._peers.get(command.peer, _Peer(self._placement, None, error="unknown peer"))
+        try:
+            if peer.transport is None:
+                raise TransferError(peer.error)
+            parts = parts_of_read(command, self._planner, source=peer.placement, own=self._placement, rank=self._rank)
+        except TransferError as exc:
+            self._fail(command, issued_s, str(exc))
+            return
+        deadline = Deadline(issued_s + command.timeout_s)
+        read = self._reads[command.read_id] = _Read(command, issued_s, deadline, parts, len(parts))
+        for part in parts:
+            self._num_parts += 1
+            self._read_by_part[self._num_parts] = read
+            name = _rank_name(command.peer, part.source)
+            peer.transport.start_read(
+                self._num_parts, name, command.group, part.remote_blocks, part.local_blocks, deadline, part.pieces
+            )
+        if not parts:
+            self._end(read)
 
     def _collect(self) -> None:
         for transport in self._transports.values():
@@ -246,26 +322,36 @@ class KvAgent:
                 raise TransferError(f"read {read.command.read_id} did not end within {_GRACE_S} s of its deadline")
 
     def _finish(self, completion: ReadCompletion) -> None:
-        read = self._reads.pop(completion.read_id, None)
+        read = self._read_by_part.pop(completion.read_id, None)
         if read is None:
             raise TransferError(f"a transport ended read {completion.read_id}, which is not under way")
-        if completion.error is not None:
-            self._fail(read.command, read.issued_s, completion.error)
+        read.num_open -= 1
+        read.num_bytes += completion.num_bytes
+        read.error = read.error or completion.error
+        if not read.num_open:
+            self._end(read)
+
+    def _end(self, read: _Read) -> None:
+        del self._reads[read.command.read_id]
+        if read.error is not None:
+            self._fail(read.command, read.issued_s, read.error)
             return
         self._report(
             ReadFinished(
-                read_id=completion.read_id,
-                bad_blocks=self._bad_blocks(read.command),
-                num_bytes=completion.num_bytes,
+                read_id=read.command.read_id,
+                bad_blocks=self._bad_blocks(read),
+                num_bytes=read.num_bytes,
                 seconds=time.monotonic() - read.issued_s,
             )
         )
 
-    def _bad_blocks(self, command: ReadBlocks) -> tuple[int, ...]:
-        if not command.tags:
-            return ()
-        found = self._tagger.tags(command.group, command.local_block_ids, command.epoch)
-        return tuple(i for i, (tag, want) in enumerate(zip(found, command.tags[self._rank])) if tag != want)
+    def _bad_blocks(self, read: _Read) -> tuple[int, ...]:
+        bad: set[int] = set()
+        for part in read.parts:
+            if part.tags:
+                found = self._tagger.tags(read.command.group, part.local_blocks, read.command.epoch, part.local_extents)
+                bad.update(block for block, tag, want in zip(part.local_blocks, found, part.tags) if tag != want)
+        return tuple(index for index, block in enumerate(read.command.local_block_ids) if block in bad)
 
     def _fail(self, command: ReadBlocks, issued_s: float, error: str) -> None:
         self._report(ReadFinished(read_id=command.read_id, error=error, seconds=time.monotonic() - issued_s))
@@ -282,7 +368,14 @@ class KvAgent:
             transport.close()
 
 
-def open_agent(choice: str, *, regions: Sequence[KvRegion], settings: TransportSettings) -> tuple[KvAgent, str]:
+def _rank_name(peer: str, rank: int) -> str:
+    """One rank of a peer, to a transport."""
+    return f"{peer} rank {rank}"
+
+
+def open_agent(
+    choice: str, *, regions: Sequence[KvRegion], pages: PageFacts, settings: TransportSettings
+) -> tuple[KvAgent, str]:
     """The agent for `kv_transfer.transport`, and in words which transports were chosen and why.
 
     `auto` takes every transport that can export these regions; a named one must, or `TransferError` says why not.
@@ -291,15 +384,17 @@ def open_agent(choice: str, *, regions: Sequence[KvRegion], settings: TransportS
         exports = [_open_exported(choice, regions, settings)]
         reasons = [f"{exports[0][0].name} (configured)"]
     else:
-        names = registry.available(regions[0].blocks.device.type)
-        outcomes = {name: _try_open_exported(name, regions, settings) for name in names}
+        device_type = regions[0].blocks.device.type
+        names = registry.available(device_type)
+        outcomes = {name: _try_open_exported(name, regions, replace(settings, is_named=False)) for name in names}
         exports = [outcome for outcome in outcomes.values() if not isinstance(outcome, TransferError)]
         reasons = [", ".join(transport.name for transport, _ in exports) + " (automatic, best first)"]
         reasons += [f"no {name}: {outcome}" for name, outcome in outcomes.items() if isinstance(outcome, TransferError)]
+        reasons += [f"no {name}: {reason}" for name, reason in registry.missing(device_type).items()]
         if not exports:
             raise TransferError("no KV transport can export this memory; " + "; ".join(reasons[1:]))
     try:
-        return KvAgent(rank=settings.rank, regions=regions, exports=exports), "; ".join(reasons)
+        return KvAgent(rank=settings.rank, regions=regions, pages=pages, exports=exports), "; ".join(reasons)
     except TransferError:
         for transport, _ in exports:
             transport.close()

@@ -1,23 +1,41 @@
 """A 64-bit content tag per KV block, the same on any device, so that a reader can tell a wrong block from a right one.
 
-A block is read as 64-bit words, and its tag is `sum(word[i] * weight[i]) mod 2^64`, with
-fixed pseudo-random odd weights, mixed with the exporting engine's epoch. An odd weight is invertible modulo 2^64, so a
-change of any single word always changes the tag; unrelated changes go unnoticed with probability 2^-64 or little more.
-It guards against mistakes (stale, torn, misplaced or damaged blocks), not against a forger.
+A block, or what is read of it, is taken as a sequence of 64-bit words, the last one filled up with zeros. Its tag is
+`sum(word[i] * weight[i]) mod 2^64`, with fixed pseudo-random odd weights, mixed with the exporting engine's epoch. An
+odd weight is invertible modulo 2^64, so a change of any single word always changes the tag; unrelated changes go
+unnoticed with probability 2^-64 or little more. It guards against mistakes (stale, torn, misplaced or damaged blocks),
+not against a forger.
+
+Of parts of blocks the sequence is what both sides have in common, whatever else their blocks hold: extents one after
+the other. So a reader can check what it reads from a rank that splits KV in another way, by itself and as it comes.
+Sums over whole blocks could only be compared after those of all ranks were added up, and not at all where several ranks
+hold the same or a reader has part of the block already.
 
 Knows nothing of transports or tickets.
 """
 
 from __future__ import annotations
 
+import math
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from atom_cluster.errors import TransferError
+from atom_cluster.kv_transfer.pieces import Extent
 from atom_cluster.kv_transfer.protocol import KvRegion
-from atom_cluster.kv_transfer.regions import adjacent_runs, byte_rows, check_blocks, shape_of
+from atom_cluster.kv_transfer.regions import (
+    adjacent_runs,
+    byte_rows,
+    check_blocks,
+    check_extents,
+    packed_bytes,
+    packed_pairs,
+    shape_of,
+)
+from atom_cluster.units import ceil_div
 
 WORD_BYTES = 8
 _MASK = (1 << 64) - 1
@@ -26,6 +44,9 @@ _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
 _WEIGHTS_SEED = 0x61746F6D5F6B7631
 _DEVICE_CHUNK_BYTES = 64 << 20
+_HOST_CHUNK_BYTES = 1 << 20
+_MAX_KNOWN_EXTENTS = 32
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class BlockTagger:
@@ -35,14 +56,71 @@ class BlockTagger:
         """Raises `TransferError` when a region's blocks are not a whole number of aligned 64-bit words."""
         self._shapes = [shape_of(region) for region in regions]
         self._words = [_word_rows(region) for region in regions]
-        self._weights = odd_weights(max(words.shape[1] for words in self._words)).to(self._words[0].device)
+        self._device = self._words[0].device
+        self._is_host = self._device.type == "cpu"
+        self._all_weights: torch.Tensor | None = None
+        self._elements: OrderedDict[tuple[int, tuple[Extent, ...]], torch.Tensor] = OrderedDict()
+        """Where the elements of extents are in a block of a group, for the last ones asked for."""
 
-    def tags(self, group: int, block_ids: Sequence[int], epoch: int) -> tuple[int, ...]:
-        """One tag in [0, 2^64) per block. Waits for the device. Raises `TransferError` for a block out of range."""
+    @property
+    def _weights(self) -> torch.Tensor:
+        """For the largest block. Made when first needed: who never checks anything spends nothing on it."""
+        if self._all_weights is None:
+            self._all_weights = odd_weights(max(words.shape[1] for words in self._words)).to(self._device)
+        return self._all_weights
+
+    def tags(
+        self, group: int, block_ids: Sequence[int], epoch: int, extents: Sequence[Extent] | None = None
+    ) -> tuple[int, ...]:
+        """One tag in [0, 2^64) per block, of all of it or of these extents one after the other.
+
+        Waits for the device. Raises `TransferError` for a block or extent out of range.
+        """
         check_blocks(self._shapes, group, block_ids, whose="tagged")
         if not block_ids:
             return ()
-        return tuple(_mix(value, epoch) for value in self._sums(self._words[group], block_ids).tolist())
+        if extents == ():
+            return (_mix(0, epoch),) * len(block_ids)
+        words = self._words[group]
+        sums = self._sums(words, block_ids) if extents is None else self._part_sums(group, block_ids, tuple(extents))
+        return tuple(_mix(value, epoch) for value in sums.tolist())
+
+    def _part_sums(self, group: int, block_ids: Sequence[int], extents: tuple[Extent, ...]) -> torch.Tensor:
+        """As `_sums`, of extents: put together in a buffer, some blocks at a time."""
+        check_extents(extents, self._shapes[group].block_bytes)
+        num_bytes = packed_bytes(extents)
+        num_words = ceil_div(num_bytes, WORD_BYTES)
+        chunk = max(1, (_HOST_CHUNK_BYTES if self._is_host else _DEVICE_CHUNK_BYTES) // (num_words * WORD_BYTES))
+        sums = []
+        for first in range(0, len(block_ids), chunk):
+            ids = block_ids[first : first + chunk]
+            packed = torch.zeros(len(ids), num_words * WORD_BYTES, dtype=torch.uint8, device=self._device)
+            if self._is_host:
+                rows = self._words[group].view(torch.uint8).numpy()
+                for memory, target in packed_pairs(rows, ids, extents, packed.numpy()):
+                    np.copyto(target, memory)
+                sums.append(torch.mv(packed.view(torch.int64), self._weights[:num_words]))
+            else:
+                packed[:, :num_bytes] = self._elements_of(group, ids, extents).view(torch.uint8)
+                sums.append((packed.view(torch.int64) * self._weights[:num_words]).sum(dim=1))
+        return torch.cat(sums)
+
+    def _elements_of(self, group: int, block_ids: Sequence[int], extents: tuple[Extent, ...]) -> torch.Tensor:
+        """[blocks, elements]; elements are as wide as all extents allow. One launch, however many runs there are."""
+        width = math.gcd(WORD_BYTES, *(n for e in extents for n in (e.offset, e.num_bytes, e.stride)))
+        key = (group, extents)
+        if key not in self._elements:
+            runs = [
+                torch.arange((e.offset + i * e.stride) // width, (e.offset + i * e.stride + e.num_bytes) // width)
+                for e in extents
+                for i in range(e.count)
+            ]
+            self._elements[key] = torch.cat(runs).to(self._device)
+            if len(self._elements) > _MAX_KNOWN_EXTENTS:
+                self._elements.popitem(last=False)
+        self._elements.move_to_end(key)
+        ids = torch.tensor(block_ids, dtype=torch.int64, device=self._device)
+        return self._words[group].view(_INTEGERS[width])[ids[:, None], self._elements[key]]
 
     def _sums(self, words: torch.Tensor, block_ids: Sequence[int]) -> torch.Tensor:
         """Weighted word sums of these blocks of one region, int64 [len(block_ids)], wrapping modulo 2^64."""

@@ -60,7 +60,9 @@ def _combine(reports: Mapping[int, Report]) -> Report:
     in_order = [reports[rank] for rank in sorted(reports)]
     first = in_order[0]
     if isinstance(first, BlocksTagged):
-        tags = tuple(one for report in in_order if isinstance(report, BlocksTagged) for one in report.tags)
+        tagged = [report.tags for report in in_order if isinstance(report, BlocksTagged)]
+        # By reader: what it gets from the first rank, from the second one, and so on.
+        tags = tuple(tuple(tag for part in parts for tag in part) for parts in zip(*tagged, strict=True))
         return BlocksTagged(ticket_id=first.ticket_id, first_block=first.first_block, tags=tags, group=first.group)
     if isinstance(first, WindowWritten):
         windows = {rank: report for rank, report in reports.items() if isinstance(report, WindowWritten)}

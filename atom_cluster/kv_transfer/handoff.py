@@ -62,11 +62,12 @@ class PrefillTickets(Generic[R]):
     def __len__(self) -> int:
         return len(self._tickets)
 
-    def open(self, order: PrefillOrder, *, peer_id: str, request: R, now_s: float) -> PrefillTicket[R]:
+    def open(self, order: PrefillOrder, *, peer_id: str, request: R, block_size: int, now_s: float) -> PrefillTicket[R]:
         """A new ticket. Raises `ProtocolError` if the id is in use: an order must not be doubled."""
         if order.ticket_id in self._tickets:
             raise ProtocolError(f"ticket {order.ticket_id} is open already")
-        ticket = PrefillTicket(order, peer_id, request, now_s + order.lease_s, next_block=order.num_blocks_held)
+        first = order.num_tokens_held // block_size
+        ticket = PrefillTicket(order, peer_id, request, now_s + order.lease_s, next_block=first)
         self._tickets[order.ticket_id] = ticket
         return ticket
 
@@ -121,12 +122,10 @@ class DecodeTicket(Generic[R]):
     ticket_id: str
     address: PeerAddress
     request: R
-    num_blocks: int
-    """Blocks of the whole prompt."""
-    next_block: int
-    """First block not published yet; those before were held from the start or are being read."""
-    awaited: dict[int, range]
-    """What is not published yet of the other cache groups: group -> columns."""
+    num_tokens: int
+    """Of the whole prompt."""
+    num_tokens_held: int
+    """Leading ones whose KV was here from the start."""
     timeout_s: float
     """Without any sign of progress for this long the ticket fails."""
     progress_s: float
@@ -134,10 +133,18 @@ class DecodeTicket(Generic[R]):
     peer: str = ""
     """Name under which the ranks know the exporting engine, once accepted."""
     epoch: int | None = None
+    block_size: int = 0
+    """Of prefill, once accepted; columns of its blocks are meant below."""
+    num_blocks: int = 0
+    """Blocks of the whole prompt."""
+    next_block: int = 0
+    """First block not published yet; those before were held from the start or are being read."""
+    awaited: dict[int, range] = field(default_factory=dict)
+    """What is not published yet of the other cache groups: group -> columns."""
     reads: dict[int, tuple[int, int]] = field(default_factory=dict)
-    """Reads under way: read id -> cache group and first column."""
+    """Reads under way: read id -> cache group and first column of this engine's blocks."""
     bad_pages: list[tuple[int, int]] = field(default_factory=list)
-    """Pages whose content was not what prefill published, as group and column."""
+    """Pages of this engine whose content was not what prefill published, as group and column."""
     has_first_token: bool = False
     wants_fallback: bool = False
     """While draining: the request is to be computed here afterwards. Else it is over."""
@@ -174,24 +181,18 @@ class DecodeTickets(Generic[R]):
         request_id: str,
         address: PeerAddress,
         num_tokens: int,
-        block_size: int,
-        num_blocks_held: int,
-        other_columns: dict[int, range],
+        num_tokens_held: int,
         timeout_s: float,
         now_s: float,
     ) -> DecodeTicket[R]:
-        """A new ticket for a prompt of `num_tokens`, of which the first `num_blocks_held` blocks are here.
-
-        `other_columns` are needed of the cache groups behind the first.
-        """
+        """A new ticket for a prompt of `num_tokens`, of which the first `num_tokens_held` are here."""
         self._num_opened += 1
         ticket = DecodeTicket(
             ticket_id=f"{self._epoch:x}/{request_id}/{self._num_opened}",
             address=address,
             request=request,
-            num_blocks=ceil_div(num_tokens, block_size),
-            next_block=num_blocks_held,
-            awaited=dict(other_columns),
+            num_tokens=num_tokens,
+            num_tokens_held=num_tokens_held,
             timeout_s=timeout_s,
             progress_s=now_s,
         )
@@ -205,14 +206,30 @@ class DecodeTickets(Generic[R]):
             return None
         return ticket
 
-    def accept(self, ticket: DecodeTicket[R], *, peer: str, epoch: int, now_s: float) -> None:
-        """Prefill took the order and will export blocks under this epoch."""
+    def accept(
+        self,
+        ticket: DecodeTicket[R],
+        *,
+        peer: str,
+        epoch: int,
+        block_size: int,
+        other_columns: dict[int, range],
+        now_s: float,
+    ) -> None:
+        """Prefill took the order and will export blocks of this size under this epoch.
+
+        `other_columns`, in blocks of that size, are needed of the cache groups behind the first.
+        """
         if ticket.state is not DecodeState.ASKED:
             raise ProtocolError(f"ticket {ticket.ticket_id} was accepted twice")
         ticket.state, ticket.peer, ticket.epoch, ticket.progress_s = DecodeState.RECEIVING, peer, epoch, now_s
+        ticket.block_size = block_size
+        ticket.num_blocks = ceil_div(ticket.num_tokens, block_size)
+        ticket.next_block = ticket.num_tokens_held // block_size
+        ticket.awaited = dict(other_columns)
 
-    def take(self, ticket: DecodeTicket[R], publication: KvPublication, *, now_s: float) -> int | None:
-        """Check a publication, and note a read of its blocks: its id, or None when there is nothing to read.
+    def take(self, ticket: DecodeTicket[R], publication: KvPublication, *, now_s: float) -> None:
+        """Note a publication.
 
         Raises `ProtocolError` for one that does not continue where the last one ended, or of another epoch.
         """
@@ -223,10 +240,11 @@ class DecodeTickets(Generic[R]):
             raise ProtocolError(f"ticket {ticket.ticket_id}: the first token came before the last block")
         ticket.next_block, ticket.awaited, ticket.progress_s = next_block, awaited, now_s
         ticket.has_first_token = publication.first_token is not None
-        if not publication.block_ids:
-            return None
+
+    def start_read(self, ticket: DecodeTicket[R], *, group: int, first_column: int) -> int:
+        """The id of a read, about to be started, into columns of this engine from the first one on."""
         self._num_reads += 1
-        ticket.reads[self._num_reads] = (publication.group, publication.first_block)
+        ticket.reads[self._num_reads] = (group, first_column)
         self._ticket_by_read[self._num_reads] = ticket
         return self._num_reads
 

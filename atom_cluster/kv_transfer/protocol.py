@@ -15,6 +15,7 @@ from typing import Protocol
 
 import torch
 
+from atom_cluster.kv_transfer.pieces import PeerShape, Piece
 from atom_cluster.units import Deadline
 
 
@@ -57,8 +58,12 @@ class KvTransport(Protocol):
         """
         ...
 
-    def connect(self, peer: str, descriptor: bytes) -> None:
-        """Prepare reads from `peer`. Idempotent. Raises `TransferError` if the descriptor does not fit this rank."""
+    def connect(self, peer: str, descriptor: bytes, shape: PeerShape | None = None) -> None:
+        """Prepare reads from `peer`, one rank of another engine. Idempotent.
+
+        Without `shape` it is to be of this rank's number, with blocks as large as ours. Raises `TransferError` if the
+        descriptor says otherwise.
+        """
         ...
 
     def start_read(
@@ -69,8 +74,14 @@ class KvTransport(Protocol):
         remote_blocks: tuple[int, ...],
         local_blocks: tuple[int, ...],
         deadline: Deadline,
+        pieces: tuple[Piece, ...] | None = None,
     ) -> None:
-        """Start copying remote block i of a group into local block i. Ends with exactly one completion."""
+        """Start copying remote block i of a group into local block i. Ends with exactly one completion.
+
+        With `pieces`, only these of each block are copied, and nothing else of the local ones is touched; without,
+        whole blocks, which must be equally large on both sides. Several reads into different pieces of a block may be
+        under way together.
+        """
         ...
 
     def poll(self) -> list[ReadCompletion]:

@@ -5,7 +5,7 @@ Knows nothing of sockets, processes or checksums.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ import torch
 from msgspec import Struct
 
 from atom_cluster.errors import TransferError
+from atom_cluster.kv_transfer.pieces import Extent, PeerShape, Piece
 from atom_cluster.kv_transfer.protocol import KvRegion
 
 ByteArray = npt.NDArray[np.uint8]
@@ -27,7 +28,7 @@ class RegionShape(Struct, frozen=True, array_like=True):
 
 
 def shape_of(region: KvRegion) -> RegionShape:
-    """The shape of a region; regions are read across only between equal names and `block_bytes`."""
+    """The shape of a region; regions are read across only between equal names."""
     return RegionShape(region.name, region.blocks.shape[0], region.block_bytes)
 
 
@@ -45,12 +46,62 @@ def byte_rows(region: KvRegion) -> torch.Tensor:
     return flat.view(torch.uint8)
 
 
-def check_fits(own: Sequence[RegionShape], other: Sequence[RegionShape]) -> None:
-    """Raise `TransferError` unless the groups are the same and their blocks fit; numbers of blocks may differ."""
-    ours = [(shape.name, shape.block_bytes) for shape in own]
-    theirs = [(shape.name, shape.block_bytes) for shape in other]
-    if ours != theirs:
-        raise TransferError(f"the peer's KV regions (name, bytes per block) {theirs} are not ours, {ours}")
+def check_peer(
+    own: Sequence[RegionShape], own_rank: int, other: Sequence[RegionShape], rank: int, shape: PeerShape | None
+) -> None:
+    """Raise `TransferError` unless a descriptor, of `rank`, is of the expected rank with the same groups as ours.
+
+    Blocks must be as large as `shape` says, or as ours; numbers of blocks may differ.
+    """
+    expected_rank = own_rank if shape is None else shape.rank
+    if rank != expected_rank:
+        raise TransferError(f"the descriptor is of rank {rank}, expected was rank {expected_rank}")
+    sizes = tuple(region.block_bytes for region in own) if shape is None else shape.block_bytes
+    expected = [(region.name, num_bytes) for region, num_bytes in zip(own, sizes)]
+    found = [(region.name, region.block_bytes) for region in other]
+    if found != expected:
+        raise TransferError(f"the peer's KV regions (name, bytes per block) are {found}, expected were {expected}")
+
+
+def check_read(
+    own: Sequence[RegionShape],
+    other: Sequence[RegionShape],
+    group: int,
+    remote_blocks: Sequence[int],
+    local_blocks: Sequence[int],
+    pieces: Sequence[Piece] | None,
+) -> None:
+    """Raise `TransferError` unless these blocks, and pieces of them, are there on both sides."""
+    check_blocks(other, group, remote_blocks, whose="the peer's")
+    check_blocks(own, group, local_blocks, whose="local")
+    if pieces is not None:
+        check_extents([piece.remote for piece in pieces], other[group].block_bytes)
+        check_extents([piece.local for piece in pieces], own[group].block_bytes)
+    elif own[group].block_bytes != other[group].block_bytes:
+        raise TransferError("whole blocks of another size cannot be read")
+
+
+def check_extents(extents: Sequence[Extent], block_bytes: int) -> None:
+    """Raise `TransferError` unless these are within a block, and no more than all of it."""
+    for extent in extents:
+        if min(extent.offset, extent.num_bytes - 1, extent.count - 1) < 0 or extent.stop > block_bytes:
+            raise TransferError(f"{extent} is not within a block of {block_bytes} bytes")
+        if extent.count > 1 and extent.stride < extent.num_bytes:
+            raise TransferError(f"the runs of {extent} overlap")
+    if packed_bytes(extents) > block_bytes:
+        raise TransferError(f"{packed_bytes(extents)} bytes of a block of {block_bytes}")
+
+
+def packed_bytes(extents: Iterable[Extent]) -> int:
+    """Bytes of a block that these are."""
+    return sum(extent.total_bytes for extent in extents)
+
+
+def extent_view(rows: ByteArray, extent: Extent) -> ByteArray:
+    """The extent in each of these blocks, uint8 [blocks, runs, bytes of a run]; writable if `rows` is."""
+    shape = (rows.shape[0], extent.count, extent.num_bytes)
+    strides = (rows.strides[0], extent.stride, 1)
+    return np.lib.stride_tricks.as_strided(rows[:, extent.offset :], shape, strides, writeable=rows.flags.writeable)
 
 
 def check_blocks(shapes: Sequence[RegionShape], group: int, block_ids: Sequence[int], *, whose: str) -> None:
@@ -88,3 +139,19 @@ def host_views(rows: ByteArray, block_ids: Sequence[int], *, max_bytes: int) -> 
         view = rows[first : first + length].reshape(-1).data
         for offset in range(0, len(view), max_bytes):
             yield view[offset : offset + max_bytes]
+
+
+def packed_pairs(
+    rows: ByteArray, block_ids: Sequence[int], extents: Sequence[Extent], packed: ByteArray
+) -> Iterator[tuple[ByteArray, ByteArray]]:
+    """Views of equal shape, of extents of these blocks and of where they are in `packed`, [blocks, bytes of extents].
+
+    In `packed` each block's extents are one after the other. Copy one of each pair into the other.
+    """
+    for start, length in adjacent_runs(block_ids, max_blocks=len(block_ids)):
+        blocks, target = rows[block_ids[start] : block_ids[start] + length], packed[start : start + length]
+        offset = 0
+        for extent in extents:
+            dense = Extent(offset, extent.num_bytes, extent.count, extent.num_bytes)
+            yield extent_view(blocks, extent), extent_view(target, dense)
+            offset += extent.total_bytes

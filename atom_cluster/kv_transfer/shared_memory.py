@@ -11,6 +11,7 @@ nothing to close: drop the tensor. Knows nothing of blocks, regions or transport
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import mmap
 import os
 from dataclasses import dataclass
@@ -82,6 +83,11 @@ def host_realm() -> str:
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
         boot_id = file.read().strip()
     return f"{boot_id}/{os.stat('/proc/self/ns/pid').st_ino}/{os.getuid()}"
+
+
+def name_in_realm(name: str) -> str:
+    """A transport's name that only processes of one host realm have in common: with a digest of it."""
+    return f"{name}@{hashlib.blake2b(host_realm().encode(), digest_size=6).hexdigest()}"
 
 
 def process_start_time(pid: int) -> int | None:

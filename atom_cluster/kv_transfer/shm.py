@@ -10,7 +10,6 @@ really see each other's memory. Knows nothing of tags, tickets or devices.
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 from collections import deque
@@ -23,27 +22,29 @@ import numpy as np
 from msgspec import Struct
 
 from atom_cluster.errors import TransferError
+from atom_cluster.kv_transfer.pieces import PeerShape, Piece
 from atom_cluster.kv_transfer.protocol import KvRegion, ReadCompletion
 from atom_cluster.kv_transfer.regions import (
     ByteArray,
     RegionShape,
     adjacent_runs,
     byte_rows,
-    check_blocks,
-    check_fits,
+    check_peer,
+    check_read,
+    extent_view,
     shape_of,
 )
 from atom_cluster.kv_transfer.registry import TransportSettings
 from atom_cluster.kv_transfer.shared_memory import (
     SharedSpan,
-    host_realm,
     locate,
     map_read_only,
+    name_in_realm,
     process_start_time,
 )
 from atom_cluster.units import Deadline, MiB
 
-_PIECE_BYTES = 4 * MiB
+_COPY_BYTES = 4 * MiB
 """Copied between two looks at the deadline: about a millisecond."""
 _MAX_DESCRIPTOR_BYTES = 256 * 1024
 
@@ -89,6 +90,7 @@ class _Read:
     remote_blocks: tuple[int, ...]
     local_blocks: tuple[int, ...]
     deadline: Deadline
+    pieces: tuple[Piece, ...] | None
     started_s: float = field(default_factory=time.monotonic)
     lock: threading.Lock = field(default_factory=threading.Lock)
     is_copying: bool = False
@@ -103,7 +105,7 @@ class ShmTransport:
     """`KvTransport` through shared memory. Owns `num_threads` copy threads and the mappings of its peers."""
 
     def __init__(self, *, rank: int, num_threads: int = 1) -> None:
-        self.name = transport_name(host_realm())
+        self.name = name_in_realm("shm")
         self._rank = rank
         self._rows: tuple[ByteArray, ...] = ()
         self._shapes: tuple[RegionShape, ...] = ()
@@ -132,7 +134,7 @@ class ShmTransport:
         self._shapes = tuple(region.shape for region in shared)
         return descriptor
 
-    def connect(self, peer: str, descriptor: bytes) -> None:
+    def connect(self, peer: str, descriptor: bytes, shape: PeerShape | None = None) -> None:
         """See `KvTransport`. Maps the peer's memory."""
         if peer in self._peers:
             return
@@ -140,12 +142,10 @@ class ShmTransport:
             raise TransferError(f"shm descriptor of {len(descriptor)} bytes is too large")
         try:
             remote = msgspec.msgpack.decode(descriptor, type=ShmDescriptor)
-        except msgspec.DecodeError as exc:
+        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
             raise TransferError(f"not an shm descriptor: {exc}") from exc
-        if remote.rank != self._rank:
-            raise TransferError(f"the descriptor is of rank {remote.rank}, this is rank {self._rank}")
         shapes = tuple(region.shape for region in remote.regions)
-        check_fits(self._shapes, shapes)
+        check_peer(self._shapes, self._rank, shapes, remote.rank, shape)
         spans = [region.span for region in remote.regions]
         self._peers[peer] = _Peer(spans[0].pid, spans[0].start_time, _map_regions(remote.regions), shapes)
 
@@ -157,6 +157,7 @@ class ShmTransport:
         remote_blocks: tuple[int, ...],
         local_blocks: tuple[int, ...],
         deadline: Deadline,
+        pieces: tuple[Piece, ...] | None = None,
     ) -> None:
         """See `KvTransport`."""
         if read_id in self._reads:
@@ -165,12 +166,11 @@ class ShmTransport:
             source = self._peers.get(peer)
             if source is None:
                 raise TransferError(f"unknown peer {peer}")
-            check_blocks(source.shapes, group, remote_blocks, whose="the peer's")
-            check_blocks(self._shapes, group, local_blocks, whose="local")
+            check_read(self._shapes, source.shapes, group, remote_blocks, local_blocks, pieces)
         except TransferError as exc:
             self._completions.append(ReadCompletion(read_id, str(exc), 0, 0.0))
             return
-        read = _Read(read_id, peer, source, group, remote_blocks, local_blocks, deadline)
+        read = _Read(read_id, peer, source, group, remote_blocks, local_blocks, deadline, pieces)
         self._reads[read_id] = read
         self._queue.put(read)
 
@@ -189,14 +189,14 @@ class ShmTransport:
         return completions
 
     def disconnect(self, peer: str) -> None:
-        """See `KvTransport`. A copy in progress stops at its next piece."""
+        """See `KvTransport`. A read in progress stops before its next copy."""
         self._peers.pop(peer, None)
         for read in self._reads.values():
             if read.peer_name == peer:
                 self._stop(read, "disconnected")
 
     def close(self) -> None:
-        """See `KvTransport`. Waits for the piece that is being copied."""
+        """See `KvTransport`. Waits for the copy in progress."""
         for peer in tuple(self._peers):
             self.disconnect(peer)
         for _ in self._threads:
@@ -233,7 +233,7 @@ class ShmTransport:
         num_bytes = 0
         error = read.peer.defect()
         if error is None:
-            for target, source in _pieces(self._rows[read.group], read):
+            for target, source in _copies(self._rows[read.group], read):
                 error = read.defect()
                 if error is not None:
                     break
@@ -242,11 +242,6 @@ class ShmTransport:
             # A dead peer's pages are still there, but whoever sees it die must be able to rely on its reads failing.
             error = error or read.defect() or read.peer.defect()
         self._complete(read, error, num_bytes if error is None else 0)
-
-
-def transport_name(realm: str) -> str:
-    """Name of shared memory within one host realm."""
-    return "shm@" + hashlib.blake2b(realm.encode(), digest_size=6).hexdigest()
 
 
 def open_transport(settings: TransportSettings) -> ShmTransport:
@@ -285,10 +280,15 @@ def _map_regions(regions: Sequence[SharedRegion]) -> tuple[ByteArray, ...]:
     return tuple(rows)
 
 
-def _pieces(target: ByteArray, read: _Read) -> Iterator[tuple[ByteArray, ByteArray]]:
-    """Target and source of every copy: blocks adjacent on both sides together, up to `_PIECE_BYTES`."""
+def _copies(target: ByteArray, read: _Read) -> Iterator[tuple[ByteArray, ByteArray]]:
+    """Target and source of every copy: blocks adjacent on both sides together, up to `_COPY_BYTES`."""
     source = read.peer.rows[read.group]
-    max_blocks = max(1, _PIECE_BYTES // target.shape[1])
+    max_blocks = max(1, _COPY_BYTES // max(target.shape[1], source.shape[1]))
     for start, length in adjacent_runs(read.remote_blocks, read.local_blocks, max_blocks=max_blocks):
         to, fro = read.local_blocks[start], read.remote_blocks[start]
-        yield target[to : to + length], source[fro : fro + length]
+        into, out_of = target[to : to + length], source[fro : fro + length]
+        if read.pieces is None:
+            yield into, out_of
+            continue
+        for piece in read.pieces:
+            yield extent_view(into, piece.local), extent_view(out_of, piece.remote)

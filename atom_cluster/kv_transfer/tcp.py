@@ -10,12 +10,13 @@ import msgspec
 from msgspec import Struct
 
 from atom_cluster.errors import TransferError
+from atom_cluster.kv_transfer.pieces import PeerShape, Piece
 from atom_cluster.kv_transfer.protocol import KvRegion, ReadCompletion
-from atom_cluster.kv_transfer.regions import RegionShape, check_blocks, check_fits, shape_of
+from atom_cluster.kv_transfer.regions import RegionShape, check_peer, check_read, packed_bytes, shape_of
 from atom_cluster.kv_transfer.registry import TransportSettings
 from atom_cluster.kv_transfer.tcp_client import BlockReader, ReadOrder, ServerAddress
 from atom_cluster.kv_transfer.tcp_server import BlockServer
-from atom_cluster.kv_transfer.tcp_wire import WireKey
+from atom_cluster.kv_transfer.tcp_wire import MAX_REQUEST_EXTENTS, WireKey
 from atom_cluster.units import Deadline
 
 _MAX_DESCRIPTOR_BYTES = 256 * 1024
@@ -61,16 +62,14 @@ class TcpTransport:
         )
         return msgspec.msgpack.encode(descriptor)
 
-    def connect(self, peer: str, descriptor: bytes) -> None:
+    def connect(self, peer: str, descriptor: bytes, shape: PeerShape | None = None) -> None:
         """See `KvTransport`. Whether the peer can be reached and knows the secret is told by reads."""
         if self._reader is None:
             raise TransferError("export this rank's regions before connecting")
         if peer in self._peer_shapes:
             return
         remote = _decode(descriptor)
-        if remote.rank != self._rank:
-            raise TransferError(f"the descriptor is of rank {remote.rank}, this is rank {self._rank}")
-        check_fits(self._shapes, remote.regions)
+        check_peer(self._shapes, self._rank, remote.regions, remote.rank, shape)
         self._reader.connect(peer, ServerAddress(remote.host, remote.port, remote.export_id))
         self._peer_shapes[peer] = remote.regions
 
@@ -82,6 +81,7 @@ class TcpTransport:
         remote_blocks: tuple[int, ...],
         local_blocks: tuple[int, ...],
         deadline: Deadline,
+        pieces: tuple[Piece, ...] | None = None,
     ) -> None:
         """See `KvTransport`."""
         if read_id in self._under_way:
@@ -89,13 +89,19 @@ class TcpTransport:
         try:
             if self._reader is None or peer not in self._peer_shapes:
                 raise TransferError(f"unknown peer {peer}")
-            check_blocks(self._peer_shapes[peer], group, remote_blocks, whose="the peer's")
-            check_blocks(self._shapes, group, local_blocks, whose="local")
+            check_read(self._shapes, self._peer_shapes[peer], group, remote_blocks, local_blocks, pieces)
+            if pieces is not None and not 0 < len(pieces) <= MAX_REQUEST_EXTENTS:
+                raise TransferError(f"{len(pieces)} pieces of a block; there may be 1 to {MAX_REQUEST_EXTENTS}")
         except TransferError as exc:
             self._refused.append(ReadCompletion(read_id, str(exc), 0, 0.0))
             return
         self._under_way.add(read_id)
-        self._reader.start(ReadOrder(read_id, peer, group, remote_blocks, local_blocks, deadline))
+        order = ReadOrder(read_id, peer, group, remote_blocks, local_blocks, deadline, self._shapes[group].block_bytes)
+        if pieces is not None:
+            order.remote_extents = tuple(piece.remote for piece in pieces)
+            order.local_extents = tuple(piece.local for piece in pieces)
+            order.block_bytes = packed_bytes(order.local_extents)
+        self._reader.start(order)
 
     def poll(self) -> list[ReadCompletion]:
         """See `KvTransport`. Raises `TransferError` if a thread of the transport has failed."""
@@ -129,5 +135,5 @@ def _decode(descriptor: bytes) -> TcpDescriptor:
         raise TransferError(f"tcp descriptor of {len(descriptor)} bytes is too large")
     try:
         return msgspec.msgpack.decode(descriptor, type=TcpDescriptor)
-    except msgspec.DecodeError as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
         raise TransferError(f"not a tcp descriptor: {exc}") from exc

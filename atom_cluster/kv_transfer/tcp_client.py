@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from atom_cluster.errors import ProtocolError
 from atom_cluster.kv_transfer import tcp_wire as wire
 from atom_cluster.kv_transfer.block_memory import VIEW_BYTES, Landing, block_memory
+from atom_cluster.kv_transfer.pieces import Extent
 from atom_cluster.kv_transfer.protocol import KvRegion, ReadCompletion
 from atom_cluster.kv_transfer.tcp_channel import Channel, ChannelLoop, Session
 from atom_cluster.units import Deadline, MiB
@@ -45,6 +46,11 @@ class ReadOrder:
     remote_blocks: tuple[int, ...]
     local_blocks: tuple[int, ...]
     deadline: Deadline
+    block_bytes: int
+    """To be read of each block."""
+    remote_extents: tuple[Extent, ...] | None = None
+    """Which bytes of a block these are; None: all."""
+    local_extents: tuple[Extent, ...] | None = None
     started_s: float = field(default_factory=time.monotonic)
     num_asked: int = 0
     """Blocks that were asked for."""
@@ -83,7 +89,6 @@ class BlockReader:
     def __init__(self, *, key: wire.WireKey, regions: Sequence[KvRegion]) -> None:
         self._key = key
         self._memory = block_memory(regions)
-        self._block_bytes = [region.block_bytes for region in regions]
         self._scratch = memoryview(bytearray(VIEW_BYTES))
         self._links: dict[str, _Link] = {}
         self._completions: deque[ReadCompletion] = deque()
@@ -174,7 +179,7 @@ class BlockReader:
         if not link.under_way:
             raise ProtocolError("a response that was not asked for")
         chunk = link.under_way[0]
-        expected_bytes = chunk.num_blocks * self._block_bytes[chunk.read.group]
+        expected_bytes = chunk.num_blocks * chunk.read.block_bytes
         status = wire.decode_response(link.session_key, bytes(header), chunk.sequence, expected_bytes)
         if status == wire.STATUS_OK:
             link.is_landing = True
@@ -200,17 +205,15 @@ class BlockReader:
             while read.num_asked < len(read.local_blocks):
                 if len(link.under_way) >= _MAX_CHUNKS_UNDER_WAY:
                     return
-                part = slice(read.num_asked, read.num_asked + self._chunk_blocks(read.group))
+                part = slice(read.num_asked, read.num_asked + _chunk_blocks(read))
                 remote, local = read.remote_blocks[part], read.local_blocks[part]
-                chunk = _Chunk(read, link.next_sequence, len(local), self._memory.landing(read.group, local))
-                request = wire.encode_request(link.session_key, chunk.sequence, read.group, remote)
+                landing = self._memory.landing(read.group, local, read.local_extents)
+                chunk = _Chunk(read, link.next_sequence, len(local), landing)
+                request = wire.encode_request(link.session_key, chunk.sequence, read.group, remote, read.remote_extents)
                 self._loop.send(link.channel, request)
                 link.next_sequence += 1
                 link.under_way.append(chunk)
                 read.num_asked += len(local)
-
-    def _chunk_blocks(self, group: int) -> int:
-        return min(wire.MAX_REQUEST_BLOCKS, max(1, _CHUNK_BYTES // self._block_bytes[group]))
 
     def _expire(self) -> float | None:
         """End reads whose deadline passed; seconds until the next one does."""
@@ -234,7 +237,7 @@ class BlockReader:
         read.is_over = True
         if link.is_landing and link.channel is not None and link.under_way[0].read is read:
             link.channel.divert(self._scratch)
-        num_bytes = 0 if error else len(read.local_blocks) * self._block_bytes[read.group]
+        num_bytes = 0 if error else len(read.local_blocks) * read.block_bytes
         seconds = time.monotonic() - read.started_s
         self._completions.append(ReadCompletion(read.read_id, error, num_bytes, seconds))
 
@@ -250,3 +253,7 @@ class BlockReader:
         link.is_landing = False
         for read in tuple(link.reads.values()):
             self._end(link, read, reason)
+
+
+def _chunk_blocks(read: ReadOrder) -> int:
+    return min(wire.MAX_REQUEST_BLOCKS, max(1, _CHUNK_BYTES // read.block_bytes))

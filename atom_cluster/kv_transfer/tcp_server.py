@@ -16,7 +16,7 @@ from atom_cluster.errors import TransferError
 from atom_cluster.kv_transfer import tcp_wire as wire
 from atom_cluster.kv_transfer.block_memory import block_memory
 from atom_cluster.kv_transfer.protocol import KvRegion
-from atom_cluster.kv_transfer.regions import check_blocks, shape_of
+from atom_cluster.kv_transfer.regions import check_blocks, check_extents, packed_bytes, shape_of
 from atom_cluster.kv_transfer.tcp_channel import Channel, ChannelLoop, Session
 
 _log = logging.getLogger(__name__)
@@ -90,15 +90,17 @@ class BlockServer:
         yield memoryview(header)
         body = bytearray(wire.request_body_bytes(header, sequence))
         yield memoryview(body)
-        group, block_ids = wire.decode_request(session_key, bytes(header), bytes(body))
+        group, block_ids, extents = wire.decode_request(session_key, bytes(header), bytes(body))
         try:
             check_blocks(self._shapes, group, block_ids, whose="our")
+            block_bytes = self._shapes[group].block_bytes
+            check_extents(extents or (), block_bytes)
         except TransferError:
             channel.send(wire.encode_response(session_key, sequence, wire.STATUS_BAD_BLOCKS, 0))
             return
-        num_bytes = len(block_ids) * self._shapes[group].block_bytes
+        num_bytes = len(block_ids) * (block_bytes if extents is None else packed_bytes(extents))
         channel.send(wire.encode_response(session_key, sequence, wire.STATUS_OK, num_bytes))
-        for views in self._memory.outgoing(group, block_ids):
+        for views in self._memory.outgoing(group, block_ids, extents):
             channel.send(*views)
             # No further request is looked at before this one is out: a client cannot make us queue without bound.
             yield None

@@ -8,8 +8,9 @@ same port is told apart; headers are authenticated and numbered; KV itself is co
     server -> client   HELLO     magic, server nonce
     client -> server   proof     client nonce, HMAC
     server -> client   proof     HMAC
-    client -> server   request   header, MAC, then block ids as uint32      (any number, pipelined)
-    server -> client   response  header, MAC, then the blocks' bytes, in the order of the ids
+    client -> server   request   header, MAC, then block ids as uint32, then extents of a block, if not all of it is
+                                 wanted, as four uint32 each (any number of requests, pipelined)
+    server -> client   response  header, MAC, then the blocks' bytes, in the order of the ids and extents
 """
 
 from __future__ import annotations
@@ -21,20 +22,23 @@ import struct
 from collections.abc import Sequence
 
 from atom_cluster.errors import ProtocolError, TransferError
+from atom_cluster.kv_transfer.pieces import Extent
 
 NONCE_BYTES = 32
 PROOF_BYTES = 32
-MAGIC = b"ACKVTCP2"
+MAGIC = b"ACKVTCP3"
 HELLO_BYTES = len(MAGIC) + NONCE_BYTES
 CLIENT_PROOF_BYTES = NONCE_BYTES + PROOF_BYTES
 MAX_REQUEST_BLOCKS = 4096
+MAX_REQUEST_EXTENTS = 16384
 MIN_SECRET_BYTES = 16
 
 STATUS_OK = 0
 STATUS_BAD_BLOCKS = 1
 
 _MAC_BYTES = 16
-_REQUEST = struct.Struct("<QHI")  # sequence number, cache group, number of blocks
+_REQUEST = struct.Struct("<QHII")  # sequence number, cache group, number of blocks, number of extents
+_EXTENT = struct.Struct("<4I")  # offset, bytes of a run, number of runs, stride
 _RESPONSE = struct.Struct("<QBQ")  # sequence number of the request, status, number of bytes that follow
 REQUEST_HEADER_BYTES = _REQUEST.size + _MAC_BYTES
 RESPONSE_HEADER_BYTES = _RESPONSE.size + _MAC_BYTES
@@ -88,27 +92,41 @@ def check_hello(hello: bytes | bytearray) -> None:
         raise ProtocolError("not a KV transfer server, or one of another version")
 
 
-def encode_request(key: bytes, sequence: int, group: int, block_ids: Sequence[int]) -> bytes:
-    """Header and body. At most `MAX_REQUEST_BLOCKS` ids, each in [0, 2^32), of one cache group."""
+def encode_request(
+    key: bytes, sequence: int, group: int, block_ids: Sequence[int], extents: Sequence[Extent] | None = None
+) -> bytes:
+    """Header and body. At most `MAX_REQUEST_BLOCKS` ids, each in [0, 2^32), of one cache group; None: whole blocks.
+
+    At most `MAX_REQUEST_EXTENTS` extents, with numbers in the same range.
+    """
     body = struct.pack(f"<{len(block_ids)}I", *block_ids)
-    header = _REQUEST.pack(sequence, group, len(block_ids))
+    body += b"".join(_EXTENT.pack(e.offset, e.num_bytes, e.count, e.stride) for e in extents or ())
+    header = _REQUEST.pack(sequence, group, len(block_ids), len(extents or ()))
     return header + _mac(key, b"request", header, body) + body
 
 
 def request_body_bytes(header: bytes | bytearray, expected_sequence: int) -> int:
     """Length of the body that follows. Raises `ProtocolError` for a header no peer would send."""
-    sequence, _, num_blocks = _REQUEST.unpack_from(header)
-    if sequence != expected_sequence or not 0 < num_blocks <= MAX_REQUEST_BLOCKS:
-        raise ProtocolError(f"request {sequence} for {num_blocks} blocks; expected request {expected_sequence}")
-    return int(num_blocks) * 4
+    sequence, _, num_blocks, num_extents = _REQUEST.unpack_from(header)
+    is_small = 0 < num_blocks <= MAX_REQUEST_BLOCKS and num_extents <= MAX_REQUEST_EXTENTS
+    if sequence != expected_sequence or not is_small:
+        raise ProtocolError(
+            f"request {sequence} for {num_extents} extents of {num_blocks} blocks; expected request {expected_sequence}"
+        )
+    return int(num_blocks) * 4 + int(num_extents) * _EXTENT.size
 
 
-def decode_request(key: bytes, header: bytes, body: bytes) -> tuple[int, tuple[int, ...]]:
-    """Cache group and block ids. Raises `ProtocolError` if header or body is not what the client sent."""
+def decode_request(key: bytes, header: bytes, body: bytes) -> tuple[int, tuple[int, ...], tuple[Extent, ...] | None]:
+    """Cache group, block ids, and extents or None for whole blocks.
+
+    Raises `ProtocolError` if header or body is not what the client sent.
+    """
     if not hmac.compare_digest(header[_REQUEST.size :], _mac(key, b"request", header[: _REQUEST.size], body)):
         raise ProtocolError("a request is not authentic")
-    _, group, _ = _REQUEST.unpack_from(header)
-    return int(group), struct.unpack(f"<{len(body) // 4}I", body)
+    _, group, num_blocks, num_extents = _REQUEST.unpack_from(header)
+    block_ids = struct.unpack_from(f"<{num_blocks}I", body)
+    extents = tuple(Extent(*numbers) for numbers in _EXTENT.iter_unpack(body[4 * num_blocks :]))
+    return int(group), block_ids, extents if num_extents else None
 
 
 def encode_response(key: bytes, sequence: int, status: int, num_bytes: int) -> bytes:

@@ -103,6 +103,7 @@ class Attention(CachingModule):
             )
         self.cache_layout = KvLayerLayout(
             num_kv_heads=key_span.length // spec.head_dim,
+            all_kv_heads=spec.num_kv_heads,
             key_dim=spec.head_dim,
             value_dim=value_dim,
             window=None if spec.keeps_all else spec.window,

@@ -83,8 +83,18 @@ class GatedDeltaNet(CachingModule):
         self._names = {name: context.full_name(name) for name in ("conv1d.weight", "A_log", "dt_bias")}
         self.cache_layout = StateLayerLayout(
             tensors=(
-                StateTensor(name="recurrent", shape=(num_heads, spec.key_dim, spec.value_dim), dtype=_name(wide)),
-                StateTensor(name="conv", shape=(num_channels, spec.conv_size - 1), dtype=_name(context.dtype)),
+                StateTensor(
+                    name="recurrent",
+                    shape=(num_heads, spec.key_dim, spec.value_dim),
+                    dtype=_name(wide),
+                    sections=(spec.num_value_heads,),
+                ),
+                StateTensor(
+                    name="conv",
+                    shape=(num_channels, spec.conv_size - 1),
+                    dtype=_name(context.dtype),
+                    sections=(spec.all_keys, spec.all_keys, spec.all_values),
+                ),
             )
         )
 

@@ -43,7 +43,7 @@ class MemberCard(Struct, frozen=True, kw_only=True):
     """Engines only."""
     model: str = ""
     fingerprint: str = ""
-    """Engines only; the router pairs prefill and decode with equal fingerprints."""
+    """Engines only; the router pairs prefill and decode with equal fingerprints. Their block sizes may differ."""
     num_blocks: int = 0
     block_size: int = 0
     is_draining: bool = False
@@ -110,8 +110,9 @@ class RouteQuery(Struct, frozen=True, kw_only=True, tag="route_query"):
     """An ingress asks where to send a request."""
 
     query_id: int
-    block_hashes: tuple[int, ...]
-    """Chained hashes of the prompt's full blocks."""
+    block_hashes: tuple[tuple[int, ...], ...]
+    """Chained hashes of the prompt's full blocks: once for each kind of engine, since their seed is the fingerprint and
+    blocks may differ in size. An engine has hashes of its own kind only."""
     num_tokens: int
     expected_output_tokens: int
     excluded: tuple[str, ...] = ()

@@ -23,6 +23,19 @@ from atom_cluster.messages.profile import WindowWritten
 from atom_cluster.messages.requests import SamplingParams, TokenDelta
 
 
+class KvPlacement(Struct, frozen=True, array_like=True):
+    """How an engine lays out its KV: what may differ between two engines that read from each other.
+
+    With the model's layout, which is part of the fingerprint, it says where on which rank each byte is
+    (`kv_cache.page_map`).
+    """
+
+    block_size: int
+    """Tokens per block. Of two engines', one is a multiple of the other."""
+    world_size: int
+    """Ranks, over which KV heads are divided."""
+
+
 class KvOffer(Struct, frozen=True, array_like=True):
     """One way to reach an engine's KV memory: opaque descriptors, one per rank, understood by that transport only."""
 
@@ -36,9 +49,11 @@ class KvExport(Struct, frozen=True, kw_only=True):
     epoch: int
     """Incarnation of the exporting engine; block ids mean nothing under another epoch."""
     fingerprint: str
-    """Digest of model, revision, KV layout, dtype, block size and parallel layout; must be equal on both sides."""
+    """Digest of model, weights, KV layout and dtype, drafting and code; must be equal on both sides."""
     fingerprint_fields: dict[str, str]
     """What went into the digest, so that a refusal can say what differs."""
+    placement: KvPlacement
+    """May differ."""
     offers: tuple[KvOffer, ...]
     """In order of preference."""
 
@@ -52,11 +67,17 @@ class PrefillOrder(Struct, frozen=True, kw_only=True, tag="prefill_order"):
     token_ids: tuple[int, ...]
     sampling: SamplingParams
     eos_token_ids: tuple[int, ...]
-    num_blocks_held: int
-    """Leading full blocks that decode already has and does not need to be published."""
+    emitted: tuple[int, ...] = ()
+    """As in `EngineRequest`. Blocks, publications and the first token are of the prompt with these behind it."""
+    num_tokens_held: int
+    """Leading tokens whose KV decode already has; blocks that only these have part of need not be published."""
     lease_s: float
     fingerprint: str
     fingerprint_fields: dict[str, str]
+    placement: KvPlacement
+    """Of decode: what its ranks will read decides what the tags cover."""
+    wants_tags: bool = True
+    """Whether decode checks what it reads. Without it nobody computes a checksum."""
     priority: int = 0
 
 
@@ -73,13 +94,15 @@ class KvPublication(Struct, frozen=True, kw_only=True, tag="kv_publication"):
     ticket_id: str
     epoch: int
     first_block: int
-    """Index, within the prompt's blocks, of `block_ids[0]`. Publications of the first cache group are contiguous and in
-    order. Of other groups only what the tokens behind the prompt need is published: the end of a window, the state
-    (whose index is 0)."""
+    """Index, within the prompt's blocks of the exporting engine's size, of `block_ids[0]`. Publications of the first
+    cache group are contiguous and in order. Of other groups only what the tokens behind the prompt need is published:
+    the end of a window, the state (whose index is 0)."""
     block_ids: tuple[int, ...]
     """Page ids in the exporting engine's memory of the group."""
     tags: tuple[tuple[int, ...], ...]
-    """tags[rank][i]: 64-bit content checksum of the rank's part of block i, keyed with the epoch."""
+    """tags[r]: 64-bit checksums, keyed with the epoch, of what rank r of decode reads: from each rank that it reads
+    from, in order, one for each unit, in order. A unit is as many tokens as the smaller of both engines' blocks has.
+    Between engines of equal placement, tags[r][i] is thus of rank r's part of block i. Empty when decode wants none."""
     group: int = 0
     """Cache group of the pages (`kv_cache.layout`)."""
     first_token: TokenDelta | None = None
@@ -113,12 +136,17 @@ class TicketRelease(Struct, frozen=True, tag="ticket_release"):
 
 
 class ConnectPeer(Struct, frozen=True, kw_only=True, tag="connect"):
-    """Prepare to read from another engine. Idempotent. Rank r uses `descriptors[r]`."""
+    """Prepare to read from another engine. Idempotent. Each rank connects to those that have what it lacks."""
 
     peer: str
     """Name for later reads: `<replica id>/<epoch>`."""
     transport: str
     descriptors: tuple[bytes, ...]
+    """By rank of the peer."""
+    others: tuple[KvOffer, ...] = ()
+    """More transports that both sides have, best first, for ranks that the first one does not connect."""
+    placement: KvPlacement
+    """Of the peer."""
 
 
 class TagBlocks(Struct, frozen=True, kw_only=True, tag="tag"):
@@ -128,20 +156,30 @@ class TagBlocks(Struct, frozen=True, kw_only=True, tag="tag"):
     epoch: int
     first_block: int
     block_ids: tuple[int, ...]
+    reader: KvPlacement
+    """Of the engine that will read them."""
     group: int = 0
 
 
 class ReadBlocks(Struct, frozen=True, kw_only=True, tag="read"):
-    """Copy a peer's blocks into local ones and check their tags. Ends, in bounded time, with a `ReadFinished`."""
+    """Copy the tokens that a peer's blocks and local ones have in common, and check their tags.
+
+    Ends, in bounded time, with a `ReadFinished`.
+    """
 
     read_id: int
     peer: str
     epoch: int
     remote_block_ids: tuple[int, ...]
     local_block_ids: tuple[int, ...]
+    """As many as remote ones if blocks of both sides are equally large."""
     tags: tuple[tuple[int, ...], ...]
     """As in `KvPublication`; rank r checks `tags[r]`. Empty when checking is turned off."""
     timeout_s: float
+    first_remote_block: int = 0
+    """Index, within the prompt's blocks of the peer's size, of the first remote one."""
+    first_local_block: int = 0
+    """The same of the first local one, in blocks of the own size."""
     group: int = 0
 
 
@@ -158,7 +196,7 @@ KvCommand = ConnectPeer | TagBlocks | ReadBlocks | DropPeer
 
 
 class BlocksTagged(Struct, frozen=True, kw_only=True, tag="tagged"):
-    """Answer to `TagBlocks`, combined over ranks: tags[rank][i] belongs to block_ids[i] of the command."""
+    """Answer to `TagBlocks`, combined over ranks: tags as in `KvPublication`."""
 
     ticket_id: str
     first_block: int
@@ -171,7 +209,7 @@ class ReadFinished(Struct, frozen=True, kw_only=True, tag="read_finished"):
 
     read_id: int
     bad_blocks: tuple[int, ...] = ()
-    """Indices into the command's block lists whose checksum did not match on some rank."""
+    """Indices into the command's local blocks: those with something whose checksum did not match on some rank."""
     error: str | None = None
     """Set when the read failed as a whole (peer gone, timeout); no block of it may be used."""
     num_bytes: int = 0
@@ -185,7 +223,7 @@ Report = KvReport | WindowWritten
 class RankReport(Struct, frozen=True, kw_only=True):
     """One rank's own answer to a command, on its way to rank 0, which combines those of all ranks.
 
-    A `BlocksTagged` in it has one entry in `tags`: the rank's.
+    A `BlocksTagged` in it has tags of what is read from this rank only.
     """
 
     rank: int

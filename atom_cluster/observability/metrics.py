@@ -266,7 +266,7 @@ REQUESTS_REPLAYED = Metric(
     name="atom_requests_replayed_total",
     kind="counter",
     unit="requests",
-    help="Requests continued on another engine after the first one was lost.",
+    help="Times a request went on with another engine, since its own was lost or would not take it.",
 )
 
 ALL_METRICS: tuple[Metric, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Metric))

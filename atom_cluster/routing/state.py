@@ -218,7 +218,9 @@ class RouterState:
         self._loads.done((source, message.query_id))
 
     def _candidates(self, query: RouteQuery, now_s: float) -> list[Candidate]:
-        matched = self._index.matched_blocks(query.block_hashes)
+        matched: dict[str, int] = {}
+        for hashes in query.block_hashes:
+            matched |= self._index.matched_blocks(hashes)
         return [
             Candidate(
                 card=member.card,

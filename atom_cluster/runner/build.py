@@ -11,9 +11,12 @@ import torch
 
 from atom_cluster.config.ops import OpsConfig
 from atom_cluster.errors import ConfigError
-from atom_cluster.kv_transfer.agent import KvAgent, open_agent
+from atom_cluster.kv_cache.layout import KvLayout
+from atom_cluster.kv_cache.page_map import check_page_bytes, page_maps
+from atom_cluster.kv_transfer.agent import KvAgent, PageFacts, open_agent
 from atom_cluster.kv_transfer.registry import TransportSettings
 from atom_cluster.layers.context import LayerContext
+from atom_cluster.messages.transfer import KvPlacement
 from atom_cluster.models.protocol import CausalLM
 from atom_cluster.models.registry import describe_weights, load_model, read_spec
 from atom_cluster.models.spec import ModelSpec
@@ -72,7 +75,7 @@ def build_model_runner(options: RunnerOptions) -> ModelRunner:
         num_pages, blocks_choice = _num_pages(options, model, groups, ops, device)
         memory = allocate_kv_memory(model.kv_layout, num_pages=num_pages, block_size=options.block_size, device=device)
         clock.note("size the cache")
-        agent, transfer_choice = _open_agent(options, memory)
+        agent, transfer_choice = _open_agent(options, memory, model.kv_layout)
         if agent is not None:
             on_failure.callback(agent.close)
         choices = {
@@ -87,12 +90,13 @@ def build_model_runner(options: RunnerOptions) -> ModelRunner:
             "weights": weights_choice,
             **ops.choices,
         }
+        fingerprint = _fingerprint(options, model, dtype, num_draft_layers)
         runner = ModelRunner(
             model=model,
             groups=groups,
             memory=memory,
             ops=ops,
-            info=_rank_info(options, model, num_pages=num_pages, agent=agent, choices=choices),
+            info=_rank_info(options, model, num_pages=num_pages, agent=agent, choices=choices, fingerprint=fingerprint),
             device=device,
             agent=agent,
             profile=options.profile,
@@ -259,11 +263,15 @@ def _budget_bytes(
     )
 
 
-def _open_agent(options: RunnerOptions, memory: KvMemory) -> tuple[KvAgent | None, str]:
+def _open_agent(options: RunnerOptions, memory: KvMemory, layout: KvLayout) -> tuple[KvAgent | None, str]:
     if options.kv_transport is None:
         return None, "none: no KV exchange was asked for"
-    settings = TransportSettings(rank=options.rank, host=options.host, secret=options.secret)
-    return open_agent(options.kv_transport, regions=memory.regions, settings=settings)
+    settings = TransportSettings(rank=options.rank, host=options.host, secret=options.secret, faults=options.faults)
+    rank, world_size, block_size = options.rank, options.world_size, options.block_size
+    maps = page_maps(layout)
+    check_page_bytes(maps, layout, rank=rank, world_size=world_size, block_size=block_size)
+    pages = PageFacts(maps=maps, placement=KvPlacement(block_size=block_size, world_size=world_size))
+    return open_agent(options.kv_transport, regions=memory.regions, pages=pages, settings=settings)
 
 
 def _rank_info(
@@ -273,9 +281,9 @@ def _rank_info(
     num_pages: tuple[int, ...],
     agent: KvAgent | None,
     choices: dict[str, str],
+    fingerprint: dict[str, str],
 ) -> RankInfo:
     assert options.max_model_len is not None, "resolved by build_model_runner"
-    model_dir = Path(options.model_dir)
     return RankInfo(
         num_blocks=num_pages[0],
         other_groups=other_groups(model.kv_layout, num_pages),
@@ -287,19 +295,19 @@ def _rank_info(
         rank=options.rank,
         world_size=options.world_size,
         kv_descriptors={} if agent is None else dict(agent.descriptors),
-        fingerprint_fields=fingerprint_fields(
-            model_dir,
-            weights=_weights_identity(options),
-            layout=model.kv_layout,
-            block_size=options.block_size,
-            world_size=options.world_size,
-        ),
+        fingerprint_fields=fingerprint,
         choices=choices,
         profile_refusal=NO_TRACES if options.profile.directory is None else "",
     )
 
 
-def _weights_identity(options: RunnerOptions) -> str:
-    identity = weights_identity(Path(options.model_dir), load_format=options.load_format, seed=options.seed)
-    quantization = options.quantization
-    return identity if quantization.online is None else f"{identity} {quantization.model_dump_json()}"
+def _fingerprint(options: RunnerOptions, model: CausalLM, dtype: torch.dtype, num_draft_layers: int) -> dict[str, str]:
+    model_dir, quantization = Path(options.model_dir), options.quantization
+    return fingerprint_fields(
+        model_dir,
+        weights=weights_identity(model_dir, load_format=options.load_format, seed=options.seed),
+        quantization="the checkpoint's" if quantization.online is None else quantization.model_dump_json(),
+        dtype=str(dtype).removeprefix("torch."),
+        layout=model.kv_layout,
+        drafting=f"{options.num_drafts} tokens by {num_draft_layers} layers",
+    )

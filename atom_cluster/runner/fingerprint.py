@@ -1,4 +1,8 @@
-"""What must be equal for the KV blocks of two engines to mean the same. Knows no tensors and no messages."""
+"""What must be equal for the KV blocks of two engines to mean the same. Knows no tensors and no messages.
+
+Not in it is what may differ (`messages.transfer.KvPlacement`: number of ranks, block size), and what each engine
+decides for itself: numbers of blocks and rows, limits of lengths.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +15,27 @@ from atom_cluster.kv_cache.layout import KvLayout
 
 _NUM_SAMPLES = 64
 _SAMPLE_BYTES = 4096
+KV_FORMAT = 1
+"""Of pages, tags and the messages about them. Raise it with any change of these."""
 _IRRELEVANT_CONFIG_KEYS = frozenset({"_name_or_path", "transformers_version"})
 
 
 def fingerprint_fields(
-    model_dir: Path, *, weights: str, layout: KvLayout, block_size: int, world_size: int
+    model_dir: Path, *, weights: str, quantization: str, dtype: str, layout: KvLayout, drafting: str
 ) -> dict[str, str]:
-    """Named facts, compared one by one when two engines meet. `weights` is `weights_identity` of the directory."""
+    """Named facts, compared one by one when two engines meet.
+
+    `weights` is `weights_identity` of the directory, `quantization` what is done to them while they are loaded, `dtype`
+    what is computed in, `drafting` what drafts how many tokens: prefill hands its drafts over, too.
+    """
     return {
         "config": _config_digest(model_dir),
         "weights": weights,
+        "quantization": quantization,
+        "dtype": dtype,
         "kv_layout": layout.describe(),
-        "block_size": str(block_size),
-        "tensor_parallel": str(world_size),
-        "code": atom_cluster.__version__,
+        "drafting": drafting,
+        "code": f"{atom_cluster.__version__}, KV format {KV_FORMAT}",
     }
 
 

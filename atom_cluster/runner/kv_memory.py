@@ -7,14 +7,13 @@ sees [N, entries per page, heads, dim] or [N, *state]. Knows nothing of who uses
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from atom_cluster.errors import TransferError
-from atom_cluster.kv_cache.layout import DTYPE_BYTES, CacheGroup, KvLayout, StateLayerLayout
+from atom_cluster.kv_cache.layout import CacheGroup, KvLayout, StateLayerLayout
 from atom_cluster.kv_transfer.protocol import KvRegion
 from atom_cluster.kv_transfer.shared_memory import allocate_shared
 from atom_cluster.layers.forward_batch import KvLayerCache, LayerCache, StateLayerCache
@@ -38,20 +37,6 @@ class KvMemory:
         return sum(region.blocks.nbytes + region.blocks.stride(0) for region in self.regions)
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """One tensor of one layer within a page."""
-
-    layer: int
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
-
-
 def allocate_kv_memory(
     layout: KvLayout, *, num_pages: Sequence[int], block_size: int, device: torch.device
 ) -> KvMemory:
@@ -68,10 +53,10 @@ def allocate_kv_memory(
         pages = flat.view(count + 1, page_bytes)
         regions.append(KvRegion(_region_name(index, group), pages[:count]))
         offset = 0
-        for part in _parts(layout, group, block_size):
-            end = offset + part.num_bytes
-            typed = pages[:, offset:end].view(getattr(torch, part.dtype))
-            views[part.layer][part.name] = typed.view(count + 1, *part.shape)
+        for tensor in layout.page_tensors(group, block_size):
+            end = offset + tensor.num_bytes
+            typed = pages[:, offset:end].view(getattr(torch, tensor.dtype))
+            views[tensor.layer][tensor.name] = typed.view(count + 1, *tensor.shape)
             offset = end
     layers: list[LayerCache] = []
     for layer, own in zip(layout.layers, views.values(), strict=True):
@@ -93,17 +78,3 @@ def _allocate(num_bytes: int, device: torch.device) -> tuple[torch.Tensor, str]:
 def _region_name(index: int, group: CacheGroup) -> str:
     """Tells the groups of two engines apart that must not read from each other."""
     return f"{index} {group.kind}" if group.window is None else f"{index} {group.kind} {group.window}"
-
-
-def _parts(layout: KvLayout, group: CacheGroup, block_size: int) -> list[_Part]:
-    """What a page of the group holds, in order: wide dtypes first, so that each tensor starts aligned."""
-    parts: list[_Part] = []
-    for index in group.layers:
-        layer = layout.layers[index]
-        if isinstance(layer, StateLayerLayout):
-            parts += [_Part(index, tensor.name, tensor.shape, tensor.dtype) for tensor in layer.tensors]
-        else:
-            rows = (layer.entries_per_page(block_size), layer.num_kv_heads)
-            parts.append(_Part(index, "key", (*rows, layer.key_dim), layer.dtype))
-            parts.append(_Part(index, "value", (*rows, layer.value_dim), layer.dtype))
-    return sorted(parts, key=lambda part: -DTYPE_BYTES[part.dtype])

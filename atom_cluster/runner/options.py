@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from atom_cluster.config.compilation import CompilationConfig
+from atom_cluster.config.faults import FaultsConfig
 from atom_cluster.config.observability import ProfileConfig
 from atom_cluster.config.ops import OpBackend, OpBackendChoice, OpFamily
 from atom_cluster.config.quantization import QuantizationConfig
@@ -69,3 +70,5 @@ class RunnerOptions:
     """Address of this node that KV transports listen on."""
     secret: bytes = field(default=b"", repr=False)
     """The cluster's secret, for KV transports."""
+    faults: FaultsConfig | None = None
+    """What goes wrong on purpose with KV transports."""

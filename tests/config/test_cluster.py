@@ -13,7 +13,7 @@ from atom_cluster.errors import ConfigError
         ({"prefill": {}}, "come together"),
         ({"decode": {}, "unified": {}}, "come together"),
         ({"prefill": {}, "decode": {}, "unified": {}}, "not both"),
-        ({"prefill": {"parallel": {"tensor": 2}}, "decode": {}}, "both must be equal"),
+        ({"prefill": {"block_size": 24}, "decode": {}}, "one must be a multiple"),
         ({"unified": {"parallel": {"tensor": 4, "expert": 2}}}, "must be 1 or the same as `tensor`"),
         ({"unified": {"autoscaling": {"min_replicas": 3, "max_replicas": 2}}}, "above max_replicas"),
         ({"unified": {}, "serving": {"member_timeout_s": 0.1}}, "above announce_period_s"),

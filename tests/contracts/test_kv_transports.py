@@ -13,27 +13,46 @@ import pytest
 import torch
 
 from atom_cluster.errors import TransferError
+from atom_cluster.kv_transfer.pieces import Extent, PeerShape, Piece
 from atom_cluster.kv_transfer.protocol import KvRegion
-from atom_cluster.kv_transfer.registry import TransportSettings, available, open_transport
-from atom_cluster.kv_transfer.shared_memory import allocate_shared
+from atom_cluster.kv_transfer.registry import TransportSettings, available, missing
 from atom_cluster.units import Deadline
 from tests.kv_transfer.ranks import (
     LARGE,
     SECRET,
+    STAND_INS,
     Exporter,
     Rank,
+    allocate_for,
     exporter_elsewhere,
+    open_named,
     rank_here,
+    settle,
     wait_for,
 )
 
 LONG_READ = tuple(range(7, -1, -1)) * 2000
 """Descending, so never coalesced: 16,000 copies of a MiB, which takes seconds."""
+needs_device = (
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA or ROCm device"),
+)
+NAMES = [
+    *available("cpu"),
+    *(pytest.param(name, marks=pytest.mark.skip(reason=f"{name}: {why}")) for name, why in missing("cpu").items()),
+    *(f"{name}/stand-in" for name in STAND_INS),
+    *(pytest.param(f"{name}/cuda", marks=needs_device) for name in available("cuda")),
+]
 
 
-@pytest.fixture(params=available("cpu"))
+@pytest.fixture(params=NAMES)
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+def large(name: str) -> tuple[int, ...]:
+    """Bytes of blocks of which a long read takes seconds, or most of one where memory is as fast as a GPU's."""
+    return (64 << 20,) if name in ("ipc/cuda", "nixl/cuda") else LARGE
 
 
 @contextmanager
@@ -98,13 +117,14 @@ def test_copies_the_right_blocks_of_a_group_and_no_others(
 def test_groups_have_their_own_numbers_of_blocks_and_reads_of_several_run_together(name: str) -> None:
     def regions(sizes: tuple[int, int], content: int) -> tuple[KvRegion, ...]:
         return tuple(
-            KvRegion(f"group {i}", allocate_shared(n * size).view(n, size).fill_(content))
+            KvRegion(f"group {i}", allocate_for(name, n * size).view(n, size).fill_(content))
             for i, (n, size) in enumerate(zip(sizes, (64, 4096)))
         )
 
     settings = TransportSettings(rank=0, host="127.0.0.1", secret=SECRET)
     source, target = regions((9, 3), 7), regions((4, 6), 0)
-    exporter, reader = open_transport(name, settings), open_transport(name, settings)
+    settle(name)
+    exporter, reader = open_named(name, settings), open_named(name, settings)
     try:
         reader.export(target)
         reader.connect("peer", exporter.export(source))
@@ -205,6 +225,80 @@ def test_peers_may_have_other_numbers_of_blocks(name: str, reader: Rank) -> None
         assert "outside" in str(reader.read(4, "peer", (-1,), (0,)).error)
 
 
+PIECES = (
+    Piece(Extent(1000, 24, 5, 100), Extent(0, 24, 5, 24)),
+    Piece(Extent(0, 8), Extent(4088, 8)),
+    Piece(Extent(2000, 160), Extent(160, 160)),
+    Piece(Extent(3000, 40, 3, 40), Extent(400, 40, 3, 400)),
+)
+"""Of blocks of 4096 bytes: runs put together, pulled apart, and neither."""
+
+
+def bytes_of(extents: list[Extent]) -> list[int]:
+    return [e.offset + run * e.stride + at for e in extents for run in range(e.count) for at in range(e.num_bytes)]
+
+
+REMOTE_BYTES, LOCAL_BYTES = (bytes_of(side) for side in zip(*((piece.remote, piece.local) for piece in PIECES)))
+
+
+@pytest.mark.parametrize(
+    ("remote", "local"), [((3,), (11,)), ((4, 5, 6), (0, 1, 2)), ((9, 2, 3, 15), (15, 4, 5, 0))], ids=len
+)
+def test_pieces_of_blocks_are_copied_and_nothing_else_of_them_is_touched(
+    pair: tuple[Rank, Exporter], remote: tuple[int, ...], local: tuple[int, ...]
+) -> None:
+    reader, exporter = pair
+    target, source = reader.regions[2].blocks, exporter.regions[2].blocks
+    target.fill_(77)
+    completion = reader.read(1, "peer", remote, local, 2, PIECES)
+    assert (completion.error, completion.num_bytes) == (None, len(remote) * len(LOCAL_BYTES))
+    expected = torch.full_like(target, 77)
+    for there, here in zip(remote, local):
+        expected[here, LOCAL_BYTES] = source[there, REMOTE_BYTES].to(target.device)
+    assert torch.equal(target, expected)
+    assert not reader.regions[0].blocks.any() and not reader.regions[1].blocks.any()
+
+
+def test_reads_into_different_pieces_of_the_same_blocks_run_together(pair: tuple[Rank, Exporter]) -> None:
+    reader, exporter = pair
+    blocks = tuple(range(16))
+    for part in range(16):
+        pieces = (Piece(Extent(256 * part, 256), Extent(256 * (15 - part), 256)),)
+        reader.transport.start_read(part, "peer", 2, blocks, blocks, Deadline.after(20), pieces)
+    assert {completion.error for completion in wait_for(reader.transport, 16)} == {None}
+    parts = exporter.regions[2].blocks.view(16, 16, 256)
+    assert torch.equal(reader.regions[2].blocks, parts.flip(1).reshape(16, 4096).to(reader.regions[2].blocks.device))
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        Piece(Extent(4096, 8), Extent(0, 8)),
+        Piece(Extent(0, 8), Extent(4090, 8)),
+        Piece(Extent(0, 8, 3, 2048), Extent(0, 8, 3, 8)),
+        Piece(Extent(-8, 8), Extent(0, 8)),
+    ],
+    ids=["remote outside", "local outside", "last run outside", "negative"],
+)
+def test_pieces_that_are_not_within_a_block_end_with_an_error(pair: tuple[Rank, Exporter], piece: Piece) -> None:
+    reader, _ = pair
+    assert "not within a block" in str(reader.read(1, "peer", (0,), (0,), 2, (piece,)).error)
+    assert not reader.regions[2].blocks.any()
+
+
+def test_a_rank_of_another_number_with_blocks_of_other_sizes_is_read_from_in_pieces(name: str, reader: Rank) -> None:
+    with rank_here(name, rank=3, block_bytes=(128, 200, 2048), seed=7) as exporter:
+        for wrong in (PeerShape(2, (128, 200, 2048)), PeerShape(3, (128, 200, 4096)), None):
+            with pytest.raises(TransferError, match="expected w"):
+                reader.transport.connect("peer", exporter.descriptor, wrong)
+        reader.transport.connect("peer", exporter.descriptor, PeerShape(3, (128, 200, 2048)))
+        pieces = (Piece(Extent(0, 2048), Extent(2048, 2048)),)
+        assert reader.read(1, "peer", (3, 9), (5, 2), 2, pieces).error is None
+        assert torch.equal(reader.regions[2].blocks[[5, 2], 2048:], exporter.regions[2].blocks[[3, 9]])
+        assert not reader.regions[2].blocks[:, :2048].any()
+        assert "whole blocks of another size" in str(reader.read(2, "peer", (3,), (5,), 2).error)
+
+
 def test_reading_from_an_unknown_peer_ends_with_an_error(reader: Rank) -> None:
     assert "unknown peer" in str(reader.read(1, "nobody", (0,), (0,)).error)
 
@@ -222,8 +316,8 @@ def test_a_read_whose_deadline_passed_ends_with_an_error_and_writes_nothing(pair
 def long_read(name: str, deadline_s: float) -> Iterator[tuple[Rank, Exporter]]:
     """A read that would take seconds is under way, as read 1."""
     with (
-        exporter_elsewhere(name, num_blocks=8, block_bytes=LARGE) as exporter,
-        rank_here(name, num_blocks=16, block_bytes=LARGE) as reader,
+        exporter_elsewhere(name, num_blocks=8, block_bytes=large(name)) as exporter,
+        rank_here(name, num_blocks=16, block_bytes=large(name)) as reader,
     ):
         reader.transport.connect("peer", exporter.descriptor)
         assert reader.read(0, "peer", (0,), (8,)).error is None

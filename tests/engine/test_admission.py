@@ -8,7 +8,7 @@ from atom_cluster.engine.protocols import RunnerInfo
 from atom_cluster.engine.request import Request
 from atom_cluster.errors import ContextLengthExceeded, InvalidRequest
 from atom_cluster.messages.requests import EngineRequest, SamplingParams
-from atom_cluster.messages.transfer import PrefillOrder
+from atom_cluster.messages.transfer import KvPlacement, PrefillOrder
 from tests.factories import make_message
 
 INFO = RunnerInfo(num_blocks=10, block_size=4, max_num_requests=4, max_model_len=32, vocab_size=1000)
@@ -25,10 +25,11 @@ def order(num_tokens: int, max_tokens: int) -> PrefillOrder:
         token_ids=tuple(range(num_tokens)),
         sampling=SamplingParams(seed=0, max_tokens=max_tokens),
         eos_token_ids=(2,),
-        num_blocks_held=0,
+        num_tokens_held=0,
         lease_s=1.0,
         fingerprint="",
         fingerprint_fields={},
+        placement=KvPlacement(4, 1),
     )
 
 
@@ -79,3 +80,31 @@ def test_an_order_is_for_one_token_and_needs_room_for_the_prompt_only() -> None:
     assert (request.sampling.max_tokens, request.ticket_id) == (1, "t")
     with pytest.raises(ContextLengthExceeded):
         admit(order(12, max_tokens=20), info)
+
+
+def test_emitted_tokens_are_the_output_s_first_and_count_against_its_length() -> None:
+    message = msgspec.structs.replace(make_message("r", 10, 5), emitted=(7, 8))
+    request = admit(message)
+    assert (request.num_prompt, request.num_output, request.num_new, request.num_initial) == (10, 2, 0, 12)
+    assert request.tokens[10:] == [7, 8] and request.sampling.max_tokens == 5
+
+
+def test_an_order_with_emitted_tokens_is_for_one_more() -> None:
+    request = admit(msgspec.structs.replace(order(10, max_tokens=20), emitted=(7, 8)))
+    assert (request.num_prompt, request.num_replayed, request.sampling.max_tokens) == (10, 2, 3)
+    info = RunnerInfo(num_blocks=3, block_size=4, max_num_requests=4, max_model_len=32, vocab_size=1000)
+    with pytest.raises(ContextLengthExceeded, match="has 12 tokens"):
+        admit(msgspec.structs.replace(order(10, max_tokens=20), emitted=(7, 8)), info)
+
+
+def test_emitted_tokens_that_fill_the_room_are_all_there_will_be() -> None:
+    info = RunnerInfo(num_blocks=3, block_size=4, max_num_requests=4, max_model_len=32, vocab_size=1000)
+    request = admit(msgspec.structs.replace(make_message("r", 10, 9), emitted=(7, 8)), info)
+    assert request.num_output == request.sampling.max_tokens == 2
+
+
+@pytest.mark.parametrize("emitted", [(1000,), (3, -1)])
+def test_emitted_tokens_that_no_model_says_are_refused(emitted: tuple[int, ...]) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        admit(msgspec.structs.replace(make_message("r"), emitted=emitted))
+    assert caught.value.param == "emitted"

@@ -368,7 +368,7 @@ def test_when_the_device_fails_every_client_is_told_and_the_engine_stops() -> No
     with pytest.raises(RuntimeError, match="the device is gone"):
         network.settle()
     answers = [network.answers[f"r{number}"] for number in range(4)]
-    assert [answer.error_kind for answer in answers] == ["RequestFailed"] * 4
+    assert [answer.error_kind for answer in answers] == ["EngineLost"] * 4
     assert [len(answer.tokens) for answer in answers] == [2, 2, 0, 0]
 
 
@@ -399,7 +399,7 @@ def test_when_a_decode_device_fails_prefill_gets_its_blocks_back_at_once() -> No
     split.send()
     with pytest.raises(RuntimeError, match="the device is gone"):
         split.network.settle()
-    assert split.answer().error_kind == "RequestFailed"
+    assert split.answer().error_kind == "EngineLost"
     split.network.deliver()
     split.network.remove("decode")
     split.network.step("prefill")
@@ -422,7 +422,7 @@ def test_requests_that_came_too_late_for_a_failed_device_are_refused() -> None:
     engine.put(CLIENT, make_message("early"))
     with pytest.raises(RuntimeError):
         engine.step()
-    assert network.answers["early"].error_kind == network.answers["late"].error_kind == "RequestFailed"
+    assert network.answers["early"].error_kind == network.answers["late"].error_kind == "EngineLost"
 
 
 # --- waiting

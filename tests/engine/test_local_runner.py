@@ -8,10 +8,19 @@ import torch
 
 from atom_cluster.engine.local_runner import LocalRunner, merge_rank_infos
 from atom_cluster.errors import AtomClusterError
-from atom_cluster.kv_transfer.agent import open_agent
+from atom_cluster.kv_cache.page_map import opaque_page
+from atom_cluster.kv_transfer.agent import PageFacts, open_agent
 from atom_cluster.kv_transfer.registry import TransportSettings
 from atom_cluster.messages.steps import NewRow, RowStep, StepPlan
-from atom_cluster.messages.transfer import BlocksTagged, ConnectPeer, KvReport, ReadBlocks, ReadFinished, TagBlocks
+from atom_cluster.messages.transfer import (
+    BlocksTagged,
+    ConnectPeer,
+    KvPlacement,
+    KvReport,
+    ReadBlocks,
+    ReadFinished,
+    TagBlocks,
+)
 from atom_cluster.runner.kv_memory import KvMemory
 from atom_cluster.runner.model_runner import LaunchedStep, ModelRunner
 from atom_cluster.runner.rank_info import RankInfo
@@ -136,7 +145,10 @@ def wait_for_report(runner: LocalRunner) -> KvReport:
 def make_exchanging_runner() -> tuple[LocalRunner, KvMemory]:
     memory = make_memory()
     settings = TransportSettings(rank=0, host="127.0.0.1", secret=b"0123456789abcdef")
-    agent, _ = open_agent("auto", regions=memory.regions, settings=settings)
+    pages = PageFacts(
+        maps=tuple(opaque_page(region.block_bytes) for region in memory.regions), placement=KvPlacement(4, 1)
+    )
+    agent, _ = open_agent("auto", regions=memory.regions, pages=pages, settings=settings)
     return LocalRunner(make_runner(memory=memory, agent=agent)), memory
 
 
@@ -145,12 +157,14 @@ def test_kv_commands_of_a_plan_run_after_its_forward_pass() -> None:
     target, target_memory = make_exchanging_runner()
     try:
         plan = first_plan()
-        tag = TagBlocks(ticket_id="t", epoch=1, first_block=0, block_ids=(3, 1))
+        tag = TagBlocks(ticket_id="t", epoch=1, first_block=0, block_ids=(3, 1), reader=KvPlacement(4, 1))
         source.submit(StepPlan(step_id=0, new_rows=plan.new_rows, rows=plan.rows, kv=(tag,)))
         tagged = wait_for_report(source)
         assert isinstance(tagged, BlocksTagged)
         offer = source.info.kv_offers[0]
-        connect = ConnectPeer(peer="p", transport=offer.transport, descriptors=offer.descriptors)
+        connect = ConnectPeer(
+            peer="p", transport=offer.transport, descriptors=offer.descriptors, placement=KvPlacement(4, 1)
+        )
         read = ReadBlocks(
             read_id=1,
             peer="p",

@@ -16,6 +16,7 @@ from atom_cluster.messages.transfer import (
     ConnectPeer,
     DropPeer,
     KvCommand,
+    KvPlacement,
     ReadBlocks,
     ReadFinished,
     TagBlocks,
@@ -24,6 +25,7 @@ from tests.engine.test_sim_runner import GREEDY, INSTANT, PROMPT, answer, decode
 from tests.engine.virtual_clock import VirtualClock
 
 EPOCH = 1234567
+PLACEMENT = KvPlacement(4, 1)
 SOURCE_BLOCKS = (5, 6, 7)
 LOCAL_BLOCKS = (30, 20, 10)
 
@@ -38,7 +40,7 @@ class Pair:
     first_token: int
 
     def tags(self) -> tuple[tuple[int, ...], ...]:
-        command = TagBlocks(ticket_id="t", epoch=EPOCH, first_block=0, block_ids=SOURCE_BLOCKS)
+        command = TagBlocks(ticket_id="t", epoch=EPOCH, first_block=0, block_ids=SOURCE_BLOCKS, reader=PLACEMENT)
         run(self.source, StepPlan(step_id=1, kv=(command,)))
         (report,) = self.source.poll_kv()
         assert isinstance(report, BlocksTagged)
@@ -47,7 +49,7 @@ class Pair:
 
     def connect(self) -> ConnectPeer:
         (offer,) = self.source.info.kv_offers
-        return ConnectPeer(peer="p", transport=offer.transport, descriptors=offer.descriptors)
+        return ConnectPeer(peer="p", transport=offer.transport, descriptors=offer.descriptors, placement=PLACEMENT)
 
     def finish(self) -> ReadFinished:
         self.clock.sleep(60)
@@ -128,7 +130,10 @@ def test_reading_the_blocks_in_a_wrong_order_is_noticed(pair: Pair) -> None:
 
 
 def test_tags_depend_on_the_epoch(pair: Pair) -> None:
-    give(pair.source, *(TagBlocks(ticket_id="t", epoch=epoch, first_block=0, block_ids=(5,)) for epoch in (1, 2)))
+    give(
+        pair.source,
+        *(TagBlocks(ticket_id="t", epoch=epoch, first_block=0, block_ids=(5,), reader=PLACEMENT) for epoch in (1, 2)),
+    )
     first, second = pair.source.poll_kv()
     assert isinstance(first, BlocksTagged)
     assert isinstance(second, BlocksTagged)
@@ -178,7 +183,7 @@ def test_a_read_that_would_take_too_long_ends_with_an_error_at_its_timeout_and_f
 
 def test_kv_commands_begin_when_their_step_ends(pair: Pair) -> None:
     slow = make_runner(INSTANT.model_copy(update={"base_s": 1.0}), clock=pair.clock)
-    tag = TagBlocks(ticket_id="t", epoch=EPOCH, first_block=0, block_ids=(0, 1, 2))
+    tag = TagBlocks(ticket_id="t", epoch=EPOCH, first_block=0, block_ids=(0, 1, 2), reader=PLACEMENT)
     rows = (RowStep(0, 0, len(PROMPT), samples=True),)
     slow.submit(StepPlan(step_id=0, new_rows=(new_row(PROMPT, (0, 1, 2)),), rows=rows, kv=(tag,)))
     assert slow.poll_kv() == []
@@ -207,7 +212,7 @@ def test_a_read_from_a_runner_that_is_gone_says_so(is_closed: bool) -> None:
     clock = VirtualClock()
     source, target = make_runner(clock=clock), make_runner(clock=clock)
     (offer,) = source.info.kv_offers
-    give(target, ConnectPeer(peer="p", transport="sim", descriptors=offer.descriptors), read())
+    give(target, ConnectPeer(peer="p", transport="sim", descriptors=offer.descriptors, placement=PLACEMENT), read())
     if is_closed:
         source.close()
     else:
@@ -240,7 +245,11 @@ def test_a_read_that_cannot_be_carried_out_ends_with_an_error(pair: Pair, comman
 def test_a_failed_connection_is_told_by_the_reads(
     pair: Pair, transport: str, descriptors: tuple[bytes, ...], error: str
 ) -> None:
-    give(pair.target, ConnectPeer(peer="p", transport=transport, descriptors=descriptors), read(read_id=1))
+    give(
+        pair.target,
+        ConnectPeer(peer="p", transport=transport, descriptors=descriptors, placement=PLACEMENT),
+        read(read_id=1),
+    )
     assert error in (pair.finish().error or "")
     give(pair.target, pair.connect(), read(read_id=2))
     assert pair.finish().error is None
@@ -259,7 +268,7 @@ print(json.dumps(compute_in_another_process()))
 def compute_in_another_process() -> dict[str, object]:
     """Prefill the prompt and tell what crosses processes: descriptor, first token and tags."""
     runner = make_runner()
-    tag = TagBlocks(ticket_id="t", epoch=EPOCH, first_block=0, block_ids=SOURCE_BLOCKS)
+    tag = TagBlocks(ticket_id="t", epoch=EPOCH, first_block=0, block_ids=SOURCE_BLOCKS, reader=PLACEMENT)
     new = NewRow(
         row=0,
         request_id="r",
@@ -289,7 +298,9 @@ def pair_with(elsewhere: dict[str, object], tags: object) -> Pair:
     target = make_runner(clock=clock)
     token = elsewhere["token"]
     assert isinstance(token, int)
-    peer = ConnectPeer(peer="p", transport="sim", descriptors=(str(elsewhere["descriptor"]).encode(),))
+    peer = ConnectPeer(
+        peer="p", transport="sim", descriptors=(str(elsewhere["descriptor"]).encode(),), placement=PLACEMENT
+    )
     assert isinstance(tags, list)
     give(target, peer, read(tuple(tuple(of_rank) for of_rank in tags)))
     pair = Pair(target, target, clock, token)

@@ -1,20 +1,24 @@
 from __future__ import annotations
 
+import dataclasses
+
 import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atom_cluster.config.scheduler import SchedulerConfig
-from atom_cluster.engine.protocols import EngineOutput
+from atom_cluster.engine.protocols import EngineOutput, RunnerInfo
 from atom_cluster.messages.transfer import (
     ConnectPeer,
     DropPeer,
+    KvOffer,
     KvPublication,
     PrefillAccepted,
     PrefillFailed,
     PrefillOrder,
     ReadBlocks,
+    TagBlocks,
     TicketRelease,
     TicketRenew,
 )
@@ -95,7 +99,7 @@ def test_only_the_blocks_that_decode_lacks_are_published() -> None:
     second = read_commands(split)[-3:]
     orders = split.network.messages(PrefillOrder)
     assert isinstance(orders[-1], PrefillOrder)
-    assert orders[-1].num_blocks_held == 4
+    assert orders[-1].num_tokens_held == 16
     assert sum(len(command.remote_block_ids) for command in second) == 4
     final = split.answer("second").final
     assert final is not None
@@ -190,6 +194,64 @@ def test_without_checksums_blocks_are_published_as_soon_as_they_are_computed() -
     split.assert_right()
     split.assert_clean()
     assert all(command.tags == () for command in read_commands(split))
+    assert not any(isinstance(command, TagBlocks) for plan in split.prefill_runner.plans for command in plan.kv)
+
+
+def test_only_decode_decides_whether_blocks_are_checked() -> None:
+    split = make_split()
+    make_engine(
+        split.network,
+        "prefill",
+        runner=split.prefill_runner,
+        transfer=TRANSFER.model_copy(update={"verify_blocks": False}),
+        epoch=9,
+    )
+    split.send()
+    split.network.settle()
+    split.assert_right()
+    assert all(command.tags for command in read_commands(split)) and read_commands(split)
+
+
+def test_blocks_without_the_tags_that_were_asked_for_are_not_used() -> None:
+    split = make_split()
+
+    def strip(source: str, target: str, message: EngineOutput) -> EngineOutput:
+        return msgspec.structs.replace(message, tags=()) if isinstance(message, KvPublication) else message
+
+    split.network.alter = strip
+    split.send()
+    split.network.settle()
+    split.assert_right()
+    split.assert_clean()
+    assert failures(split, "protocol") == 1
+    assert not read_commands(split)
+
+
+def test_ranks_are_told_of_all_transports_in_common_in_decodes_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that one which cannot connect with the best goes on with the next."""
+
+    def info(runner: RecordingRunner) -> RunnerInfo:
+        return dataclasses.replace(runner._inner.info, kv_transports=("ipc@here", "sim", "mori", "tcp"))
+
+    def alter(source: str, target: str, message: EngineOutput) -> EngineOutput:
+        if not isinstance(message, PrefillAccepted):
+            return message
+        more = tuple(KvOffer(name, (name.encode(),)) for name in ("tcp", "ipc@elsewhere", "mori"))
+        return msgspec.structs.replace(
+            message, export=msgspec.structs.replace(message.export, offers=(*more, *message.export.offers))
+        )
+
+    monkeypatch.setattr(RecordingRunner, "info", property(info))
+    split = make_split()
+    split.network.alter = alter
+    split.send()
+    split.network.settle()
+    split.assert_right()
+    (connect,) = [
+        command for plan in split.decode_runner.plans for command in plan.kv if isinstance(command, ConnectPeer)
+    ]
+    assert connect.transport == "sim"
+    assert connect.others == (KvOffer("mori", (b"mori",)), KvOffer("tcp", (b"tcp",)))
 
 
 def test_every_connection_is_prepared_before_the_first_read_and_only_once() -> None:
@@ -295,21 +357,57 @@ def test_prefill_needs_room_for_the_prompt_only() -> None:
     assert not split.network.messages(PrefillFailed)
 
 
-def test_damaged_blocks_are_computed_again_from_the_first_on() -> None:
+@pytest.mark.parametrize(
+    ("damaged", "computed"),
+    [
+        ((3,), [(12, 4)]),
+        ((5, 3), [(12, 4), (20, 4)]),
+        ((3, 4, 6), [(12, 8), (24, 4)]),
+        ((0,), [(0, 4)]),
+        ((7,), [(28, 3)]),
+        ((0, 7), [(0, 4), (28, 3)]),
+        (tuple(range(8)), [(0, 31)]),
+    ],
+)
+def test_damaged_blocks_alone_are_computed_again(damaged: tuple[int, ...], computed: list[tuple[int, int]]) -> None:
     split = make_split(prefill_budget=64)
 
     def damage(source: str, target: str, message: EngineOutput) -> EngineOutput:
-        if isinstance(message, KvPublication) and message.first_block == 0:
-            split.prefill_device.corrupt(message.block_ids[5])
-            split.prefill_device.corrupt(message.block_ids[3])
+        if isinstance(message, KvPublication):
+            for block, block_id in enumerate(message.block_ids, message.first_block):
+                if block in damaged:
+                    split.prefill_device.corrupt(block_id)
         return message
 
     split.network.alter = damage
     split.send(prompt=30)
     split.network.settle()
     split.assert_right()
-    assert split.metrics.value(KV_BAD_BLOCKS) == 2
-    assert computed_positions(split.decode_runner)[0] == (12, 19)
+    split.assert_clean()
+    assert split.metrics.value(KV_BAD_BLOCKS) == len(damaged)
+    # The last block has two tokens of the prompt; behind them comes the first token, from prefill.
+    steps = computed_positions(split.decode_runner)
+    assert steps[: len(computed)] == computed
+    after = 31 if computed[-1] in ((28, 3), (0, 31)) else 30
+    assert steps[len(computed)][0] == after
+
+
+def test_a_request_with_damaged_blocks_that_loses_its_blocks_starts_anew() -> None:
+    split = make_split(prefill_budget=64, num_decode_blocks=14)
+
+    def damage(source: str, target: str, message: EngineOutput) -> EngineOutput:
+        if isinstance(message, KvPublication) and message.first_block == 0:
+            split.prefill_device.corrupt(message.block_ids[1])
+        return message
+
+    split.network.alter = damage
+    for number in range(4):
+        split.send(f"r{number}", make_prompt(17, number), 20)
+    split.network.settle()
+    assert split.metrics.value(PREEMPTIONS) > 0
+    assert split.metrics.value(KV_BAD_BLOCKS) > 0
+    split.assert_right()
+    split.assert_clean()
 
 
 @pytest.mark.parametrize("kind", [*FROM_PREFILL[:2], *FROM_DECODE])

@@ -12,7 +12,7 @@ from atom_cluster.observability.metrics import KV_TRANSFER_BYTES, SPEC_ACCEPTED_
 from tests.draft_models import NUM_DRAFT_LAYERS, draft_model_dir
 from tests.equivalence import test_speculation, test_tensor_parallel
 from tests.equivalence.generation import FAMILIES, generate, mixed_requests
-from tests.equivalence.test_prefill_decode import Pair
+from tests.equivalence.pairs import Pair
 from tests.tiny_models import tiny_model_dir
 
 pytestmark = [

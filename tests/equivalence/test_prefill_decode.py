@@ -3,124 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Literal
 
 import pytest
 import torch
 
-from atom_cluster.config.scheduler import SchedulerConfig
-from atom_cluster.config.transfer import KvTransferConfig
-from atom_cluster.engine.core import EngineCore
-from atom_cluster.engine.local_runner import LocalRunner
-from atom_cluster.engine.protocols import EngineOutput
-from atom_cluster.messages.cluster import PeerAddress
-from atom_cluster.messages.requests import EngineRequest, TokenBatch
+from atom_cluster.kv_transfer.registry import available
 from atom_cluster.models.registry import build_model, read_spec
-from atom_cluster.observability.memory import MemoryMetrics
 from atom_cluster.observability.metrics import KV_TRANSFER_BYTES, PREFIX_CACHE_HITS
 from atom_cluster.ops.select import torch_table
-from atom_cluster.runner.build import build_model_runner
-from atom_cluster.runner.options import RunnerOptions
-from atom_cluster.units import Deadline
 from tests.equivalence.generation import FAMILIES, Request, generate, mixed_requests
+from tests.equivalence.pairs import BLOCK_SIZE, Pair, Side
 from tests.models.paged_driver import make_context
 from tests.tiny_models import tiny_model_dir
-
-CLIENT = "client"
-BLOCK_SIZE = 8
-
-
-class Pair:
-    """A prefill and a decode engine in this process, each with its own runner and KV memory."""
-
-    def __init__(
-        self,
-        model_dir: Path,
-        *,
-        transport: str,
-        num_decode_blocks: int = 128,
-        max_num_batched_tokens: int = 1024,
-        max_model_len: int = 256,
-        num_drafts: int = 0,
-        device: Literal["cpu", "cuda"] = "cpu",
-    ) -> None:
-        self.tokens: dict[str, list[int]] = {}
-        self.finish_reasons: dict[str, str] = {}
-        self.metrics = {name: MemoryMetrics() for name in ("prefill", "decode")}
-        self.addresses = {name: PeerAddress(peer_id=name, endpoint="", epoch=7) for name in ("prefill", "decode")}
-        self.runners: list[LocalRunner] = []
-        self.cores: dict[str, EngineCore] = {}
-        for name, num_blocks in (("prefill", 128), ("decode", num_decode_blocks)):
-            options = RunnerOptions(
-                model_dir=str(model_dir),
-                dtype="float64",
-                device=device,
-                block_size=BLOCK_SIZE,
-                num_blocks=num_blocks,
-                max_num_requests=16,
-                max_model_len=max_model_len,
-                num_drafts=num_drafts,
-                num_threads=1,
-                kv_transport=transport,
-                secret=b"0123456789abcdef",
-            )
-            runner = LocalRunner(build_model_runner(options))
-            self.runners.append(runner)
-            self.cores[name] = EngineCore(
-                runner=runner,
-                outbox=_Wire(self, name),
-                scheduler=SchedulerConfig(max_num_requests=16, max_num_batched_tokens=max_num_batched_tokens),
-                transfer=KvTransferConfig(min_remote_tokens=4),
-                metrics=self.metrics[name],
-                peer=self.addresses[name],
-            )
-
-    def generate(self, requests: list[Request], *, timeout_s: float = 20.0) -> list[list[int]]:
-        """Output tokens, all requests sent to decode at once."""
-        for number, (prompt, sampling) in enumerate(requests):
-            message = EngineRequest(
-                request_id=f"r{number}",
-                token_ids=tuple(prompt),
-                sampling=sampling,
-                eos_token_ids=(1,),
-                prefill=self.addresses["prefill"],
-            )
-            self.tokens[message.request_id] = []
-            self.cores["decode"].put(CLIENT, message)
-        self.finish_reasons.clear()
-        deadline = Deadline.after(timeout_s)
-        has_work = [True]
-        while any(has_work) or len(self.finish_reasons) < len(requests):
-            assert not deadline.has_passed, f"finished: {self.finish_reasons}"
-            has_work = [core.step(wait_s=0.001) for core in self.cores.values()]
-        assert set(self.finish_reasons.values()) <= {"stop", "length"}
-        return [self.tokens[f"r{number}"] for number in range(len(requests))]
-
-    def close(self) -> None:
-        for runner in self.runners:
-            runner.close()
-
-
-class _Wire:
-    """Outbox of one engine: delivers to the other one, and collects what goes to the client."""
-
-    def __init__(self, pair: Pair, own_name: str) -> None:
-        self._pair = pair
-        self._own_name = own_name
-
-    def send(self, destination: str | PeerAddress, message: EngineOutput) -> None:
-        name = destination if isinstance(destination, str) else destination.peer_id
-        if name in self._pair.cores:
-            self._pair.cores[name].put(self._own_name, message)  # type: ignore[arg-type]
-        elif name == CLIENT:
-            assert isinstance(message, TokenBatch)
-            for delta in message.deltas:
-                known = self._pair.tokens[delta.request_id]
-                assert delta.first_index == len(known), "a token was lost or repeated"
-                known.extend(delta.token_ids)
-                if delta.finish_reason is not None:
-                    self._pair.finish_reasons[delta.request_id] = delta.finish_reason
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -164,7 +58,7 @@ def num_bytes_needed(model: str, num_tokens: int) -> int:
     return num_bytes
 
 
-@pytest.mark.parametrize("transport", ["shm", "tcp"])
+@pytest.mark.parametrize("transport", available("cpu"))
 def test_a_pair_gives_what_one_engine_gives(
     model: str, expected: list[list[int]], pairs: list[Pair], transport: str
 ) -> None:
@@ -193,6 +87,6 @@ def test_prefixes_cached_on_either_side_give_the_same(model: str, expected: list
 def test_a_decode_engine_short_of_blocks_gives_the_same(
     model: str, expected: list[list[int]], pairs: list[Pair]
 ) -> None:
-    pair = Pair(tiny_model_dir(model), transport="shm", num_decode_blocks=16)
+    pair = Pair(tiny_model_dir(model), transport="shm", decode=Side(num_blocks=16))
     pairs.append(pair)
     assert pair.generate(mixed_requests()) == expected

@@ -12,7 +12,7 @@ from atom_cluster.observability.memory import MemoryMetrics
 from atom_cluster.observability.metrics import KV_TRANSFER_BYTES, PREEMPTIONS, SPEC_DRAFT_TOKENS
 from tests.draft_models import NUM_DRAFT_LAYERS, draft_model_dir
 from tests.equivalence.generation import mixed_requests
-from tests.equivalence.test_prefill_decode import Pair
+from tests.equivalence.pairs import Pair
 
 
 @pytest.fixture(scope="module", params=NUM_DRAFT_LAYERS)

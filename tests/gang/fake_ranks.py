@@ -70,7 +70,8 @@ class FakeRank:
         self.plans.append(plan)
         for command in plan.kv:
             if isinstance(command, TagBlocks):
-                tags = (tuple(10 * self.info.rank + block for block in command.block_ids),)
+                own = tuple(10 * self.info.rank + block for block in command.block_ids)
+                tags = tuple(own if rank == self.info.rank else () for rank in range(command.reader.world_size))
                 self._reports.append(self._report(BlocksTagged(ticket_id=command.ticket_id, first_block=0, tags=tags)))
             elif isinstance(command, ReadBlocks):
                 self._reports.append(self._report(ReadFinished(read_id=command.read_id, num_bytes=5)))

@@ -20,7 +20,7 @@ from atom_cluster.gang.step_clock import StepClock
 from atom_cluster.messages.profile import OpenWindow, WindowWritten
 from atom_cluster.messages.requests import SamplingParams
 from atom_cluster.messages.steps import NewRow, RowStep, SampledTokens, StepPlan
-from atom_cluster.messages.transfer import BlocksTagged, ReadBlocks, ReadFinished, Report, TagBlocks
+from atom_cluster.messages.transfer import BlocksTagged, KvPlacement, ReadBlocks, ReadFinished, Report, TagBlocks
 from atom_cluster.runner.model_runner import ModelRunner
 from tests.gang import channels
 from tests.gang.fake_ranks import FakeRank
@@ -133,7 +133,7 @@ def test_a_profiler_window_is_opened_on_every_rank_and_its_traces_come_together(
 
 def test_kv_reports_come_once_every_rank_has_reported(make_rig: Callable[..., Rig]) -> None:
     rig = make_rig()
-    tag = TagBlocks(ticket_id="t", epoch=1, first_block=0, block_ids=(1, 2))
+    tag = TagBlocks(ticket_id="t", epoch=1, first_block=0, block_ids=(1, 2), reader=KvPlacement(4, 3))
     read = ReadBlocks(read_id=7, peer="p", epoch=1, remote_block_ids=(1,), local_block_ids=(1,), tags=(), timeout_s=1.0)
     rig.runner.submit(StepPlan(step_id=0, kv=(tag, read)))
     assert rig.runner.collect(10.0) is not None

@@ -9,14 +9,19 @@ import pytest
 import torch
 
 from atom_cluster.errors import TransferError
+from atom_cluster.kv_cache.page_map import opaque_page
 from atom_cluster.kv_transfer import agent as agent_module
-from atom_cluster.kv_transfer.agent import KvAgent, open_agent
+from atom_cluster.kv_transfer import registry
+from atom_cluster.kv_transfer.agent import KvAgent, PageFacts, open_agent
+from atom_cluster.kv_transfer.pieces import PeerShape, Piece
 from atom_cluster.kv_transfer.protocol import KvRegion, ReadCompletion
 from atom_cluster.kv_transfer.registry import TransportSettings
 from atom_cluster.messages.transfer import (
     BlocksTagged,
     ConnectPeer,
     DropPeer,
+    KvOffer,
+    KvPlacement,
     KvReport,
     RankReport,
     ReadBlocks,
@@ -27,6 +32,7 @@ from atom_cluster.units import Deadline
 from tests.kv_transfer.ranks import SECRET, make_regions, wait_until
 
 EPOCH = 99
+PLACEMENT = KvPlacement(16, 1)
 
 
 def settings(rank: int = 0) -> TransportSettings:
@@ -51,7 +57,9 @@ class Engine:
         return found
 
     def tags(self, block_ids: tuple[int, ...], group: int = 0) -> tuple[int, ...]:
-        self.agent.execute([TagBlocks(ticket_id="t", epoch=EPOCH, first_block=0, block_ids=block_ids, group=group)])
+        self.agent.execute(
+            [TagBlocks(ticket_id="t", epoch=EPOCH, first_block=0, block_ids=block_ids, reader=PLACEMENT, group=group)]
+        )
         (report,) = self.reports(1)
         assert isinstance(report, BlocksTagged)
         assert report.group == group
@@ -67,14 +75,20 @@ class Engine:
 SIZES = (64, 200, 4096)
 
 
+def opaque(sizes: tuple[int, ...] = SIZES, world_size: int = 1) -> PageFacts:
+    """Pages that both sides lay out in the same way."""
+    maps = tuple(opaque_page(size) for size in sizes)
+    return PageFacts(maps=maps, placement=msgspec.structs.replace(PLACEMENT, world_size=world_size))
+
+
 @pytest.fixture(params=["shm", "tcp", "auto"])
 def choice(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def engine(choice: str, seed: int | None, rank: int = 0) -> Engine:
+def engine(choice: str, seed: int | None, rank: int = 0, world_size: int = 1) -> Engine:
     regions = make_regions(num_blocks=16, block_bytes=SIZES, seed=seed)
-    agent, _ = open_agent(choice, regions=regions, settings=settings(rank))
+    agent, _ = open_agent(choice, regions=regions, pages=opaque(world_size=world_size), settings=settings(rank))
     return Engine(agent, regions)
 
 
@@ -94,7 +108,7 @@ def decode(choice: str) -> Iterator[Engine]:
 
 def connect(prefill: Engine, peer: str = "peer") -> ConnectPeer:
     name = prefill.agent.transports[0]
-    return ConnectPeer(peer=peer, transport=name, descriptors=(prefill.agent.descriptors[name],))
+    return ConnectPeer(peer=peer, transport=name, descriptors=(prefill.agent.descriptors[name],), placement=PLACEMENT)
 
 
 def read_blocks(remote: tuple[int, ...], local: tuple[int, ...], tags: tuple[int, ...], group: int = 0) -> ReadBlocks:
@@ -172,9 +186,9 @@ def test_a_failed_connection_is_told_by_reads_and_may_be_tried_again(
 ) -> None:
     good = connect(prefill)
     for bad in (
-        ConnectPeer(peer="peer", transport="pigeon", descriptors=good.descriptors),
-        ConnectPeer(peer="peer", transport=good.transport, descriptors=()),
-        ConnectPeer(peer="peer", transport=good.transport, descriptors=(b"nonsense",)),
+        msgspec.structs.replace(good, transport="pigeon"),
+        msgspec.structs.replace(good, descriptors=()),
+        msgspec.structs.replace(good, descriptors=(b"nonsense",)),
     ):
         decode.agent.execute([bad])
         assert "cannot connect" in str(decode.read(read_blocks((2,), (0,), ())).error)
@@ -183,18 +197,44 @@ def test_a_failed_connection_is_told_by_reads_and_may_be_tried_again(
     assert "cannot read from peer" in caplog.text
 
 
+def test_a_peer_that_the_best_transport_does_not_connect_is_read_through_the_next(
+    prefill: Engine, decode: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = connect(prefill)
+    offers = (KvOffer("pigeon", good.descriptors), KvOffer(good.transport, good.descriptors))
+    decode.agent.execute([msgspec.structs.replace(good, descriptors=(b"nonsense",), others=offers)])
+    assert decode.read(read_blocks((2,), (0,), ())).error is None
+    assert f"cannot read from peer through {good.transport}: not a" in caplog.text
+    assert "through pigeon: no transport 'pigeon' here" in caplog.text
+    decode.agent.execute([DropPeer(peer="peer"), msgspec.structs.replace(good, transport="pigeon", others=offers[:1])])
+    error = str(decode.read(read_blocks((2,), (0,), ())).error)
+    assert error.startswith("cannot connect: ")
+    assert error.count("no transport 'pigeon'") == 2
+
+
 def test_a_dropped_peer_is_unknown(prefill: Engine, decode: Engine) -> None:
     decode.agent.execute([connect(prefill), DropPeer(peer="peer"), DropPeer(peer="nobody")])
     assert decode.read(read_blocks((2,), (0,), ())).error == "unknown peer"
 
 
 def test_reports_name_their_rank_and_each_rank_uses_its_own_descriptor_and_tags() -> None:
-    one, two = engine("tcp", seed=5, rank=1), engine("tcp", seed=None, rank=1)
+    one, two = (engine("tcp", seed=seed, rank=1, world_size=2) for seed in (5, None))
+    both = KvPlacement(16, 2)
     try:
-        tags = one.tags((4,))
+        command = TagBlocks(ticket_id="t", epoch=EPOCH, first_block=0, block_ids=(4,), reader=both)
+        one.agent.execute([command])
+        (tagged,) = one.reports(1)
+        assert isinstance(tagged, BlocksTagged)
+        assert tagged.tags[0] == (), "rank 0 reads nothing from rank 1"
+        tags = tagged.tags[1]
         two.agent.execute(
             [
-                ConnectPeer(peer="peer", transport="tcp", descriptors=(b"of rank 0", one.agent.descriptors["tcp"])),
+                ConnectPeer(
+                    peer="peer",
+                    transport="tcp",
+                    descriptors=(b"of rank 0", one.agent.descriptors["tcp"]),
+                    placement=both,
+                ),
                 msgspec.structs.replace(read_blocks((4,), (4,), ()), tags=((12345,), tags)),
             ]
         )
@@ -227,7 +267,7 @@ class ScriptedTransport:
     def export(self, regions: tuple[KvRegion, ...]) -> bytes:
         return b""
 
-    def connect(self, peer: str, descriptor: bytes) -> None:
+    def connect(self, peer: str, descriptor: bytes, shape: PeerShape | None = None) -> None:
         pass
 
     def start_read(
@@ -238,6 +278,7 @@ class ScriptedTransport:
         remote_blocks: tuple[int, ...],
         local_blocks: tuple[int, ...],
         deadline: Deadline,
+        pieces: tuple[Piece, ...] | None = None,
     ) -> None:
         self.started.append(read_id)
 
@@ -256,8 +297,8 @@ class ScriptedTransport:
 def scripted() -> Iterator[tuple[ScriptedTransport, Engine]]:
     transport = ScriptedTransport()
     regions = make_regions(num_blocks=16, block_bytes=SIZES, seed=None)
-    agent = KvAgent(rank=0, regions=regions, exports=[(transport, b"")])
-    agent.execute([ConnectPeer(peer="peer", transport="scripted", descriptors=(b"",))])
+    agent = KvAgent(rank=0, regions=regions, pages=opaque(), exports=[(transport, b"")])
+    agent.execute([ConnectPeer(peer="peer", transport="scripted", descriptors=(b"",), placement=PLACEMENT)])
     yield transport, Engine(agent, regions)
     agent.close()
 
@@ -314,12 +355,31 @@ def test_closing_twice_is_fine_and_closes_the_transport(scripted: tuple[Scripted
 
 def test_auto_leaves_out_what_cannot_export_and_says_why() -> None:
     private = (KvRegion("private", torch.zeros(4, 64, dtype=torch.uint8)),)
-    agent, reason = open_agent("auto", regions=private, settings=settings())
+    agent, reason = open_agent("auto", regions=private, pages=opaque((64,)), settings=settings())
     assert agent.transports == ("tcp",)
     assert "no shm: memory is private" in reason
     agent.close()
     with pytest.raises(TransferError, match="private"):
-        open_agent("shm", regions=private, settings=settings())
+        open_agent("shm", regions=private, pages=opaque((64,)), settings=settings())
+
+
+def test_transports_are_told_whether_they_were_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    named: dict[str, bool] = {}
+
+    def refuse(name: str, settings: TransportSettings) -> None:
+        named[name] = settings.is_named
+        raise TransferError("not here")
+
+    monkeypatch.setattr(registry, "open_transport", refuse)
+    monkeypatch.setattr(registry, "missing", lambda device_type: {"pigeon": "not installed (homing)"})
+    regions = make_regions(num_blocks=4, block_bytes=(64,), seed=None)
+    with pytest.raises(TransferError, match="no shm: not here.*no pigeon: not installed"):
+        open_agent("auto", regions=regions, pages=opaque((64,)), settings=settings())
+    assert named
+    assert not any(named.values())
+    with pytest.raises(TransferError, match="not here"):
+        open_agent("tcp", regions=regions, pages=opaque((64,)), settings=settings())
+    assert named["tcp"]
 
 
 def test_auto_prefers_shared_memory_and_names_it_after_the_host() -> None:

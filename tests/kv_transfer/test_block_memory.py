@@ -3,13 +3,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from atom_cluster.kv_transfer.agent import KvAgent, open_agent
+from atom_cluster.kv_cache.page_map import opaque_page
+from atom_cluster.kv_transfer.agent import KvAgent, PageFacts, open_agent
 from atom_cluster.kv_transfer.block_memory import VIEW_BYTES, block_memory
+from atom_cluster.kv_transfer.pieces import Extent
 from atom_cluster.kv_transfer.protocol import KvRegion
 from atom_cluster.kv_transfer.registry import TransportSettings
 from atom_cluster.messages.transfer import (
     BlocksTagged,
     ConnectPeer,
+    KvPlacement,
     KvReport,
     ReadBlocks,
     ReadFinished,
@@ -19,6 +22,7 @@ from tests.kv_transfer.ranks import SECRET, make_regions, wait_until
 
 needs_device = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
 SIZES = (64, 200, (1 << 20) + 4096)
+PLACEMENT = KvPlacement(16, 1)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +52,32 @@ def test_what_goes_out_of_some_blocks_lands_in_others(device: str, order: list[i
         assert not any(region.blocks.any() for region in target[group + 1 :])
 
 
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_device])], ids=["host", "device"]
+)
+@pytest.mark.parametrize("order", [[3, 4, 5, 0, 9], list(range(12))])
+def test_parts_of_blocks_land_in_other_parts_and_nothing_else_is_written(device: str, order: list[int]) -> None:
+    source, target = regions_on(device, seed=3), regions_on(device, seed=None)
+    there = (Extent(100_000, 3000, 40, 20_000), Extent(16, 8))
+    here = (Extent(8, 3000, 40, 3000), Extent(VIEW_BYTES, 8))
+    data = b"".join(bytes(view) for views in block_memory(source).outgoing(2, order, there) for view in views)
+    assert len(data) == len(order) * 120_008
+    landing = block_memory(target).landing(2, order, here)
+    offset = 0
+    for view in landing.views():
+        view[:] = data[offset : offset + len(view)]
+        offset += len(view)
+    assert not target[2].blocks.any()
+    landing.commit()
+    expected = torch.zeros_like(target[2].blocks)
+    for block in order:
+        origin = source[2].blocks[block]
+        runs = [origin[100_000 + i * 20_000 :][:3000] for i in range(40)]
+        expected[block, 8 : 8 + 120_000] = torch.cat(runs)
+        expected[block, VIEW_BYTES : VIEW_BYTES + 8] = origin[16:24]
+    assert torch.equal(target[2].blocks, expected)
+
+
 def regions_on(device: str, seed: int | None) -> tuple[KvRegion, ...]:
     regions = make_regions(num_blocks=12, block_bytes=SIZES, seed=seed)
     if device == "cpu":
@@ -68,19 +98,27 @@ def report_of(agent: KvAgent) -> KvReport:
 
 @pytest.mark.gpu
 @needs_device
-def test_agents_move_blocks_between_device_memories_in_order_with_the_work_issued_before() -> None:
+@pytest.mark.parametrize("choice", ["tcp", "ipc"])
+def test_agents_move_blocks_between_device_memories_in_order_with_the_work_issued_before(choice: str) -> None:
     prefill, decode = regions_on("cuda", seed=None), regions_on("cuda", seed=None)
     truth = regions_on("cuda", seed=4)
     agents = [
-        open_agent("auto", regions=regions, settings=TransportSettings(rank=0, host="127.0.0.1", secret=SECRET))[0]
+        open_agent(
+            choice,
+            regions=regions,
+            pages=PageFacts(maps=tuple(opaque_page(size) for size in SIZES), placement=PLACEMENT),
+            settings=TransportSettings(rank=0, host="127.0.0.1", secret=SECRET),
+        )[0]
         for regions in (prefill, decode)
     ]
     try:
-        assert agents[0].transports == ("tcp",)
+        (transport,) = agents[0].transports
         torch.cuda._sleep(200_000_000)  # type: ignore[no-untyped-call]  # the forward pass is still running when the command is given
         for region, content in zip(prefill, truth, strict=True):
             region.blocks.copy_(content.blocks)
-        agents[0].execute([TagBlocks(ticket_id="t", epoch=1, first_block=0, block_ids=(1, 2, 7), group=2)])
+        agents[0].execute(
+            [TagBlocks(ticket_id="t", epoch=1, first_block=0, block_ids=(1, 2, 7), reader=PLACEMENT, group=2)]
+        )
         tagged = report_of(agents[0])
         assert isinstance(tagged, BlocksTagged)
 
@@ -97,8 +135,9 @@ def test_agents_move_blocks_between_device_memories_in_order_with_the_work_issue
             tags=tagged.tags,
             timeout_s=20,
         )
-        descriptor = agents[0].descriptors["tcp"]
-        agents[1].execute([ConnectPeer(peer="p", transport="tcp", descriptors=(descriptor,)), read])
+        descriptor = agents[0].descriptors[transport]
+        connect = ConnectPeer(peer="p", transport=transport, descriptors=(descriptor,), placement=PLACEMENT)
+        agents[1].execute([connect, read])
         finished = report_of(agents[1])
         assert isinstance(finished, ReadFinished)
         assert (finished.error, finished.bad_blocks, finished.num_bytes) == (None, (), 3 * SIZES[2])

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from atom_cluster.errors import TransferError
 from atom_cluster.kv_transfer.checksum import BlockTagger, odd_weights
+from atom_cluster.kv_transfer.pieces import Extent
 from atom_cluster.kv_transfer.protocol import KvRegion
 
 NUM_BLOCKS = 6
@@ -89,6 +90,62 @@ def test_tags_do_not_depend_on_how_blocks_lie_in_memory() -> None:
         assert BlockTagger(strided).tags(group, [5, 0], epoch=3) == BlockTagger(regions).tags(group, [5, 0], epoch=3)
 
 
+PARTS = (
+    ((Extent(8, 16),), (Extent(32, 16),)),
+    ((Extent(0, 8, 3, 16), Extent(88, 8)), (Extent(16, 24), Extent(64, 8))),
+    ((Extent(2, 6, 4, 20),), (Extent(1, 6, 4, 7),)),
+    ((Extent(0, 3),), (Extent(93, 3),)),
+)
+"""Extents of blocks of 96 bytes, and others with as many bytes in as many runs, more or less."""
+
+
+@pytest.mark.parametrize(("there", "here"), PARTS)
+def test_what_was_read_of_a_block_has_the_tag_of_where_it_came_from(
+    there: tuple[Extent, ...], here: tuple[Extent, ...]
+) -> None:
+    source, target = make_regions(1), make_regions(2)
+    rows = [region[1].blocks.view(NUM_BLOCKS, -1).view(torch.uint8) for region in (source, target)]
+    at = [
+        [e.offset + i * e.stride + b for e in es for i in range(e.count) for b in range(e.num_bytes)]
+        for es in (there, here)
+    ]
+    rows[1][5, at[1]] = rows[0][2, at[0]]
+    expected = BlockTagger(source).tags(1, [2], 9, there)
+    assert BlockTagger(target).tags(1, [5], 9, here) == expected
+    assert BlockTagger(target).tags(1, [4], 9, here) != expected
+    rows[1][5, at[1][-1]] ^= 1
+    assert BlockTagger(target).tags(1, [5], 9, here) != expected
+    before = BlockTagger(source).tags(1, [2], 9, there)
+    outside = next(byte for byte in range(96) if byte not in at[0])
+    rows[0][2, outside] ^= 1
+    assert BlockTagger(source).tags(1, [2], 9, there) == before, "what is not read does not count"
+
+
+@pytest.mark.parametrize("extents", [extents for pair in PARTS for extents in pair])
+def test_devices_which_gather_in_another_way_find_the_same_tags(extents: tuple[Extent, ...]) -> None:
+    host, like_a_device = BlockTagger(make_regions()), BlockTagger(make_regions())
+    like_a_device._is_host = False
+    assert like_a_device.tags(1, [3, 1, 5], 9, extents) == host.tags(1, [3, 1, 5], 9, extents)
+
+
+def test_one_extent_of_all_has_the_tag_of_the_whole_block_and_none_the_tag_of_nothing() -> None:
+    tagger = BlockTagger(make_regions())
+    assert tagger.tags(1, [3, 4], 9, [Extent(0, 96)]) == tagger.tags(1, [3, 4], 9)
+    assert len(set(tagger.tags(1, [3, 4], 9, ()))) == 1
+
+
+def test_extents_outside_of_a_block_are_refused() -> None:
+    with pytest.raises(TransferError, match="not within a block of 96"):
+        BlockTagger(make_regions()).tags(1, [0], 9, [Extent(90, 8)])
+
+
+def test_weights_are_not_made_before_they_are_needed() -> None:
+    tagger = BlockTagger(make_regions())
+    assert tagger._all_weights is None
+    tagger.tags(0, [1], 9)
+    assert tagger._all_weights is not None
+
+
 def test_blocks_that_are_not_whole_words_are_refused() -> None:
     with pytest.raises(TransferError, match="64-bit"):
         BlockTagger((KvRegion("odd", torch.zeros(4, 6, dtype=torch.bfloat16)),))
@@ -107,5 +164,8 @@ def test_tags_are_the_same_on_a_device() -> None:
     on_device = tuple(KvRegion(region.name, region.blocks.cuda()) for region in regions)
     block_ids = [3, 1, 2, 5]
     for group in (0, 1):
-        found, expected = (BlockTagger(memory).tags(group, block_ids, epoch=77) for memory in (on_device, regions))
-        assert found == expected
+        for extents in (None, (Extent(2, 6, 3, 9), Extent(24, 8)), (Extent(8, 8, 2, 8),)):
+            found, expected = (
+                BlockTagger(memory).tags(group, block_ids, 77, extents) for memory in (on_device, regions)
+            )
+            assert found == expected

@@ -12,7 +12,9 @@ def read(rank: int, **fields: object) -> RankReport:
 
 
 def tagged(rank: int, first_block: int, *tags: int, group: int = 0) -> RankReport:
-    report = BlocksTagged(ticket_id="t", first_block=first_block, tags=(tags,), group=group)
+    """Of what the reader's rank of the same number, of two, reads."""
+    by_reader = tuple(tags if reader == rank else () for reader in range(2))
+    report = BlocksTagged(ticket_id="t", first_block=first_block, tags=by_reader, group=group)
     return RankReport(rank=rank, report=report)
 
 
@@ -44,6 +46,18 @@ def test_tags_come_in_order_of_ranks_and_commands_do_not_mix() -> None:
     assert combiner.add(tagged(0, 0, 6, group=1)) == BlocksTagged(
         ticket_id="t", first_block=0, tags=((6,), (7,)), group=1
     )
+
+
+def test_tags_of_what_one_rank_reads_from_several_come_one_after_the_other() -> None:
+    combiner = ReportCombiner(2)
+    reports = [
+        RankReport(rank=rank, report=BlocksTagged(ticket_id="t", first_block=0, tags=tags))
+        for rank, tags in enumerate((((1, 2), (3, 4), ()), ((), (5, 6), (7, 8))))
+    ]
+    assert combiner.add(reports[1]) is None
+    combined = combiner.add(reports[0])
+    assert isinstance(combined, BlocksTagged)
+    assert combined.tags == ((1, 2), (3, 4, 5, 6), (7, 8))
 
 
 def test_an_id_can_be_used_again_once_it_is_over() -> None:

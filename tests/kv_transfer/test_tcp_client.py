@@ -49,8 +49,8 @@ class FakeServer:
     def receive_request(self, sequence: int = 0) -> tuple[int, ...]:
         header = self.receive(wire.REQUEST_HEADER_BYTES)
         body = self.receive(wire.request_body_bytes(header, sequence))
-        group, block_ids = wire.decode_request(self.key, header, body)
-        assert group == 0
+        group, block_ids, extents = wire.decode_request(self.key, header, body)
+        assert (group, extents) == (0, None)
         return block_ids
 
     def close(self) -> None:
@@ -78,7 +78,7 @@ REGIONS = make_regions(num_blocks=8, block_bytes=(BLOCK_BYTES,), seed=None)
 
 
 def start(reader: BlockReader, read_id: int, blocks: tuple[int, ...], deadline_s: float = 20) -> None:
-    reader.start(ReadOrder(read_id, "peer", 0, blocks, blocks, Deadline.after(deadline_s)))
+    reader.start(ReadOrder(read_id, "peer", 0, blocks, blocks, Deadline.after(deadline_s), BLOCK_BYTES))
 
 
 def finish(reader: BlockReader) -> ReadCompletion:

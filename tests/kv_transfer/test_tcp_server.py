@@ -11,6 +11,7 @@ import pytest
 from atom_cluster.errors import TransferError
 from atom_cluster.kv_transfer import tcp_server
 from atom_cluster.kv_transfer import tcp_wire as wire
+from atom_cluster.kv_transfer.pieces import Extent
 from atom_cluster.kv_transfer.tcp_channel import Channel
 from atom_cluster.kv_transfer.tcp_server import BlockServer
 from tests.kv_transfer.ranks import SECRET, make_regions, wait_until
@@ -105,7 +106,7 @@ def test_malformed_requests_of_members_are_cut_off_and_hurt_nobody(server: Block
         sock, key = member(server)
         frame = bytearray(wire.encode_request(key, 0, GROUP, [1, 2, 3]))
         frame[attempt % len(frame)] ^= 1 << noise.randrange(8)
-        sock.sendall(bytes(frame) + bytes(4 * wire.MAX_REQUEST_BLOCKS))
+        sock.sendall(bytes(frame) + bytes(4 * wire.MAX_REQUEST_BLOCKS + 16 * wire.MAX_REQUEST_EXTENTS))
         assert is_cut_off(sock)
     assert_serves(server)
 
@@ -131,6 +132,37 @@ def test_what_is_not_there_is_refused_and_the_connection_goes_on(server: BlockSe
         assert wire.decode_response(key, refusal, 0, BLOCK_BYTES) == wire.STATUS_BAD_BLOCKS
         answer = receive(sock, wire.RESPONSE_HEADER_BYTES)
         assert wire.decode_response(key, answer, 1, BLOCK_BYTES) == wire.STATUS_OK
+
+
+@pytest.mark.parametrize(
+    "extent",
+    [
+        Extent(BLOCK_BYTES, 1),
+        Extent(0, BLOCK_BYTES + 1),
+        Extent(8, 8, 3, BLOCK_BYTES // 2),
+        Extent(0, 16, 2, 8),
+        Extent(0, 8, 0, 8),
+        Extent(0, 0),
+    ],
+    ids=["behind", "too long", "last run outside", "overlapping runs", "no runs", "no bytes"],
+)
+def test_parts_that_are_not_within_a_block_are_refused(server: BlockServer, extent: Extent) -> None:
+    sock, key = member(server)
+    with sock:
+        sock.sendall(wire.encode_request(key, 0, GROUP, [3], [Extent(0, 8), extent]))
+        refusal = receive(sock, wire.RESPONSE_HEADER_BYTES)
+        assert wire.decode_response(key, refusal, 0, 0) == wire.STATUS_BAD_BLOCKS
+
+
+def test_parts_of_blocks_come_one_after_the_other(server: BlockServer) -> None:
+    sock, key = member(server)
+    with sock:
+        sock.sendall(wire.encode_request(key, 0, GROUP, [3, 6], [Extent(100, 4, 3, 10), Extent(7, 2)]))
+        header = receive(sock, wire.RESPONSE_HEADER_BYTES)
+        assert wire.decode_response(key, header, 0, 2 * 14) == wire.STATUS_OK
+        blocks = [REGIONS[GROUP].blocks[block].numpy().tobytes() for block in (3, 6)]
+        expected = b"".join(b[100:104] + b[110:114] + b[120:124] + b[7:9] for b in blocks)
+        assert receive(sock, 2 * 14) == expected
 
 
 def test_strangers_that_prove_nothing_in_time_are_cut_off(server: BlockServer, monkeypatch: pytest.MonkeyPatch) -> None:

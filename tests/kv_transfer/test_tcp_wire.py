@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from atom_cluster.errors import ProtocolError, TransferError
 from atom_cluster.kv_transfer import tcp_wire as wire
+from atom_cluster.kv_transfer.pieces import Extent
 
 EXPORT = b"e" * 16
 KEY = b"k" * 32
@@ -51,19 +52,20 @@ def test_session_keys_differ_between_connections() -> None:
     st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=20),
     st.integers(0, 2**40),
     st.integers(0, 9),
+    st.none() | st.lists(st.builds(Extent, *[st.integers(0, 2**32 - 1)] * 4), min_size=1, max_size=5).map(tuple),
     st.integers(0, 10_000),
 )
 def test_requests_round_trip_and_any_flipped_bit_is_noticed(
-    block_ids: list[int], sequence: int, group: int, bit: int
+    block_ids: list[int], sequence: int, group: int, extents: tuple[Extent, ...] | None, bit: int
 ) -> None:
-    def decode(data: bytes) -> tuple[int, tuple[int, ...]]:
+    def decode(data: bytes) -> tuple[int, tuple[int, ...], tuple[Extent, ...] | None]:
         header, body = data[: wire.REQUEST_HEADER_BYTES], data[wire.REQUEST_HEADER_BYTES :]
         if wire.request_body_bytes(header, sequence) != len(body):
             raise ProtocolError("another length")
         return wire.decode_request(KEY, header, body)
 
-    data = wire.encode_request(KEY, sequence, group, block_ids)
-    assert decode(data) == (group, tuple(block_ids))
+    data = wire.encode_request(KEY, sequence, group, block_ids, extents)
+    assert decode(data) == (group, tuple(block_ids), extents)
     with pytest.raises(ProtocolError):
         decode(flipped(data, bit))
 
@@ -85,9 +87,11 @@ def test_responses_out_of_order_or_of_another_length_are_refused() -> None:
         wire.decode_response(KEY, wire.encode_response(KEY, 5, wire.STATUS_BAD_BLOCKS, 100), 5, 100)
 
 
-@pytest.mark.parametrize("num_blocks", [0, wire.MAX_REQUEST_BLOCKS + 1])
-def test_requests_without_blocks_or_with_too_many_are_refused(num_blocks: int) -> None:
-    data = wire.encode_request(KEY, 0, 0, [0] * num_blocks)
+@pytest.mark.parametrize(
+    ("num_blocks", "num_extents"), [(0, 0), (wire.MAX_REQUEST_BLOCKS + 1, 0), (1, wire.MAX_REQUEST_EXTENTS + 1)]
+)
+def test_requests_without_blocks_or_with_too_many_are_refused(num_blocks: int, num_extents: int) -> None:
+    data = wire.encode_request(KEY, 0, 0, [0] * num_blocks, [Extent(0, 8)] * num_extents)
     with pytest.raises(ProtocolError, match="blocks"):
         wire.request_body_bytes(data[: wire.REQUEST_HEADER_BYTES], 0)
 

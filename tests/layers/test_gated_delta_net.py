@@ -146,7 +146,11 @@ def test_rejected_drafts_leave_no_trace(driver: Driver) -> None:
 def test_a_rank_keeps_the_states_of_its_heads_in_float32_or_wider() -> None:
     groups = ProcessGroups(Group(rank=1, size=2, handle=None))
     layer = GatedDeltaNet(make_context(torch_table("test"), dtype=torch.bfloat16, groups=groups).at("mixer"), SPEC)
-    assert layer.cache_layout.describe() == "state:recurrent3x8x5:float32+conv31x3:bfloat16"
+    assert [(tensor.shape, tensor.dtype) for tensor in layer.cache_layout.tensors] == [
+        ((3, 8, 5), "float32"),
+        ((31, 3), "bfloat16"),
+    ]
+    assert layer.cache_layout.describe() == "state:recurrent6x8x5:float32&conv16+16+30x3:bfloat16", "of all ranks"
 
 
 def test_key_heads_that_do_not_divide_are_refused() -> None:

@@ -42,7 +42,7 @@ def make_query(
 ) -> RouteQuery:
     return RouteQuery(
         query_id=query_id,
-        block_hashes=tuple(hashes),
+        block_hashes=(tuple(hashes),),
         num_tokens=len(hashes) * BLOCK_SIZE + 1 if num_tokens is None else num_tokens,
         expected_output_tokens=output,
         excluded=excluded,

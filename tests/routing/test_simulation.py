@@ -107,7 +107,7 @@ class Cluster:
             self._advance(arrival.at_s)
             query = RouteQuery(
                 query_id=query_id,
-                block_hashes=arrival.hashes,
+                block_hashes=(arrival.hashes,),
                 num_tokens=len(arrival.hashes) * BLOCK_SIZE + 1,
                 expected_output_tokens=OUTPUT_TOKENS,
             )
@@ -120,7 +120,7 @@ class Cluster:
 
     def _serve(self, query: RouteQuery, peer_id: str, now_s: float) -> int:
         worker = self.workers[peer_id]
-        prefilled_s, events, num_hits = worker.start(now_s, query.block_hashes, self._tokens_per_s)
+        prefilled_s, events, num_hits = worker.start(now_s, query.block_hashes[0], self._tokens_per_s)
 
         def report(at_s: float) -> None:
             self.state.apply(worker.load(at_s), at_s)
@@ -156,7 +156,7 @@ def _by_router(cluster: Cluster) -> Choose:
 def _by_prefix_alone(cluster: Cluster) -> Choose:
     def choose(query: RouteQuery, now_s: float) -> str:
         workers = cluster.workers
-        return max(workers, key=lambda peer_id: workers[peer_id].cache.leading_run(query.block_hashes))
+        return max(workers, key=lambda peer_id: workers[peer_id].cache.leading_run(query.block_hashes[0]))
 
     return choose
 

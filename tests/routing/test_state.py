@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from atom_cluster.config.routing import RoutingConfig
@@ -92,6 +93,19 @@ def test_the_cache_decides_and_the_decision_says_so(state: RouterState, metrics:
     decision = state.decide(make_query(hashes), source="i", now_s=0.0)
     assert (_decode_id(decision), decision.reason, decision.decode_cached_blocks) == ("b", "prefix", 40)
     assert metrics.value(ROUTER_DECISIONS, reason="prefix") == 1
+
+
+def test_engines_of_two_kinds_are_each_found_by_the_hashes_of_their_own_kind(state: RouterState) -> None:
+    old, new = CacheModel("d-old", capacity=100), CacheModel("d-new", capacity=100)
+    for cache, fingerprint in ((old, "old"), (new, "new")):
+        state.announce(make_card(cache.peer_id, fingerprint=fingerprint), 0.0)
+        state.apply(cache.snapshot(), 0.0)
+    state.apply(old.use([1, 2, 3]), 0.0)
+    state.apply(new.use([11, 12, 13, 14]), 0.0)
+    query = msgspec.structs.replace(make_query([1, 2, 3, 4]), block_hashes=((1, 2, 3, 4), (11, 12, 13, 14)))
+    cached = {c.card.address.peer_id: c.cached_blocks for c in state._candidates(query, 0.0)}
+    assert cached == {"d-old": 3, "d-new": 4}
+    assert _decode_id(state.decide(query, source="i", now_s=0.0)) == "d-new"
 
 
 def test_a_burst_between_two_reports_is_spread(state: RouterState) -> None:

@@ -80,7 +80,8 @@ def test_info_tells_sizes_choices_and_identity() -> None:
     assert info.num_blocks == int(0.001 * 2**30) // 4096 - 1
     assert info.choices["dtype"].startswith("float32 (auto")
     assert "cpu_cache_gib" in info.choices["kv_blocks"]
-    assert {"config", "weights", "kv_layout", "block_size", "tensor_parallel", "code"} <= set(info.fingerprint_fields)
+    names = {"config", "weights", "quantization", "dtype", "kv_layout", "drafting", "code"}
+    assert set(info.fingerprint_fields) == names
 
 
 def test_a_model_with_states_has_pages_for_them_and_says_how_many() -> None:

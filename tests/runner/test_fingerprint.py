@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from atom_cluster.kv_cache.layout import KvLayerLayout, KvLayout
+from atom_cluster.runner import fingerprint
 from atom_cluster.runner.fingerprint import fingerprint_fields, weights_identity
 
 LAYOUT = KvLayout(layers=(KvLayerLayout(num_kv_heads=1, key_dim=2, value_dim=2, dtype="float32"),))
@@ -16,8 +17,9 @@ def model_dir(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def fields(model_dir: Path, *, weights: str = "w", block_size: int = 16, world_size: int = 1) -> dict[str, str]:
-    return fingerprint_fields(model_dir, weights=weights, layout=LAYOUT, block_size=block_size, world_size=world_size)
+def fields(model_dir: Path, layout: KvLayout = LAYOUT, **changes: str) -> dict[str, str]:
+    values = {"weights": "w", "quantization": "none", "dtype": "bfloat16", "drafting": "0"} | changes
+    return fingerprint_fields(model_dir, layout=layout, **values)
 
 
 def test_equal_settings_have_equal_fields(model_dir: Path) -> None:
@@ -26,8 +28,25 @@ def test_equal_settings_have_equal_fields(model_dir: Path) -> None:
 
 def test_each_setting_that_changes_kv_changes_its_field(model_dir: Path) -> None:
     first = fields(model_dir)
-    other = fields(model_dir, weights="v", block_size=32, world_size=2)
-    assert {name for name in first if first[name] != other[name]} == {"weights", "block_size", "tensor_parallel"}
+    for name in ("weights", "quantization", "dtype", "drafting"):
+        other = fields(model_dir, **{name: "another"})
+        assert {name for name in first if first[name] != other[name]} == {name}
+
+
+def test_ranks_of_a_divided_model_have_the_fields_of_a_whole_one(model_dir: Path) -> None:
+    whole, divided, other = (
+        KvLayout(
+            layers=(KvLayerLayout(num_kv_heads=n, all_kv_heads=all_heads, key_dim=2, value_dim=2, dtype="float32"),)
+        )
+        for n, all_heads in ((4, 4), (2, 4), (4, 8))
+    )
+    assert fields(model_dir, whole) == fields(model_dir, divided) != fields(model_dir, other)
+
+
+def test_another_version_of_the_code_is_another_fingerprint(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = fields(model_dir)
+    monkeypatch.setattr(fingerprint, "KV_FORMAT", fingerprint.KV_FORMAT + 1)
+    assert {name for name in first if first[name] != fields(model_dir)[name]} == {"code"}
 
 
 def test_the_version_that_wrote_the_config_does_not_matter_but_its_values_do(model_dir: Path) -> None:
