@@ -10,6 +10,7 @@ AtomClusterError
 ├── Overloaded                503  a bounded queue is full; carries Retry-After seconds
 ├── NotReady                  503  no replica can take the request yet
 ├── RequestFailed             500  the cluster lost the request and says why
+│   ├── EngineLost            500  the engine that ran it is gone; the ingress places it again, while it may
 │   └── RequestTimeout        504  the deadline of the request passed
 ├── ConfigError               (start-up) a configuration that cannot work; names the key
 ├── WeightsError              (start-up) missing, unused or mis-shaped checkpoint tensors
@@ -101,6 +102,12 @@ class RequestFailed(AtomClusterError):
     """The request ended without its answer, through no fault of the client."""
 
     code = "request_failed"
+
+
+class EngineLost(RequestFailed):
+    """The engine that ran the request is gone, has failed, or what it said got lost on the way."""
+
+    code = "engine_lost"
 
 
 class RequestTimeout(RequestFailed):

@@ -1,9 +1,10 @@
 """Endpoint: a process's place on the cluster's network. One listening socket, one connection per peer it talks to.
 
 A message has a source or destination, never a route: replies to a peer that connected to us go back over its
-connection, messages to an address open one. Liveness is the endpoint's business: every connection is pinged, and a
-peer that disconnects, restarts, refuses, stops answering or stops reading is reported as lost exactly once per
-connection. What a message means is not its business.
+connection, messages to an address open one. Liveness is the endpoint's business: every connection is pinged from both
+ends, and a peer that disconnects, restarts, refuses, stops answering or stops reading is reported as lost exactly once
+per connection. A process that was itself frozen for so long that others have given it up loses all of them. What a
+message means is not its business.
 
 All methods are called from the event loop's thread, and none of them blocks.
 """
@@ -276,7 +277,10 @@ class Endpoint:
 
     async def _watch_peers(self) -> None:
         while True:
+            slept_at_s = time.monotonic()
             await asyncio.sleep(self._ping_period_s)
+            if time.monotonic() - slept_at_s > self._peer_timeout_s:
+                self._lose_everybody("this process stood still, and was given up by others")
             ping = encode(self._next_ping())
             oldest_s = time.monotonic() - self._peer_timeout_s
             for connection in list(self._connections.values()):
@@ -287,6 +291,16 @@ class Endpoint:
             for peer_id, heard_at_s in list(self._heard_inbound_at_s.items()):
                 if heard_at_s < oldest_s:
                     self._lose_inbound(peer_id, f"silent for {self._peer_timeout_s} s")
+                else:
+                    # One whose connection has ended cannot be reached: that is noticed now, not when it was silent.
+                    self._send_inbound(peer_id, ping)
+
+    def _lose_everybody(self, why: str) -> None:
+        """Answers that arrived meanwhile say nothing: whoever sent them has forgotten us since."""
+        for connection in list(self._connections.values()):
+            self._lose_connection(connection, why)
+        for peer_id in list(self._heard_inbound_at_s):
+            self._lose_inbound(peer_id, why)
 
     def _next_ping(self) -> Ping:
         self._num_pings += 1

@@ -1,8 +1,9 @@
 """Stop 4 of 14: a tokenized request leaves the ingress for the engine that the router names. Next: serving/router.py.
 
 The ingress's side of the data plane, and the way back: token batches are split by request id and handed to whoever
-iterates (stop 13). Requests never wait for the router longer than `routing.query_timeout_s`, and a request whose engine
-is lost before its first token goes to another engine. Knows nothing of HTTP, text or templates.
+iterates (stop 13). Requests never wait for the router longer than `routing.query_timeout_s`. A request whose engine is
+lost goes on with another, and while there is none it waits, until its deadline (`open_request`). Knows nothing of HTTP,
+text or templates.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Set
 from random import Random
 from typing import Any
 
@@ -18,29 +19,32 @@ from atom_cluster.api.generator import GenerateInput
 from atom_cluster.api.model_files import ServedModel
 from atom_cluster.api.profile_types import ProfileRequest, ProfileTarget
 from atom_cluster.config.cluster import ClusterConfig
-from atom_cluster.errors import NotReady, RequestFailed
+from atom_cluster.errors import EngineLost, NotReady, Overloaded, RequestTimeout
 from atom_cluster.kv_cache.prefix_hash import hash_blocks, seed_of
 from atom_cluster.link.codec import Message
 from atom_cluster.link.endpoint import Endpoint
 from atom_cluster.messages.cluster import MemberCard, Membership, PeerAddress, RequestDone, RouteDecision, RouteQuery
 from atom_cluster.messages.profile import ProfileAnswer
-from atom_cluster.messages.requests import CancelRequest, EngineRequest, TokenBatch, TokenDelta
+from atom_cluster.messages.requests import CancelRequest, TokenBatch, TokenDelta
 from atom_cluster.observability.metrics import REQUESTS_REPLAYED, ROUTER_DECISIONS, ROUTER_QUERY_S, MetricSink
 from atom_cluster.routing.fallback import FallbackPlacer
 from atom_cluster.serving.cluster_page import cluster_page, scrape_metrics
+from atom_cluster.serving.open_request import OpenRequest
 from atom_cluster.serving.profile_calls import ProfileCalls
 from atom_cluster.serving.readiness import ReadinessProbe
-from atom_cluster.serving.streams import DeltaStream, EngineLost
+from atom_cluster.serving.streams import DeltaStream
 from atom_cluster.units import Deadline
 
 logger = logging.getLogger(__name__)
 
-MAX_PLACEMENTS = 3
-"""Engines tried for one request before its first token."""
 HASH_OFF_LOOP_TOKENS = 4096
 """Prompts longer than this are hashed in a thread."""
+MAX_HASHED_KINDS = 4
+"""Of engines: fingerprint and block size. Two versions, each with blocks of two sizes."""
 _GRACE_S = 5.0
 """The engine enforces a request's deadline; the ingress gives up this much later in case the engine does not."""
+_LOOK_AGAIN_S = 0.5
+"""How often a request that waits for an engine looks for one, besides whenever one joins."""
 
 
 class ClusterClient:
@@ -59,6 +63,11 @@ class ClusterClient:
         self._router: PeerAddress | None = None
         self._router_since_s = 0.0
         self._engines: dict[str, MemberCard] = {}
+        self._lost: dict[str, tuple[int, float]] = {}
+        """Engines lost a moment ago: epoch, and until when the router's word that they are there does not count."""
+        self._has_had_engines = False
+        self._waiters: set[asyncio.Future[None]] = set()
+        self._num_new_waiting = 0
         self._streams: dict[str, DeltaStream] = {}
         self._requests_by_peer: dict[str, set[str]] = {}
         self._queries: dict[int, asyncio.Future[RouteDecision]] = {}
@@ -75,8 +84,8 @@ class ClusterClient:
 
     @property
     def has_open_requests(self) -> bool:
-        """Whether any request is under way."""
-        return bool(self._streams)
+        """Whether any request is under way or waits for an engine."""
+        return bool(self._streams or self._waiters)
 
     def update(self, membership: Membership) -> None:
         """Take the router's latest view. Engines that left it keep their requests until their connection ends."""
@@ -89,19 +98,31 @@ class ClusterClient:
         engines = {card.address.peer_id: card for card in membership.members if card.kind == "engine"}
         # A router that has just started has not heard from everybody yet; who is still connected here is still there.
         is_new = now_s - self._router_since_s < self._config.serving.member_timeout_s
-        self._engines = {**self._engines, **engines} if is_new else engines
+        engines = {**self._engines, **engines} if is_new else engines
+        self._lost = {peer_id: (epoch, until_s) for peer_id, (epoch, until_s) in self._lost.items() if until_s > now_s}
+        self._engines = {
+            peer_id: card
+            for peer_id, card in engines.items()
+            if peer_id not in self._lost or self._lost[peer_id][0] != card.address.epoch
+        }
         endpoint.connect(membership.router)
         for card in self._engines.values():
             if card.role != "prefill":
                 endpoint.connect(card.address)
+                self._has_had_engines = True
+        for waiter in self._waiters:
+            _wake(waiter)
 
     def receive(self, source: str, message: Message) -> None:
         """Take a message from the endpoint."""
         if isinstance(message, TokenBatch):
             for delta in message.deltas:
                 stream = self._streams.get(delta.request_id)
-                if stream is not None:
+                if stream is not None and stream.peer_id == source:
                     stream.push(delta)
+                elif delta.finish_reason is None:
+                    # Given up or placed elsewhere, by an ingress that the engine seemed lost to: nobody reads it.
+                    self._attached().send(source, CancelRequest(delta.request_id))
         elif isinstance(message, RouteDecision):
             query = self._queries.get(message.query_id)
             if query is not None and not query.done():
@@ -112,8 +133,11 @@ class ClusterClient:
             logger.warning("dropped a %s from %s", type(message).__name__, source)
 
     def lose(self, peer_id: str) -> None:
-        """A peer is gone: end its requests (those without a token yet are placed anew by their readers)."""
-        self._engines.pop(peer_id, None)
+        """A peer is gone: its requests are placed again by their readers."""
+        card = self._engines.pop(peer_id, None)
+        if card is not None:
+            # It may stand in the router's list for a while yet.
+            self._lost[peer_id] = (card.address.epoch, time.monotonic() + self._config.serving.member_timeout_s)
         self._profiles.lose(peer_id)
         if self._router is not None and self._router.peer_id == peer_id:
             self._router = None
@@ -124,31 +148,31 @@ class ClusterClient:
 
     async def generate(self, request: GenerateInput) -> AsyncGenerator[TokenDelta, None]:
         """See `api.generator.Generator`."""
-        deadline = Deadline.after(self._config.serving.request_timeout_s)
-        excluded: list[str] = []
-        for _ in range(MAX_PLACEMENTS):
-            decision = await self._place(request, excluded)
-            stream = self._open(request, decision, deadline)
+        serving = self._config.serving
+        opened = OpenRequest(request, timeout_s=serving.request_timeout_s, avoid_s=serving.member_timeout_s)
+        while True:
+            decision = await self._place(opened)
+            stream = self._open(opened, decision)
             is_over = False
             try:
                 while not is_over:
-                    delta = await stream.read(Deadline.after(deadline.remaining_s + _GRACE_S))
+                    delta = await stream.read(Deadline.after(opened.deadline.remaining_s + _GRACE_S))
                     is_over = delta.finish_reason is not None
-                    yield delta
+                    yield opened.take(delta)
                 return
-            except (EngineLost, NotReady):
-                is_over = True
-                if stream.num_tokens:
-                    raise
-                excluded.append(stream.peer_id)
+            except (EngineLost, Overloaded) as exc:
+                # A lost engine may turn out to be there after all, and is to know that nobody reads what it says.
+                is_over = isinstance(exc, Overloaded)
+                opened.fail(exc, stream.peer_id)
                 self._metrics.inc(REQUESTS_REPLAYED)
-                logger.info("request %s is placed again: %s is lost or draining", request.request_id, stream.peer_id)
+                logger.info("request %s goes on behind %d tokens: %s", stream.request_id, opened.num_emitted, exc)
             finally:
                 self._close(stream, decision, is_finished=is_over)
-        raise RequestFailed(f"{MAX_PLACEMENTS} engines were lost, one after the other, before the first token")
 
     async def check_ready(self) -> None:
         """See `api.generator.Generator`."""
+        if not self._has_candidate(frozenset()):
+            raise NotReady("no replica that decodes is known", retry_after_s=2.0)
         await self._readiness.check()
 
     def cluster_state(self) -> dict[str, Any]:
@@ -167,33 +191,82 @@ class ClusterClient:
         """See `api.generator.Generator`."""
         return await self._profiles.stop(self._attached(), self._engines.values(), target)
 
-    async def _place(self, request: GenerateInput, excluded: list[str]) -> RouteDecision:
-        """Ask the router, or place by load alone when it is away. Raises `NotReady` when nobody can take it."""
+    async def _place(self, opened: OpenRequest) -> RouteDecision:
+        """A decision that names an engine, once there is one. Raises `NotReady` if the request may not wait for that,
+        `RequestTimeout` at its deadline."""
+        is_counted = False
+        try:
+            while True:
+                excluded = opened.avoided() | (self._lost.keys() - self._engines.keys())
+                if self._has_candidate(excluded):
+                    decision = await self._decide(opened, excluded)
+                    if decision.decode is not None:
+                        return decision
+                if opened.is_new and not is_counted:
+                    self._check_may_wait()
+                    self._num_new_waiting += 1
+                    is_counted = True
+                opened.has_waited = True
+                await self._wait_for_engines(opened.deadline)
+        finally:
+            self._num_new_waiting -= is_counted
+
+    def _has_candidate(self, excluded: Set[str]) -> bool:
+        """Whether some engine could take a request now, as far as is known here."""
+        return any(
+            card.role != "prefill" and not card.is_draining and peer_id not in excluded
+            for peer_id, card in self._engines.items()
+        )
+
+    def _check_may_wait(self) -> None:
+        """A new request may wait while engines are replaced, but not for a cluster that never was there, nor in any
+        number. Requests that engines had are not limited: those engines' queues were."""
+        limit = self._config.scheduler.max_waiting_requests
+        if not self._has_had_engines:
+            raise NotReady("no replica can take the request: none has joined yet", retry_after_s=2.0)
+        if self._num_new_waiting >= limit:
+            raise NotReady(f"no replica can take the request, and {limit} wait for one already", retry_after_s=2.0)
+
+    async def _wait_for_engines(self, deadline: Deadline) -> None:
+        if deadline.has_passed:
+            raise RequestTimeout("no replica could take the request before its deadline")
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[None] = loop.create_future()
+        timer = loop.call_later(min(_LOOK_AGAIN_S, deadline.remaining_s), _wake, waiter)
+        self._waiters.add(waiter)
+        try:
+            await waiter
+        finally:
+            timer.cancel()
+            self._waiters.discard(waiter)
+
+    async def _decide(self, opened: OpenRequest, excluded: Set[str]) -> RouteDecision:
+        """Ask the router, or place by load alone when it is away."""
+        token_ids = opened.known_token_ids
         self._num_queries += 1
         query = RouteQuery(
             query_id=self._num_queries,
-            block_hashes=await self._hash_prompt(request.token_ids),
-            num_tokens=len(request.token_ids),
-            expected_output_tokens=request.sampling.max_tokens or 0,
-            excluded=tuple(excluded),
+            block_hashes=await self._hash_prompt(token_ids),
+            num_tokens=len(token_ids),
+            expected_output_tokens=max(0, (opened.input.sampling.max_tokens or 0) - opened.num_emitted),
+            excluded=tuple(sorted(excluded)),
         )
         decision = await self._ask_router(query)
         if decision is None or decision.decode is None:
             # Away, or too new to know anybody.
             decision = self._fallback.decide(query, self._engines.values())
             self._metrics.inc(ROUTER_DECISIONS, reason=decision.reason)
-        if decision.decode is None:
-            raise NotReady(f"no replica can take the request: {decision.reason}", retry_after_s=2.0)
         return decision
 
-    async def _hash_prompt(self, token_ids: tuple[int, ...]) -> tuple[int, ...]:
-        card = next((card for card in self._engines.values() if card.role != "prefill"), None)
-        if card is None:
-            return ()
-        arguments = (token_ids, card.block_size, seed_of(card.fingerprint))
-        if len(token_ids) > HASH_OFF_LOOP_TOKENS:
-            return await asyncio.to_thread(hash_blocks, *arguments)
-        return hash_blocks(*arguments)
+    async def _hash_prompt(self, token_ids: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """As `RouteQuery.block_hashes`. Kinds beyond the first few are placed by load alone."""
+        kinds = sorted({(card.fingerprint, card.block_size) for card in self._engines.values()})[:MAX_HASHED_KINDS]
+
+        def hash_all() -> tuple[tuple[int, ...], ...]:
+            return tuple(hash_blocks(token_ids, size, seed_of(fingerprint)) for fingerprint, size in kinds)
+
+        is_long = len(token_ids) * len(kinds) > HASH_OFF_LOOP_TOKENS
+        return await asyncio.to_thread(hash_all) if is_long else hash_all()
 
     async def _ask_router(self, query: RouteQuery) -> RouteDecision | None:
         endpoint = self._attached()
@@ -212,25 +285,15 @@ class ClusterClient:
             del self._queries[query.query_id]
             self._metrics.observe(ROUTER_QUERY_S, time.monotonic() - began_s)
 
-    def _open(self, request: GenerateInput, decision: RouteDecision, deadline: Deadline) -> DeltaStream:
+    def _open(self, opened: OpenRequest, decision: RouteDecision) -> DeltaStream:
         if decision.decode is None:
             raise AssertionError("an unplaced request has no stream")
-        stream = DeltaStream(request.request_id, decision.decode.peer_id)
+        message = opened.place(prefill=decision.prefill, eos_token_ids=self._model.eos_token_ids)
+        stream = DeltaStream(message.request_id, decision.decode.peer_id, num_tokens=opened.num_emitted)
         self._fallback.started(decision)
         self._streams[stream.request_id] = stream
         self._requests_by_peer.setdefault(stream.peer_id, set()).add(stream.request_id)
-        is_sent = self._attached().send(
-            decision.decode,
-            EngineRequest(
-                request_id=request.request_id,
-                token_ids=request.token_ids,
-                sampling=request.sampling,
-                eos_token_ids=self._model.eos_token_ids,
-                prefill=decision.prefill,
-                deadline_s=deadline.remaining_s,
-            ),
-        )
-        if not is_sent:
+        if not self._attached().send(decision.decode, message):
             stream.fail(EngineLost(f"the engine {stream.peer_id} does not take requests"))
         return stream
 
@@ -251,3 +314,8 @@ class ClusterClient:
         if self._endpoint is None:
             raise NotReady("the ingress is still starting")
         return self._endpoint
+
+
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)

@@ -1,8 +1,8 @@
 """Stop 13 of 14: the deltas of one request between the socket and its reader. Next: atom_cluster/api/text_stream.py.
 
 A reader that is slower than the engine finds its pending deltas merged into one, so a slow client costs the ingress
-less, not more. A delta that does not continue where the last one ended means that something was lost or doubled; the
-request fails rather than showing a text that the model did not write.
+less, not more. A delta that does not continue where the last one ended means that something was lost or doubled: the
+stream ends there as if the engine were gone, rather than showing a text that the model did not write.
 """
 
 from __future__ import annotations
@@ -12,25 +12,21 @@ import asyncio
 import msgspec
 
 from atom_cluster import errors
-from atom_cluster.errors import AtomClusterError, InvalidRequest, Overloaded, RequestFailed, RequestTimeout
+from atom_cluster.errors import AtomClusterError, EngineLost, InvalidRequest, Overloaded, RequestFailed, RequestTimeout
 from atom_cluster.messages.requests import RequestError, TokenDelta
 from atom_cluster.units import Deadline
 
 
-class EngineLost(RequestFailed):
-    """The engine that ran the request is gone."""
-
-    code = "engine_lost"
-
-
 class DeltaStream:
-    """Deltas of one request, pushed from the endpoint's callback and read by one reader on the same event loop."""
+    """Deltas of one request from one engine, pushed from the endpoint's callback and read by one reader on the same
+    event loop."""
 
-    def __init__(self, request_id: str, peer_id: str) -> None:
+    def __init__(self, request_id: str, peer_id: str, *, num_tokens: int = 0) -> None:
+        """`num_tokens` output tokens came from engines before this one."""
         self.request_id = request_id
         self.peer_id = peer_id
         """The engine that runs the request."""
-        self.num_tokens = 0
+        self.num_tokens = num_tokens
         """Output tokens pushed so far; the index that the next delta must start at."""
         self._pending: list[TokenDelta] = []
         self._error: AtomClusterError | None = None
@@ -38,10 +34,10 @@ class DeltaStream:
 
     def push(self, delta: TokenDelta) -> None:
         """Take the next delta."""
-        if delta.first_index != self.num_tokens and delta.token_ids:
-            self.fail(
-                RequestFailed(f"tokens were lost on the way: got index {delta.first_index}, not {self.num_tokens}")
-            )
+        if self._error is not None:
+            return  # what follows a gap does not continue what is before it
+        if delta.first_index != self.num_tokens and delta.error is None:
+            self.fail(EngineLost(f"tokens were lost on the way: got index {delta.first_index}, not {self.num_tokens}"))
             return
         self.num_tokens += len(delta.token_ids)
         self._pending.append(delta)
@@ -93,7 +89,7 @@ def _merge(deltas: list[TokenDelta]) -> TokenDelta:
         logprobs=tuple(entry for delta in deltas for entry in delta.logprobs or ()) if has_logprobs else None,
         finish_reason=last.finish_reason,
         error=last.error,
-        num_cached_tokens=last.num_cached_tokens,
+        num_cached_tokens=max(delta.num_cached_tokens for delta in deltas),
         timing=last.timing,
     )
 

@@ -1,4 +1,7 @@
-"""Three engines that prefill for each other while everything goes wrong that can: the world of the random tests."""
+"""The world of the random tests: three engines that prefill for each other while everything goes wrong that can.
+
+The ingress sends the requests of an engine that died to another, with the tokens that they have.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ from tests.factories import (
     states,
     window,
 )
-from tests.fakes import Network, VirtualClock
+from tests.fakes import Answer, Network, VirtualClock
 
 NAMES = ("a", "b", "c")
 MESSAGES = (PrefillOrder, PrefillAccepted, KvPublication, PrefillFailed, TicketRelease, TicketRenew)
@@ -122,6 +125,8 @@ class _Sent:
     engine: str
     prompt: tuple[int, ...]
     max_tokens: int
+    wire_id: str
+    """Of its newest placement."""
     is_cancelled: bool = False
 
 
@@ -194,13 +199,14 @@ class Storm:
 
     def _do_follow(self, name: str, prefill: str | None, number: int, max_tokens: int) -> None:
         """The next turn of a chat: an earlier prompt with its answer so far, and something new."""
-        sent, answer = self.sent.get(f"r{number}"), self.network.answers.get(f"r{number}")
+        sent = self.sent.get(f"r{number}")
+        answer = None if sent is None else self.network.answers.get(sent.wire_id)
         if sent is not None and answer is not None:
             self._send(name, prefill, (*sent.prompt, *answer.tokens)[:30] + (7,), max_tokens, 0)
 
     def _send(self, name: str, prefill: str | None, prompt: tuple[int, ...], max_tokens: int, priority: int) -> None:
         request_id = f"r{len(self.sent)}"
-        self.sent[request_id] = _Sent(name, prompt, max_tokens)
+        self.sent[request_id] = _Sent(name, prompt, max_tokens, request_id)
         address = None if prefill is None or prefill == name else self.network.addresses[prefill]
         message = make_message(request_id, prompt, max_tokens, prefill=address, priority=priority)
         self.network.engines[name].put("client", message)
@@ -217,9 +223,9 @@ class Storm:
 
     def _do_cancel(self, number: int) -> None:
         sent = self.sent.get(f"r{number}")
-        if sent is not None and sent.engine:
+        if sent is not None:
             sent.is_cancelled = True
-            self.network.engines[sent.engine].put("client", CancelRequest(f"r{number}"))
+            self.network.engines[sent.engine].put("client", CancelRequest(sent.wire_id))
 
     def _do_lapse(self, seconds: float) -> None:
         self.network.clock.sleep(seconds)
@@ -235,15 +241,28 @@ class Storm:
             self.network.disconnect(name, other)
 
     def _do_restart(self, name: str, is_noticed: bool) -> None:
-        """Its requests are gone with it, which is for the ingress to deal with."""
+        """Its requests are gone with it. The ingress places them again."""
         self.network.remove(name)
         self.runners[name].close()
         self._start(name)
-        for request_id in [request_id for request_id, sent in self.sent.items() if sent.engine == name]:
-            self.sent[request_id].engine = ""
+        for number, sent in enumerate(self.sent.values()):
+            if sent.engine == name and not sent.is_cancelled:
+                self._place_again(sent, number)
         for other in self.network.engines:
             if is_noticed and other != name:
                 self.network.engines[other].drop_peer(name)
+
+    def _place_again(self, sent: _Sent, number: int) -> None:
+        answer = self.network.answers.get(sent.wire_id, Answer())
+        if answer.final is not None:
+            return
+        sent.wire_id += "+"
+        self.network.answers[sent.wire_id] = Answer(tokens=list(answer.tokens))
+        sent.engine, prefill = NAMES[number % 3], NAMES[number % 2]
+        address = None if prefill == sent.engine else self.network.addresses[prefill]
+        message = make_message(sent.wire_id, sent.prompt, sent.max_tokens, prefill=address)
+        emitted = tuple(answer.tokens)
+        self.network.engines[sent.engine].put("client", msgspec.structs.replace(message, emitted=emitted))
 
     # --- the end
 
@@ -251,11 +270,11 @@ class Storm:
         self.to_lose.clear()
         self.network.settle()
         for request_id, sent in self.sent.items():
-            answer = self.network.answers.get(request_id)
+            answer = self.network.answers.get(sent.wire_id)
             expected = expected_tokens(sent.prompt, sent.max_tokens)
             tokens = [] if answer is None else answer.tokens
             assert tokens == expected[: len(tokens)], f"{request_id} went wrong"
-            if sent.engine and not sent.is_cancelled:
+            if not sent.is_cancelled:
                 assert answer is not None and answer.reason == "length", f"{request_id} was lost: {answer}"
                 assert len(tokens) == sent.max_tokens
         for engine in self.network.engines.values():

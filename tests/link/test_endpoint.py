@@ -86,16 +86,50 @@ async def test_a_peer_that_closes_is_lost_on_both_sides() -> None:
     await first.endpoint.close()
 
 
-async def test_an_inbound_peer_that_falls_silent_is_lost() -> None:
+async def test_an_inbound_peer_that_closes_is_lost_long_before_it_was_silent_for_too_long() -> None:
+    first, second = Node("first"), Node("second", peer_timeout_s=30.0)
+    await first.endpoint.start()
+    await second.endpoint.start()
+    first.endpoint.connect(second.endpoint.address)
+    await asyncio.sleep(0.5)
+    assert first.lost == second.lost == []
+    await first.endpoint.close()
+    await eventually(lambda: second.lost == ["first"], timeout_s=1.0)
+    assert not second.endpoint.send("first", CancelRequest("x"))
+    await second.endpoint.close()
+
+
+async def test_an_inbound_peer_that_falls_silent_is_lost_and_pings_alone_keep_it() -> None:
     first, second = Node("first"), Node("second", peer_timeout_s=0.5)
     await first.endpoint.start()
     await second.endpoint.start()
     first.endpoint.connect(second.endpoint.address)
-    await asyncio.sleep(1.0)
-    assert second.lost == []  # pings alone keep it
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    silent = context.socket(zmq.DEALER)
+    silent.routing_id = b"silent"
+    ClusterKey.from_secret(SECRET).configure_client(silent)
+    silent.connect(second.endpoint.address.endpoint)
+    silent.send(encode(CancelRequest("x")))
+    await eventually(lambda: second.lost == ["silent"])
+    await asyncio.sleep(0.7)
+    assert second.lost == ["silent"]
+    silent.close(linger=0)
+    context.term()
     await first.endpoint.close()
-    await eventually(lambda: second.lost == ["first"])
-    assert not second.endpoint.send("first", CancelRequest("x"))
+    await second.endpoint.close()
+
+
+async def test_a_process_that_stood_still_takes_everybody_for_lost() -> None:
+    first, second = Node("first", peer_timeout_s=0.4), Node("second", peer_timeout_s=30.0)
+    await first.endpoint.start()
+    await second.endpoint.start()
+    first.endpoint.connect(second.endpoint.address)
+    second.endpoint.connect(first.endpoint.address)
+    await asyncio.sleep(0.3)
+    assert first.lost == []
+    time.sleep(0.6)
+    await eventually(lambda: first.lost == ["second", "second"], timeout_s=1.0)  # as a client, as a server
+    await first.endpoint.close()
     await second.endpoint.close()
 
 

@@ -3,164 +3,43 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 
 import pytest
 
-from atom_cluster.api.generator import GenerateInput
-from atom_cluster.api.model_files import ServedModel
 from atom_cluster.config.cluster import ClusterConfig
-from atom_cluster.config.parallel import GroupConfig
-from atom_cluster.config.routing import RoutingConfig
-from atom_cluster.errors import NotReady, RequestFailed
-from atom_cluster.link.auth import ClusterKey
+from atom_cluster.errors import NotReady, Overloaded, RequestFailed, RequestTimeout
 from atom_cluster.link.codec import Message
-from atom_cluster.link.endpoint import Endpoint
-from atom_cluster.messages.cluster import MemberCard, Membership, PeerAddress, RouteDecision, RouteQuery
-from atom_cluster.messages.requests import (
-    CancelRequest,
-    EngineRequest,
-    RequestError,
-    SamplingParams,
-    TokenBatch,
-    TokenDelta,
+from atom_cluster.messages.cluster import Membership, RouteDecision
+from atom_cluster.messages.requests import CancelRequest, EngineRequest, TokenDelta
+from atom_cluster.observability.metrics import REQUESTS_REPLAYED
+from atom_cluster.serving.open_request import MAX_PLACEMENTS
+from tests.serving.conftest import eventually
+from tests.serving.scripted import (
+    AVOID_S,
+    TIMEOUT_S,
+    Cluster,
+    Peer,
+    count_up,
+    ignore,
+    refuse,
+    refuse_to_place,
+    request_of,
+    say,
+    say_an_error,
+    say_one_token,
+    say_one_token_and_fail,
+    skip_a_token,
 )
-from atom_cluster.observability.metrics import NullMetrics
-from atom_cluster.serving.cluster_client import ClusterClient
-from atom_cluster.serving.streams import EngineLost
-
-KEY = ClusterKey.from_secret(b"a secret of the cluster")
-
-
-class Peer:
-    """An endpoint with a script: `answer` is called with each message."""
-
-    def __init__(self, peer_id: str, answer: Callable[[Peer, str, Message], None]) -> None:
-        self.received: list[Message] = []
-        self._answer = answer
-        self.endpoint = Endpoint(
-            key=KEY,
-            peer_id=peer_id,
-            host="127.0.0.1",
-            epoch=1,
-            on_message=self._receive,
-            on_lost=lambda peer_id: None,
-            ping_period_s=0.2,
-        )
-
-    def _receive(self, source: str, message: Message) -> None:
-        self.received.append(message)
-        self._answer(self, source, message)
-
-    def card(self) -> MemberCard:
-        return MemberCard(
-            address=self.endpoint.address, kind="engine", role="unified", fingerprint="f", num_blocks=9, block_size=4
-        )
-
-
-def count_up(peer: Peer, source: str, message: Message) -> None:
-    """An engine whose tokens are 0, 1, 2, ..., one delta each."""
-    if isinstance(message, EngineRequest):
-        total = message.sampling.max_tokens or 0
-        for index in range(total):
-            finish = "length" if index == total - 1 else None
-            delta = TokenDelta(
-                request_id=message.request_id, first_index=index, token_ids=(index,), finish_reason=finish
-            )
-            peer.endpoint.send(source, TokenBatch((delta,)))
-
-
-def say_one_token(peer: Peer, source: str, message: Message) -> None:
-    if isinstance(message, EngineRequest):
-        delta = TokenDelta(request_id=message.request_id, first_index=0, token_ids=(0,))
-        peer.endpoint.send(source, TokenBatch((delta,)))
-
-
-def refuse(peer: Peer, source: str, message: Message) -> None:
-    if isinstance(message, EngineRequest):
-        error = RequestError(kind="NotReady", message="draining")
-        delta = TokenDelta(request_id=message.request_id, first_index=0, finish_reason="error", error=error)
-        peer.endpoint.send(source, TokenBatch((delta,)))
-
-
-def refuse_to_place(peer: Peer, source: str, message: Message) -> None:
-    """A router that has just started."""
-    if isinstance(message, RouteQuery):
-        peer.endpoint.send(source, RouteDecision(query_id=message.query_id, decode=None, reason="no_engine"))
-
-
-def ignore(peer: Peer, source: str, message: Message) -> None:
-    """Take everything, say nothing."""
-
-
-class Cluster:
-    """A client, a router that walks through `order`, and engines."""
-
-    def __init__(self) -> None:
-        config = ClusterConfig(model="m", unified=GroupConfig(), router=RoutingConfig(query_timeout_s=0.1))
-        model = ServedModel(name="m", max_model_len=100, vocab_size=50, eos_token_ids=(1,))
-        self.client = ClusterClient(config=config, reasons={}, model=model, metrics=NullMetrics())
-        self.endpoint = Endpoint(
-            key=KEY,
-            peer_id="ingress",
-            host="127.0.0.1",
-            epoch=1,
-            on_message=self.client.receive,
-            on_lost=self.client.lose,
-            ping_period_s=0.2,
-        )
-        self.router = Peer("router", self._route)
-        self.order: list[PeerAddress] = []
-        self.queries: list[RouteQuery] = []
-        self.engines: list[Peer] = []
-
-    def _route(self, peer: Peer, source: str, message: Message) -> None:
-        if isinstance(message, RouteQuery):
-            self.queries.append(message)
-            if self.order:
-                decision = RouteDecision(query_id=message.query_id, decode=self.order.pop(0), reason="load")
-                peer.endpoint.send(source, decision)
-
-    async def add(self, peer_id: str, answer: Callable[[Peer, str, Message], None]) -> Peer:
-        engine = Peer(peer_id, answer)
-        await engine.endpoint.start()
-        self.engines.append(engine)
-        members = tuple(engine.card() for engine in self.engines)
-        self.client.update(Membership(router=self.router.endpoint.address, members=members))
-        return engine
-
-    async def generate(self, request_id: str = "r", max_tokens: int = 5) -> list[int]:
-        tokens: list[int] = []
-        async with aclosing(self.client.generate(request_of(request_id, max_tokens))) as deltas:
-            async for delta in deltas:
-                tokens.extend(delta.token_ids)
-        return tokens
-
-
-def request_of(request_id: str, max_tokens: int) -> GenerateInput:
-    sampling = SamplingParams(max_tokens=max_tokens, seed=0)
-    return GenerateInput(request_id=request_id, token_ids=tuple(range(10)), sampling=sampling)
-
-
-async def eventually(condition: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + 10.0
-    while not condition():
-        assert time.monotonic() < deadline_s, "the condition did not come true"
-        await asyncio.sleep(0.005)
 
 
 @pytest.fixture
 async def cluster() -> AsyncIterator[Cluster]:
     cluster = Cluster()
-    await cluster.router.endpoint.start()
-    await cluster.endpoint.start()
-    cluster.client.attach(cluster.endpoint)
+    await cluster.start()
     yield cluster
-    await cluster.endpoint.close()
-    for peer in [cluster.router, *cluster.engines]:
-        await peer.endpoint.close()
+    await cluster.close()
 
 
 async def test_requests_go_where_the_router_says(cluster: Cluster) -> None:
@@ -169,7 +48,8 @@ async def test_requests_go_where_the_router_says(cluster: Cluster) -> None:
     results = await asyncio.gather(*(cluster.generate(f"r{number}", 5 + number) for number in range(20)))
     assert results == [list(range(5 + number)) for number in range(20)]
     assert first.received == []
-    assert len(cluster.queries[0].block_hashes) == 2  # ten tokens in blocks of four
+    (hashes,) = cluster.queries[0].block_hashes
+    assert len(hashes) == 2  # ten tokens in blocks of four
 
 
 async def test_a_silent_router_is_not_waited_for(cluster: Cluster) -> None:
@@ -205,25 +85,170 @@ async def test_a_request_without_a_token_moves_to_another_engine(
     assert cluster.queries[1].excluded == ("first",)
 
 
-async def test_a_request_with_a_token_fails_with_its_engine(cluster: Cluster) -> None:
-    engine = await cluster.add("first", say_one_token)
-    cluster.order = [engine.endpoint.address]
+@pytest.mark.parametrize("bad", [say_one_token, say_one_token_and_fail])
+async def test_a_request_goes_on_with_another_engine_behind_the_tokens_it_has(
+    cluster: Cluster, bad: Callable[[Peer, str, Message], None]
+) -> None:
+    first, second = await cluster.add("first", bad), await cluster.add("second", count_up)
+    cluster.order = [first.endpoint.address, second.endpoint.address]
+    deltas = [delta async for delta in cut_after_first_token(cluster, "first")]
+    assert [(delta.first_index, *delta.token_ids) for delta in deltas][0] == (0, 0)
+    assert [token for delta in deltas for token in delta.token_ids] == [0, 1, 2, 3, 4]
+    assert {delta.request_id for delta in deltas} == {"r"}
+    (message,) = (message for message in second.received if isinstance(message, EngineRequest))
+    assert (message.token_ids, message.emitted) == (tuple(range(10)), (0,))
+    assert message.deadline_s is not None and message.deadline_s < TIMEOUT_S
+    assert cluster.queries[1].num_tokens == 11 and cluster.queries[1].expected_output_tokens == 4
+    assert cluster.queries[1].excluded == ("first",)
+    # What later engines find cached is what earlier ones computed for this very request.
+    assert {delta.num_cached_tokens for delta in deltas} == {4}
+    assert cluster.metrics.value(REQUESTS_REPLAYED) == 1
+
+
+async def cut_after_first_token(cluster: Cluster, peer_id: str, request_id: str = "r") -> AsyncIterator[TokenDelta]:
+    """A request of five tokens whose engine is lost when the first has come."""
+    async with aclosing(cluster.client.generate(request_of(request_id, 5))) as deltas:
+        yield await deltas.__anext__()
+        cluster.client.lose(peer_id)
+        async for delta in deltas:
+            yield delta
+
+
+async def test_a_message_lost_on_the_way_is_made_up_for_and_the_engine_told_to_stop(cluster: Cluster) -> None:
+    first, second = await cluster.add("first", skip_a_token), await cluster.add("second", count_up)
+    cluster.order = [first.endpoint.address, second.endpoint.address]
+    assert await cluster.generate() == [0, 1, 2, 3, 4]
+    await eventually(lambda: CancelRequest("r") in first.received)
+
+
+async def test_what_an_engine_says_that_was_given_up_reaches_nobody_and_is_stopped(cluster: Cluster) -> None:
+    first, second = await cluster.add("first", say_one_token), await cluster.add("second", say_one_token)
+    cluster.order = [first.endpoint.address, second.endpoint.address]
     deltas = cluster.client.generate(request_of("r", 5))
-    assert (await deltas.__anext__()).token_ids == (0,)
+    await deltas.__anext__()
     cluster.client.lose("first")
-    with pytest.raises(EngineLost):
-        await deltas.__anext__()
+    assert (await deltas.__anext__()).token_ids == (1,)
+    (request,) = (message for message in first.received if isinstance(message, EngineRequest))
+    # It was only slow: back on the network, it goes on where it was, which is where the second one is, too.
+    say(first, "ingress", request, range(1, 3))
+    await eventually(lambda: first.received[-1] == CancelRequest("r"))
+    (again,) = (message for message in second.received if isinstance(message, EngineRequest))
+    assert again.request_id != request.request_id
+    say(second, "ingress", again, range(2, 5))
+    rest = [token async for delta in deltas for token in delta.token_ids]
+    assert rest == [2, 3, 4]
 
 
-async def test_losing_every_engine_in_turn_is_an_error_that_says_so(cluster: Cluster) -> None:
-    engines = [await cluster.add(f"engine{number}", ignore) for number in range(3)]
-    cluster.order = [engine.endpoint.address for engine in engines]
+async def test_requests_wait_while_the_only_engine_is_replaced(cluster: Cluster) -> None:
+    first = await cluster.add("first", say_one_token)
+    begun = [asyncio.create_task(cluster.generate(f"begun{number}")) for number in range(8)]
+    await eventually(lambda: len(first.received) == 8)
+    await cluster.remove(first)
+    new = [asyncio.create_task(cluster.generate(f"new{number}")) for number in range(3)]
+    await asyncio.sleep(2 * AVOID_S)
+    assert not any(task.done() for task in (*begun, *new))
+    with pytest.raises(NotReady, match="3 wait for one already"):
+        await cluster.generate("one too many")
+    with pytest.raises(NotReady):
+        await cluster.client.check_ready()
+    await cluster.add("second", count_up)
+    assert await asyncio.gather(*begun, *new) == [[0, 1, 2, 3, 4]] * 11
+    assert not cluster.client.has_open_requests
+
+
+async def test_a_request_that_waits_for_an_engine_ends_at_its_deadline(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = await cluster.add("first", say_one_token)
+    monkeypatch.setattr(cluster.client, "_config", with_request_timeout(cluster.client._config, 0.5))
     running = asyncio.create_task(cluster.generate())
-    for engine in engines:
-        await eventually(lambda engine=engine: bool(engine.received))
-        cluster.client.lose(engine.card().address.peer_id)
-    with pytest.raises(RequestFailed, match="3 engines were lost"):
+    await eventually(lambda: len(first.received) == 1)
+    await cluster.remove(first)
+    with pytest.raises(RequestTimeout, match="no replica could take the request"):
         await running
+    assert not cluster.client.has_open_requests
+
+
+def with_request_timeout(config: ClusterConfig, seconds: float) -> ClusterConfig:
+    return config.model_copy(update={"serving": config.serving.model_copy(update={"request_timeout_s": seconds})})
+
+
+async def test_a_client_that_leaves_while_its_request_waits_leaves_nothing_behind(cluster: Cluster) -> None:
+    first = await cluster.add("first", say_one_token)
+    running = asyncio.create_task(cluster.generate())
+    await eventually(lambda: len(first.received) == 1)
+    await cluster.remove(first)
+    await asyncio.sleep(0.05)
+    running.cancel()
+    await asyncio.wait((running,), timeout=1.0)
+    assert running.cancelled() and not cluster.client.has_open_requests
+    second = await cluster.add("second", count_up)
+    await asyncio.sleep(0.1)
+    assert not any(isinstance(message, EngineRequest) for message in second.received)
+
+
+async def test_an_engine_that_was_lost_by_mistake_is_used_again_after_a_while(cluster: Cluster) -> None:
+    only = await cluster.add("only", count_up)
+    cluster.client.lose("only")
+    cluster.announce()
+    running = asyncio.create_task(cluster.generate())
+    await asyncio.sleep(AVOID_S / 2)
+    assert only.received == []
+    await asyncio.sleep(AVOID_S / 2)
+    cluster.announce()
+    assert await running == [0, 1, 2, 3, 4]
+
+
+async def test_an_engine_that_took_the_place_of_a_lost_one_is_used_at_once(cluster: Cluster) -> None:
+    first = await cluster.add("engine", say_one_token)
+    running = asyncio.create_task(cluster.generate())
+    await eventually(lambda: len(first.received) == 1)
+    cluster.engines.remove(first)
+    await first.endpoint.close()
+    second = Peer("engine", count_up, epoch=2)
+    await second.endpoint.start()
+    cluster.engines.append(second)
+    await eventually(lambda: "engine" in cluster.client._lost)
+    cluster.announce()
+    assert await running == [0, 1, 2, 3, 4]
+
+
+async def test_a_new_request_is_told_of_a_full_queue(cluster: Cluster) -> None:
+    await cluster.add("full", say_an_error("Overloaded", 7.0))
+    with pytest.raises(Overloaded) as caught:
+        await cluster.generate()
+    assert caught.value.retry_after_s == 7.0 and not isinstance(caught.value, NotReady)
+
+
+async def test_a_request_that_lost_its_engine_waits_for_a_place_in_a_full_queue(cluster: Cluster) -> None:
+    num_refused = 0
+
+    def have_room_later(peer: Peer, source: str, message: Message) -> None:
+        nonlocal num_refused
+        if isinstance(message, EngineRequest) and num_refused < 2:
+            num_refused += 1
+            say_an_error("Overloaded", 0.1)(peer, source, message)
+        else:
+            count_up(peer, source, message)
+
+    first = await cluster.add("first", say_one_token)
+    cluster.order = [first.endpoint.address]
+    await cluster.add("second", have_room_later)
+    deltas = [delta async for delta in cut_after_first_token(cluster, "first")]
+    assert [token for delta in deltas for token in delta.token_ids] == [0, 1, 2, 3, 4]
+    assert num_refused == 2
+
+
+async def test_losing_one_engine_after_the_other_is_an_error_that_says_so(cluster: Cluster) -> None:
+    engines = [await cluster.add(f"engine{number}", say_one_token) for number in range(MAX_PLACEMENTS)]
+    cluster.order = [engine.endpoint.address for engine in engines]
+    deltas = cluster.client.generate(request_of("r", 50))
+    for number, engine in enumerate(engines):
+        assert (await deltas.__anext__()).token_ids == (number,)
+        cluster.client.lose(engine.card().address.peer_id)
+    with pytest.raises(RequestFailed, match="5 engines were lost"):
+        await deltas.__anext__()
+    assert not cluster.client.has_open_requests
 
 
 async def test_leaving_early_cancels_the_request_and_nothing_stays_behind(cluster: Cluster) -> None:

@@ -93,7 +93,7 @@ class Scene:
 
 
 def query(query_id: int, *block_hashes: int) -> RouteQuery:
-    return RouteQuery(query_id=query_id, block_hashes=block_hashes, num_tokens=40, expected_output_tokens=8)
+    return RouteQuery(query_id=query_id, block_hashes=(block_hashes,), num_tokens=40, expected_output_tokens=8)
 
 
 def decisions(ingress: Member) -> list[RouteDecision]:

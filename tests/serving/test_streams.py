@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 
-from atom_cluster.errors import InvalidRequest, Overloaded, RequestFailed, RequestTimeout
+from atom_cluster.errors import EngineLost, InvalidRequest, Overloaded, RequestFailed, RequestTimeout
 from atom_cluster.messages.requests import RequestError, TokenDelta, TokenLogprobs
-from atom_cluster.serving.streams import DeltaStream, EngineLost, error_of
+from atom_cluster.serving.streams import DeltaStream, error_of
 from atom_cluster.units import Deadline
 
 
