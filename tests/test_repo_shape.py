@@ -120,6 +120,15 @@ def test_the_walk_has_all_stops_and_its_files_define_what_it_names() -> None:
         assert set(names) <= defined, f"stop {stop}"
 
 
+def test_tests_that_show_what_is_promised_exist() -> None:
+    rows = re.findall(r"^\|.*`tests/.*`.*\|$", (ROOT / "docs" / "reliability.md").read_text(), flags=re.MULTILINE)
+    assert len(rows) > 10
+    for row in rows:
+        defined = set().union(*(definitions(ROOT / file) for file in re.findall(r"`(tests/[^`]+)`", row)))
+        named = set(re.findall(r"`(test_[^`]+)`", row))
+        assert named and named <= defined, row
+
+
 def test_each_stop_of_the_walk_says_so_in_its_first_line() -> None:
     for stop, (files, _) in stops().items():
         docstring = ast.get_docstring(ast.parse((ROOT / files[0]).read_text())) or ""

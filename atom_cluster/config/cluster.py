@@ -7,6 +7,7 @@ from pydantic import model_validator
 from atom_cluster.config.base import FrozenConfig
 from atom_cluster.config.cache import CacheConfig
 from atom_cluster.config.compilation import CompilationConfig
+from atom_cluster.config.faults import FaultsConfig
 from atom_cluster.config.model import ModelOptions
 from atom_cluster.config.observability import ObservabilityConfig
 from atom_cluster.config.ops import OpsConfig
@@ -55,6 +56,8 @@ class ClusterConfig(FrozenConfig):
     """Processes and their supervision."""
     observability: ObservabilityConfig = ObservabilityConfig()
     """Logs and metrics."""
+    faults: FaultsConfig | None = None
+    """Faults on purpose, for drills."""
     simulation: SimulationConfig | None = None
     """Replace every model runner by a simulated one; only the tokenizer of `model` is loaded."""
 
@@ -72,13 +75,17 @@ class ClusterConfig(FrozenConfig):
     def _pairs_can_exchange_blocks(self) -> ClusterConfig:
         if self.prefill is None or self.decode is None:
             return self
-        prefill, decode = self.prefill.parallel.tensor, self.decode.parallel.tensor
-        if prefill != decode:
+        prefill, decode = self.block_size_of(self.prefill), self.block_size_of(self.decode)
+        if max(prefill, decode) % min(prefill, decode):
             raise ValueError(
-                f"`prefill.parallel.tensor` is {prefill} and `decode.parallel.tensor` is {decode}: each rank reads the "
-                "blocks of its own number, so both must be equal"
+                f"blocks of `prefill` have {prefill} tokens and those of `decode` {decode}: one must be a multiple of "
+                "the other (`cache.block_size`, or `block_size` of the group)"
             )
         return self
+
+    def block_size_of(self, group: GroupConfig) -> int:
+        """Tokens per KV block of a group."""
+        return self.cache.block_size if group.block_size is None else group.block_size
 
     @property
     def num_drafts(self) -> int:

@@ -17,7 +17,7 @@ class SchedulerConfig(FrozenConfig):
     max_num_batched_tokens: int = Field(8192, ge=1)
     """Token budget of one step, decodes first."""
     max_waiting_requests: int = Field(1024, ge=1)
-    """Requests queued before new ones are refused with 503."""
+    """Requests queued before new ones are refused with 503, at an engine, or at an ingress while there is none."""
     chunked_prefill: bool = True
     """Split prompts over steps; when off, the token budget must hold the longest prompt, `max_model_len`."""
     long_prefill_tokens: int = Field(0, ge=0)

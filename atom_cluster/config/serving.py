@@ -24,10 +24,13 @@ class ServingConfig(FrozenConfig):
     """An engine ends the requests of an ingress that has not pinged for this long, and the reverse."""
     health_check_period_s: float = Field(1.0, gt=0)
     """How often a replica's gang is checked."""
+    health_check_timeout_s: float = Field(5.0, gt=0)
+    """A process that does not answer a check within this has failed it; after the third time in a row it is replaced.
+    So one that stands still, rather than being dead, is gone after about three times this."""
     start_timeout_s: float = Field(600.0, gt=0)
     """A gang that is not ready by then is torn down and started again."""
     drain_timeout_s: float = Field(60.0, ge=0)
-    """A replica told to stop finishes its requests within this time; what is left then ends with an error."""
+    """A replica told to stop finishes its requests within this time; what is left then goes on with another."""
     request_timeout_s: float = Field(600.0, gt=0)
     """A request that has not finished by then ends with a timeout error."""
 

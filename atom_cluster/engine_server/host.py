@@ -13,12 +13,13 @@ import os
 import random
 import socket
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import ExitStack
 from typing import Any, TypeVar, get_args
 
 from atom_cluster.engine.core import EngineCore
 from atom_cluster.engine.protocols import ROUTER, EngineInput, EngineOutput, StepRunner
+from atom_cluster.engine_server.faults import FaultyDelivery
 from atom_cluster.engine_server.outbox import Destination, LinkOutbox
 from atom_cluster.engine_server.settings import EngineHostSettings
 from atom_cluster.errors import NotReady
@@ -94,9 +95,13 @@ class EngineHost:
         )
         address = await self._endpoint.start()
         self._closers.callback(lambda: self._on_loop(self._endpoint.close()))
+        deliver: Callable[[Destination, EngineOutput], None] = self._deliver
+        if settings.faults is not None:
+            logger.warning("faults on purpose: %s", settings.faults)
+            deliver = FaultyDelivery(deliver, settings.faults, loop=self._loop, name=settings.peer_id)
         self._core = EngineCore(
             runner=self._runner,
-            outbox=LinkOutbox(self._loop, self._deliver),
+            outbox=LinkOutbox(self._loop, deliver),
             scheduler=settings.scheduler,
             transfer=settings.transfer,
             prefix_caching=settings.prefix_caching,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from atom_cluster.config.faults import FaultsConfig
 from atom_cluster.config.scheduler import SchedulerConfig
 from atom_cluster.config.transfer import KvTransferConfig
 from atom_cluster.messages.cluster import Role
@@ -24,6 +25,7 @@ class EngineHostSettings:
     scheduler: SchedulerConfig = SchedulerConfig()
     transfer: KvTransferConfig = KvTransferConfig()
     prefix_caching: bool = True
+    faults: FaultsConfig | None = None
     load_period_s: float = 0.1
     ping_period_s: float = 1.0
     client_timeout_s: float = 5.0

@@ -45,6 +45,7 @@ def build_cluster(config: ClusterConfig) -> Application:
         num_replicas=1,
         max_ongoing_requests=_MAX_OPEN_HTTP_REQUESTS,
         health_check_period_s=serving.health_check_period_s,
+        health_check_timeout_s=serving.health_check_timeout_s,
         logging_config=_logging(decided),
         ray_actor_options=_LIGHT,
     )
@@ -52,6 +53,8 @@ def build_cluster(config: ClusterConfig) -> Application:
         name="Ingress",
         num_replicas=serving.ingress_replicas,
         max_ongoing_requests=_MAX_OPEN_HTTP_REQUESTS,
+        health_check_period_s=serving.health_check_period_s,
+        health_check_timeout_s=serving.health_check_timeout_s,
         graceful_shutdown_timeout_s=serving.drain_timeout_s,
         logging_config=_logging(decided),
         ray_actor_options=_LIGHT,

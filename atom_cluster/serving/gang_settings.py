@@ -36,6 +36,7 @@ def gang_spec(config: ClusterConfig, reasons: dict[str, str], *, role: Role, pee
         scheduler=config.scheduler,
         transfer=config.kv_transfer,
         prefix_caching=config.cache.prefix_caching,
+        faults=config.faults,
         load_period_s=config.router.load_period_s,
         ping_period_s=config.serving.ping_period_s,
         client_timeout_s=config.serving.client_timeout_s,
@@ -51,6 +52,7 @@ def gang_spec(config: ClusterConfig, reasons: dict[str, str], *, role: Role, pee
         device=device_of(group),
         resources_per_rank=group.resources_per_rank,
         start_timeout_s=config.serving.start_timeout_s,
+        ping_timeout_s=config.serving.health_check_timeout_s,
     )
 
 
@@ -63,7 +65,9 @@ def device_of(group: GroupConfig) -> Device:
 
 def _ranks(config: ClusterConfig, group: GroupConfig) -> ModelRanks | SimulatedRank:
     if config.simulation is not None:
-        return SimulatedRank(factory=f"{_HERE}:make_simulated_runner", argument=config)
+        cache = config.cache.model_copy(update={"block_size": config.block_size_of(group)})
+        argument = config.model_copy(update={"cache": cache})
+        return SimulatedRank(factory=f"{_HERE}:make_simulated_runner", argument=argument)
     options, cache = config.model_options, config.cache
     return ModelRanks(
         num_ranks=world_size(group.parallel),
@@ -74,7 +78,7 @@ def _ranks(config: ClusterConfig, group: GroupConfig) -> ModelRanks | SimulatedR
             dtype=options.dtype,
             device=device_of(group),
             divides_experts=group.parallel.expert > 1,
-            block_size=cache.block_size,
+            block_size=config.block_size_of(group),
             num_blocks=None if cache.num_blocks == "auto" else cache.num_blocks,
             cpu_cache_gib=cache.cpu_cache_gib,
             memory_fraction=group.memory_fraction,
@@ -92,6 +96,7 @@ def _ranks(config: ClusterConfig, group: GroupConfig) -> ModelRanks | SimulatedR
             quantization=config.quantization,
             seed=options.seed,
             kv_transport=None if config.unified is not None else config.kv_transfer.transport,
+            faults=config.faults,
         ),
     )
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
+
 from atom_cluster.config.scheduler import SchedulerConfig
 from atom_cluster.messages.requests import CancelRequest
 from atom_cluster.observability.metrics import KV_TRANSFER_BYTES, KV_TRANSFER_FAILURES
 from tests.engine_server.conftest import Client, RunningHost, Stage, eventually, make_settings, make_slow_runner
 from tests.factories import expected_tokens, make_message, make_prompt
+from tests.fakes import Answer
 
 SMALL_CHUNKS = SchedulerConfig(max_num_batched_tokens=8)
 LONG = 80
 """Tokens of a prompt that is published in many parts."""
+MOMENT_S = 1.0
 
 
 async def start_pair(stage: Stage, *, per_prefill_token_s: float = 0.0) -> tuple[RunningHost, RunningHost, Client]:
@@ -86,14 +90,52 @@ async def test_a_draining_prefill_sends_prompts_back(stage: Stage) -> None:
     assert decode.metrics.value(KV_TRANSFER_FAILURES, reason="prefill_failed") == 1
 
 
-async def test_prefill_is_rid_of_its_tickets_when_decode_goes_away(stage: Stage) -> None:
-    prefill = await stage.host(
-        make_slow_runner(per_prefill_token_s=0.02),
-        make_settings("prefill", "prefill", scheduler=SMALL_CHUNKS, client_timeout_s=1.0),
-    )
-    decode, client = await stage.host(settings=make_settings("decode", "decode")), await stage.client()
+async def test_prefill_is_rid_of_its_tickets_a_moment_after_decode_goes_away(stage: Stage) -> None:
+    prefill, decode, client = await start_pair(stage, per_prefill_token_s=0.1)
     send(client, (prefill, decode), "r", make_prompt(LONG))
     await eventually(lambda: prefill.host.status().num_tickets == 1)
     stage.hosts.remove(decode)
-    await asyncio.gather(decode.close(), prefill.idle())
+    await decode.close()
+    await asyncio.wait_for(prefill.idle(), MOMENT_S)
     await eventually(lambda: client.lost == ["decode"])
+
+
+async def test_both_are_rid_of_a_request_a_moment_after_its_ingress_dies_while_prefill_computes(stage: Stage) -> None:
+    prefill, decode, client = await start_pair(stage, per_prefill_token_s=0.1)
+    send(client, (prefill, decode), "r", make_prompt(LONG))
+    await eventually(lambda: prefill.host.status().num_tickets == 1)
+    stage.clients.remove(client)
+    await client.endpoint.close()
+    await asyncio.wait_for(asyncio.gather(prefill.idle(), decode.idle()), MOMENT_S)
+
+
+async def test_decode_is_rid_of_a_request_a_moment_after_its_ingress_dies_while_it_decodes(stage: Stage) -> None:
+    prefill = await stage.host(settings=make_settings("prefill", "prefill"))
+    decode = await stage.host(make_slow_runner(0.02), make_settings("decode", "decode"))
+    client = await stage.client()
+    message = make_message("r", make_prompt(LONG), 1000, prefill=prefill.card.address)
+    assert client.endpoint.send(decode.card.address, message)
+    await eventually(lambda: client.num_tokens("r") > 3)
+    stage.clients.remove(client)
+    await client.endpoint.close()
+    await asyncio.wait_for(asyncio.gather(prefill.idle(), decode.idle()), MOMENT_S)
+
+
+async def test_a_request_goes_on_with_the_next_decode_engine_behind_its_tokens(stage: Stage) -> None:
+    prefill = await stage.host(settings=make_settings("prefill", "prefill"))
+    first = await stage.host(make_slow_runner(0.1), make_settings("first", "decode"))
+    client, prompt = await stage.client(), make_prompt(LONG)
+    message = make_message("r", prompt, 16, prefill=prefill.card.address)
+    assert client.endpoint.send(first.card.address, message)
+    await eventually(lambda: client.num_tokens("r") > 3)
+    stage.hosts.remove(first)
+    await first.close()
+    second = await stage.host(settings=make_settings("second", "decode"))
+    tokens = client.answers["r"].tokens
+    client.answers["r#2"] = Answer(tokens=list(tokens))
+    again = msgspec.structs.replace(message, request_id="r#2", emitted=tuple(tokens))
+    assert client.endpoint.send(second.card.address, again)
+    answer = await client.finished("r#2")
+    assert (answer.reason, answer.tokens) == ("length", expected_tokens(prompt, 16))
+    assert 3 < len(tokens) < 16 and second.metrics.value(KV_TRANSFER_BYTES) > 0
+    await asyncio.gather(prefill.idle(), second.idle())

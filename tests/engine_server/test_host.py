@@ -17,7 +17,7 @@ from atom_cluster.errors import AtomClusterError
 from atom_cluster.messages.cluster import CacheEvents, CacheSnapshot, ReplicaLoad, SnapshotRequest
 from atom_cluster.messages.profile import ProfileAnswer, StartProfile, StopProfile
 from atom_cluster.messages.requests import CancelRequest, SamplingParams
-from atom_cluster.messages.transfer import PrefillFailed, PrefillOrder
+from atom_cluster.messages.transfer import KvPlacement, PrefillFailed, PrefillOrder
 from atom_cluster.observability.memory import MemoryMetrics
 from atom_cluster.observability.metrics import REQUESTS_FINISHED
 from atom_cluster.runner.build import build_model_runner
@@ -35,10 +35,11 @@ def order(ticket_id: str = "t") -> PrefillOrder:
         token_ids=make_prompt(10),
         sampling=SamplingParams(seed=0, max_tokens=5),
         eos_token_ids=(),
-        num_blocks_held=0,
+        num_tokens_held=0,
         lease_s=10.0,
         fingerprint="f",
         fingerprint_fields={},
+        placement=KvPlacement(4, 1),
     )
 
 
@@ -148,7 +149,7 @@ async def test_when_the_runner_fails_everybody_is_told(stage: Stage) -> None:
     assert engine.host.failure() is None
     client.endpoint.send(engine.card.address, make_message("running", max_tokens=100))
     answer = await client.finished("running")
-    assert answer.error_kind == "RequestFailed" and 0 < len(answer.tokens) < 10
+    assert answer.error_kind == "EngineLost" and 0 < len(answer.tokens) < 10
     assert answer.final is not None and answer.final.error is not None
     assert "the device is gone" in answer.final.error.message
     await eventually(lambda: engine.host.failure() is not None)

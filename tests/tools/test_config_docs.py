@@ -22,7 +22,10 @@ def test_a_page_that_is_not_current_is_reported(tmp_path: Path) -> None:
 
 def test_keys_have_type_range_default_and_meaning() -> None:
     page = render()
-    assert "| `block_size` | integer ≥ 1, ≤ 1024 | `16` | Tokens per KV block. |" in page
+    assert (
+        "| `block_size` | integer ≥ 1, ≤ 1024 | `16` | Tokens per KV block, of groups that do not have their own. |"
+        in page
+    )
     assert "| `num_blocks` | integer ≥ 2 or `auto` | `auto` |" in page
     assert "| `model` | text | required |" in page
     assert "### `prefill`, `decode`, `unified`" in page

@@ -1,0 +1,174 @@
+"""What a drill does to a cluster: which fault, under which configuration, and what is promised meanwhile."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from atom_cluster.tools.drill.cluster import RunningCluster
+from atom_cluster.tools.drill.processes import Process, Processes
+
+RECOVERY_TIMEOUT_S = 150.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    """One fault."""
+
+    name: str
+    what: str
+    disturb: Callable[[RunningCluster, Processes], list[Process]]
+    """Does it, and returns when the cluster is whole again; the processes it was done to."""
+    needs: Mapping[str, Any] = field(default_factory=dict)
+    """Parts of the configuration that a cluster must be started with; nothing: any cluster will do."""
+    may_break_streams: bool = False
+    """Answers that pass through the process that dies break; nobody else holds their connections."""
+
+
+def _engine(role: str, number: signal.Signals) -> Callable[[RunningCluster, Processes], list[Process]]:
+    """To rank 0 of an engine of a role."""
+
+    def disturb(cluster: RunningCluster, processes: Processes) -> list[Process]:
+        before = [replica for replica in cluster.replicas() if replica["role"] == role]
+        victim = next(rank for rank in processes.ranks() if rank.pid == before[0]["pid"])
+        processes.send(victim, number)
+        _wait_until_replaced(cluster, role, before)
+        return [victim]
+
+    return disturb
+
+
+def _follower(role: str, number: signal.Signals) -> Callable[[RunningCluster, Processes], list[Process]]:
+    """To a rank of an engine's gang that is not the first."""
+
+    def disturb(cluster: RunningCluster, processes: Processes) -> list[Process]:
+        before = [replica for replica in cluster.replicas() if replica["role"] == role]
+        firsts = {replica["pid"] for replica in cluster.replicas()}
+        victim = next(rank for rank in processes.ranks() if rank.pid not in firsts)
+        processes.send(victim, number)
+        _wait_until_replaced(cluster, role, before)
+        return [victim]
+
+    return disturb
+
+
+def _router(number: signal.Signals) -> Callable[[RunningCluster, Processes], list[Process]]:
+    def disturb(cluster: RunningCluster, processes: Processes) -> list[Process]:
+        before = cluster.page()["router"]["peer_id"]
+        (victim,) = processes.of_deployment("Router")
+        processes.send(victim, number)
+        cluster.wait_until(
+            lambda: (cluster.page()["router"] or {"peer_id": before})["peer_id"] != before,
+            what="another router",
+            timeout_s=RECOVERY_TIMEOUT_S,
+        )
+        return [victim]
+
+    return disturb
+
+
+def _ingress(number: signal.Signals) -> Callable[[RunningCluster, Processes], list[Process]]:
+    def disturb(cluster: RunningCluster, processes: Processes) -> list[Process]:
+        before = {ingress["id"] for ingress in cluster.page()["ingresses"]}
+        victim = processes.of_deployment("Ingress")[0]
+        processes.send(victim, number)
+        cluster.wait_until(
+            lambda: any(ingress["id"] not in before for ingress in cluster.page()["ingresses"]),
+            what="another ingress",
+            timeout_s=RECOVERY_TIMEOUT_S,
+        )
+        return [victim]
+
+    return disturb
+
+
+def _nothing(cluster: RunningCluster, processes: Processes) -> list[Process]:
+    """The configuration disturbs enough."""
+    return []
+
+
+def _wait_until_replaced(cluster: RunningCluster, role: str, before: list[dict[str, Any]]) -> None:
+    old = before[0]["id"]
+
+    def is_whole() -> bool:
+        now = {replica["id"] for replica in cluster.replicas() if replica["role"] == role}
+        return len(now) == len(before) and old not in now
+
+    cluster.wait_until(is_whole, what=f"another {role} engine", timeout_s=RECOVERY_TIMEOUT_S)
+    cluster.wait_until(cluster.is_ready, what="/ready", timeout_s=RECOVERY_TIMEOUT_S)
+
+
+_GANG = {"prefill": {"parallel": {"tensor": 3}}, "decode": {"parallel": {"tensor": 3}}}
+"""The model of the quick start has 9 heads and 3 KV heads."""
+_SHORT_WAITS = {"prefill_timeout_s": 3.0, "lease_s": 3.0}
+
+SCENARIOS = (
+    Scenario(
+        name="prefill-killed", what="SIGKILL of the only prefill engine", disturb=_engine("prefill", signal.SIGKILL)
+    ),
+    Scenario(
+        name="prefill-stopped", what="SIGSTOP of the only prefill engine", disturb=_engine("prefill", signal.SIGSTOP)
+    ),
+    Scenario(name="decode-killed", what="SIGKILL of the only decode engine", disturb=_engine("decode", signal.SIGKILL)),
+    Scenario(
+        name="decode-stopped", what="SIGSTOP of the only decode engine", disturb=_engine("decode", signal.SIGSTOP)
+    ),
+    Scenario(name="router-killed", what="SIGKILL of the router", disturb=_router(signal.SIGKILL)),
+    Scenario(name="router-stopped", what="SIGSTOP of the router", disturb=_router(signal.SIGSTOP)),
+    Scenario(
+        name="ingress-killed",
+        what="SIGKILL of an ingress",
+        disturb=_ingress(signal.SIGKILL),
+        may_break_streams=True,
+    ),
+    Scenario(
+        name="ingress-stopped",
+        what="SIGSTOP of an ingress",
+        disturb=_ingress(signal.SIGSTOP),
+        may_break_streams=True,
+    ),
+    Scenario(
+        name="rank-killed",
+        what="SIGKILL of one rank of a gang",
+        disturb=_follower("decode", signal.SIGKILL),
+        needs=_GANG,
+    ),
+    Scenario(
+        name="rank-stopped",
+        what="SIGSTOP of one rank of a gang",
+        disturb=_follower("decode", signal.SIGSTOP),
+        needs=_GANG,
+    ),
+    Scenario(
+        name="blocks-corrupted",
+        what="one of four reads brings a damaged block",
+        disturb=_nothing,
+        needs={"faults": {"corrupt_reads": 0.25}},
+    ),
+    Scenario(
+        name="messages-lost",
+        what="one of twenty messages between prefill and decode vanishes",
+        disturb=_nothing,
+        needs={"faults": {"lose_messages": 0.05}, "kv_transfer": _SHORT_WAITS},
+    ),
+    Scenario(
+        name="messages-repeated",
+        what="one of five messages between prefill and decode comes twice",
+        disturb=_nothing,
+        needs={"faults": {"repeat_messages": 0.2}},
+    ),
+    Scenario(
+        name="network-slow",
+        what="messages between prefill and decode take up to 0.3 s, reads half a second longer",
+        disturb=_nothing,
+        needs={"faults": {"delay_messages_s": 0.3, "delay_reads_s": 0.5}},
+    ),
+)
+
+
+def chosen(names: list[str]) -> list[Scenario]:
+    """By name; `all` are all. Raises KeyError for another one."""
+    by_name = {scenario.name: scenario for scenario in SCENARIOS}
+    return list(SCENARIOS) if names == ["all"] else [by_name[name] for name in names]
