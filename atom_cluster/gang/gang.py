@@ -59,7 +59,7 @@ class Gang:
             raise GangError(f"the gang was not ready within {spec.start_timeout_s} s") from exc
         finally:
             if gang._card is None:
-                gang._kill()
+                gang.kill()
         return gang
 
     @property
@@ -100,7 +100,12 @@ class Gang:
         for rank, outcome in enumerate(outcomes):
             if isinstance(outcome, BaseException):
                 _log.warning("rank %d did not stop by itself: %s", rank, _reason(outcome))
-        self._kill()
+        self.kill()
+
+    def kill(self) -> None:
+        """End the processes at once. Idempotent."""
+        for worker in self._workers:
+            ray.kill(worker, no_restart=True)
 
     async def begin_drain(self) -> None:
         """Take no more requests; finish those there are. Raises `GangError` if rank 0 is dead or does not answer."""
@@ -134,10 +139,6 @@ class Gang:
     async def _all(self, calls: Iterable[Awaitable[Any]]) -> list[Any]:
         """Results of one call per rank, in order; the first failure is raised at once, with the rank's name."""
         return await asyncio.gather(*(_named(rank, call) for rank, call in enumerate(calls)))
-
-    def _kill(self) -> None:
-        for worker in self._workers:
-            ray.kill(worker, no_restart=True)
 
 
 def _create(spec: GangSpec, rank: int, group: PlacementGroup, bundle_index: int) -> ray.actor.ActorHandle:

@@ -72,8 +72,11 @@ class EngineReplica:
         try:
             await self._drain()
         except GangError as exc:
-            # There is nothing left to wait for; what remains of the gang must go all the same.
-            logger.warning("the gang failed while it finished its requests: %s", exc)
+            # Its requests wait for nothing here; they go on elsewhere as soon as its processes are gone.
+            logger.warning("the gang is ended at once, without finishing its requests: %s", exc)
+            self._gang.kill()
+            await self._announcer.withdraw()
+            return
         await self._announcer.withdraw()
         await self._gang.stop()
 
@@ -81,5 +84,7 @@ class EngineReplica:
         deadline_s = time.monotonic() + self._config.serving.drain_timeout_s
         await self._gang.begin_drain()
         # The engine is in another process: there is no event to wait for.
-        while time.monotonic() < deadline_s and not await self._gang.is_idle():  # noqa: ASYNC110
+        while time.monotonic() < deadline_s and not await self._gang.is_idle():
+            # An engine whose other ranks are dead or stand still has requests that never end.
+            await self._gang.check()
             await asyncio.sleep(_DRAIN_POLL_S)

@@ -57,6 +57,9 @@ class FakeGang:
     async def stop(self) -> None:
         self.events.append("stop")
 
+    def kill(self) -> None:
+        self.events.append("kill")
+
 
 StartReplica = Callable[..., Awaitable[Head]]
 
@@ -158,7 +161,15 @@ async def test_a_drain_takes_no_longer_than_it_may(start: StartReplica, gang: Fa
     assert gang.events[-1] == "stop" and gang.events.count("is_idle") < 10
 
 
-async def test_a_gang_that_dies_while_it_drains_is_stopped_all_the_same(
+async def test_a_gang_that_stands_still_while_it_drains_is_not_waited_for(start: StartReplica, gang: FakeGang) -> None:
+    replica = await start(drain_timeout_s=60.0)
+    gang.num_busy_polls = 10_000
+    gang.failure = GangError("rank 1: it does not answer")
+    await replica.leave()
+    assert gang.events == ["begin_drain", "is_idle", "kill"]
+
+
+async def test_a_gang_that_dies_while_it_drains_is_ended_all_the_same(
     start: StartReplica, gang: FakeGang, router_handle: FakeRouterHandle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def fail() -> bool:
@@ -167,7 +178,7 @@ async def test_a_gang_that_dies_while_it_drains_is_stopped_all_the_same(
     replica = await start()
     monkeypatch.setattr(gang, "is_idle", fail)
     await replica.leave()
-    assert gang.events[-1] == "stop" and router_handle.withdrawn == [engine_card().address]
+    assert gang.events[-1] == "kill" and router_handle.withdrawn == [engine_card().address]
 
 
 async def test_a_replica_whose_gang_did_not_start_has_nothing_to_stop(

@@ -31,24 +31,25 @@ def _engine(role: str, number: signal.Signals) -> Callable[[RunningCluster, Proc
     """To rank 0 of an engine of a role."""
 
     def disturb(cluster: RunningCluster, processes: Processes) -> list[Process]:
-        before = [replica for replica in cluster.replicas() if replica["role"] == role]
-        victim = next(rank for rank in processes.ranks() if rank.pid == before[0]["pid"])
+        before = cluster.replicas()
+        pid = next(replica["pid"] for replica in before if replica["role"] == role)
+        victim = next(rank for rank in processes.ranks() if rank.pid == pid)
         processes.send(victim, number)
-        _wait_until_replaced(cluster, role, before)
+        _wait_until_replaced(cluster, before)
         return [victim]
 
     return disturb
 
 
-def _follower(role: str, number: signal.Signals) -> Callable[[RunningCluster, Processes], list[Process]]:
-    """To a rank of an engine's gang that is not the first."""
+def _follower(number: signal.Signals) -> Callable[[RunningCluster, Processes], list[Process]]:
+    """To a rank of some engine's gang that is not the first."""
 
     def disturb(cluster: RunningCluster, processes: Processes) -> list[Process]:
-        before = [replica for replica in cluster.replicas() if replica["role"] == role]
-        firsts = {replica["pid"] for replica in cluster.replicas()}
+        before = cluster.replicas()
+        firsts = {replica["pid"] for replica in before}
         victim = next(rank for rank in processes.ranks() if rank.pid not in firsts)
         processes.send(victim, number)
-        _wait_until_replaced(cluster, role, before)
+        _wait_until_replaced(cluster, before)
         return [victim]
 
     return disturb
@@ -89,14 +90,17 @@ def _nothing(cluster: RunningCluster, processes: Processes) -> list[Process]:
     return []
 
 
-def _wait_until_replaced(cluster: RunningCluster, role: str, before: list[dict[str, Any]]) -> None:
-    old = before[0]["id"]
+def _wait_until_replaced(cluster: RunningCluster, before: list[dict[str, Any]]) -> None:
+    """Until one engine is another than before, all roles are there, and a generation goes through."""
+    old = {replica["id"] for replica in before}
+    roles = sorted(replica["role"] for replica in before)
 
     def is_whole() -> bool:
-        now = {replica["id"] for replica in cluster.replicas() if replica["role"] == role}
-        return len(now) == len(before) and old not in now
+        now = cluster.replicas()
+        has_new = any(replica["id"] not in old for replica in now)
+        return has_new and sorted(replica["role"] for replica in now) == roles
 
-    cluster.wait_until(is_whole, what=f"another {role} engine", timeout_s=RECOVERY_TIMEOUT_S)
+    cluster.wait_until(is_whole, what="another engine", timeout_s=RECOVERY_TIMEOUT_S)
     cluster.wait_until(cluster.is_ready, what="/ready", timeout_s=RECOVERY_TIMEOUT_S)
 
 
@@ -132,13 +136,13 @@ SCENARIOS = (
     Scenario(
         name="rank-killed",
         what="SIGKILL of one rank of a gang",
-        disturb=_follower("decode", signal.SIGKILL),
+        disturb=_follower(signal.SIGKILL),
         needs=_GANG,
     ),
     Scenario(
         name="rank-stopped",
         what="SIGSTOP of one rank of a gang",
-        disturb=_follower("decode", signal.SIGSTOP),
+        disturb=_follower(signal.SIGSTOP),
         needs=_GANG,
     ),
     Scenario(
