@@ -83,12 +83,13 @@ def drill(
             for scenario in group:
                 results.append(_run(scenario, cluster, processes, load))
                 report(_line(results[-1]))
+                if output is not None:
+                    # Each time: a drill takes long, and may be interrupted.
+                    output.write_text(json.dumps([_as_json(result) for result in results], indent=1) + "\n")
     for result in results:
         for text in (result.problem, *result.outcome.lost[:3], *result.outcome.wrong[:3], *result.outcome.broken[:3]):
             if text:
                 report(f"{result.scenario.name}: {text}")
-    if output is not None:
-        output.write_text(json.dumps([_as_json(result) for result in results], indent=1) + "\n", encoding="utf-8")
     return all(result.holds for result in results)
 
 
