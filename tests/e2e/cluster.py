@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from atom_cluster.tools.drill import cluster
-from atom_cluster.tools.drill.cluster import RunningCluster, free_port, tail, with_args
+from atom_cluster.tools.drill.cluster import RunningCluster, with_args
 
-__all__ = ["REPO", "RunningCluster", "free_port", "serve_run", "tail", "with_args"]
+__all__ = ["REPO", "RunningCluster", "serve_run", "with_args"]
 
 REPO = Path(__file__).resolve().parents[2]
 

@@ -11,7 +11,6 @@ import http.client
 import json
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -131,7 +130,7 @@ class Load:
         answers = [self._ask(question) for question in range(_NUM_QUESTIONS)]
         with ThreadPoolExecutor(_NUM_QUESTIONS) as pool:
             again = list(pool.map(self._ask, range(_NUM_QUESTIONS)))
-        different = Counter(a == b for a, b in zip(answers, again))[False]
+        different = sum(before != after for before, after in zip(answers, again))
         if different:
             raise DrillError(
                 f"{different} of {_NUM_QUESTIONS} greedy answers depend on what else runs, without any fault; use a "

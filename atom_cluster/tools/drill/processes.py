@@ -10,7 +10,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray.util.state import list_actors
 
 _RANK_CLASS = "Worker"
-_REPLICA_CLASS = "ServeReplica:{application}:{deployment}"
+_REPLICA_CLASS = "ServeReplica:atom:{deployment}"
+"""All files in configs/ call the application atom."""
 _MAX_ACTORS = 10_000
 _TIMEOUT_S = 30.0
 
@@ -26,9 +27,8 @@ class Process:
 class Processes:
     """The actors of the Ray cluster that this process is connected to."""
 
-    def __init__(self, *, application: str = "atom") -> None:
+    def __init__(self) -> None:
         """Connects to the Ray cluster of this host unless there is a connection already."""
-        self._application = application
         if not ray.is_initialized():
             ray.init(address="auto", namespace="atom-drill", log_to_driver=False, logging_level="warning")
         self._own_node = ray.get_runtime_context().get_node_id()
@@ -40,7 +40,7 @@ class Processes:
 
     def of_deployment(self, name: str) -> list[Process]:
         """Replicas of a Serve deployment, such as Router or Ingress; for engines, their heads."""
-        return self._of_class(_REPLICA_CLASS.format(application=self._application, deployment=name))
+        return self._of_class(_REPLICA_CLASS.format(deployment=name))
 
     def ranks(self) -> list[Process]:
         """Every rank of every gang."""

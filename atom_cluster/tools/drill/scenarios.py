@@ -108,43 +108,37 @@ _GANG = {"prefill": {"parallel": {"tensor": 3}}, "decode": {"parallel": {"tensor
 """The model of the quick start has 9 heads and 3 KV heads."""
 _SHORT_WAITS = {"prefill_timeout_s": 3.0, "lease_s": 3.0}
 
+
+def _signalled(verb: str, number: signal.Signals) -> tuple[Scenario, ...]:
+    """What a signal does to each kind of process."""
+    return (
+        Scenario(
+            name=f"prefill-{verb}", what=f"{number.name} of the only prefill engine", disturb=_engine("prefill", number)
+        ),
+        Scenario(
+            name=f"decode-{verb}", what=f"{number.name} of the only decode engine", disturb=_engine("decode", number)
+        ),
+        Scenario(name=f"router-{verb}", what=f"{number.name} of the router", disturb=_router(number)),
+        Scenario(
+            name=f"ingress-{verb}",
+            what=f"{number.name} of an ingress",
+            disturb=_ingress(number),
+            may_break_streams=True,
+        ),
+        Scenario(
+            name=f"rank-{verb}",
+            what=f"{number.name} of one rank of a gang",
+            disturb=_follower(number),
+            needs=_GANG,
+        ),
+    )
+
+
+_SIGNALLED = (*_signalled("killed", signal.SIGKILL), *_signalled("stopped", signal.SIGSTOP))
+
 SCENARIOS = (
-    Scenario(
-        name="prefill-killed", what="SIGKILL of the only prefill engine", disturb=_engine("prefill", signal.SIGKILL)
-    ),
-    Scenario(
-        name="prefill-stopped", what="SIGSTOP of the only prefill engine", disturb=_engine("prefill", signal.SIGSTOP)
-    ),
-    Scenario(name="decode-killed", what="SIGKILL of the only decode engine", disturb=_engine("decode", signal.SIGKILL)),
-    Scenario(
-        name="decode-stopped", what="SIGSTOP of the only decode engine", disturb=_engine("decode", signal.SIGSTOP)
-    ),
-    Scenario(name="router-killed", what="SIGKILL of the router", disturb=_router(signal.SIGKILL)),
-    Scenario(name="router-stopped", what="SIGSTOP of the router", disturb=_router(signal.SIGSTOP)),
-    Scenario(
-        name="ingress-killed",
-        what="SIGKILL of an ingress",
-        disturb=_ingress(signal.SIGKILL),
-        may_break_streams=True,
-    ),
-    Scenario(
-        name="ingress-stopped",
-        what="SIGSTOP of an ingress",
-        disturb=_ingress(signal.SIGSTOP),
-        may_break_streams=True,
-    ),
-    Scenario(
-        name="rank-killed",
-        what="SIGKILL of one rank of a gang",
-        disturb=_follower(signal.SIGKILL),
-        needs=_GANG,
-    ),
-    Scenario(
-        name="rank-stopped",
-        what="SIGSTOP of one rank of a gang",
-        disturb=_follower(signal.SIGSTOP),
-        needs=_GANG,
-    ),
+    # Those that any cluster will do for come first, so that they share one.
+    *sorted(_SIGNALLED, key=lambda scenario: bool(scenario.needs)),
     Scenario(
         name="blocks-corrupted",
         what="one of four reads brings a damaged block",
