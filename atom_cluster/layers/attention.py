@@ -19,7 +19,9 @@ from atom_cluster.layers.linear import ColumnLinear, Output, RowLinear
 from atom_cluster.layers.module import CachingModule
 from atom_cluster.layers.norm import RmsNorm
 from atom_cluster.layers.rotary import RotaryTable
+from atom_cluster.ops.activation import GateAndMul
 from atom_cluster.ops.attention import HeadNorms, Rotation
+from atom_cluster.ops.linear import LinearOp
 from atom_cluster.parallel.collectives import all_reduce_sum
 from atom_cluster.parallel.sharding import Span, WeightPart, WeightParts, even_span, kv_head_span
 
@@ -127,8 +129,17 @@ class Attention(CachingModule):
 
     def __call__(self, x_TM: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
         """[T, M] -> [T, M]; writes the step's KV into its cache."""
-        num_tokens = x_TM.shape[0]
-        query, key, value = torch.split(self.qkv(x_TM), self._split, dim=-1)
+        return self.behind_first(self.qkv(x_TM), inputs)
+
+    @property
+    def first(self) -> tuple[LinearOp, GateAndMul | None]:
+        """The product that its inputs go into, and nothing else; no activation."""
+        return self.qkv.op, None
+
+    def behind_first(self, qkv_TO: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
+        """[T, queries, keys and values of this rank side by side] -> [T, M]; writes the step's KV into its cache."""
+        num_tokens = qkv_TO.shape[0]
+        query, key, value = torch.split(qkv_TO, self._split, dim=-1)
         gate: torch.Tensor | None = None
         if self._spec.has_output_gate:
             query, gate = query.reshape(num_tokens, -1, 2 * self._spec.head_dim).chunk(2, dim=-1)

@@ -8,7 +8,7 @@ from atom_cluster.layers.context import LayerContext
 from atom_cluster.layers.linear import ColumnLinear, Output, RowLinear
 from atom_cluster.layers.module import Module
 from atom_cluster.ops.activation import GateAndMul
-from atom_cluster.ops.linear import gated_product
+from atom_cluster.ops.linear import LinearOp, gated_product
 from atom_cluster.parallel.sharding import even_span
 
 
@@ -42,4 +42,13 @@ class GatedMlp(Module):
 
     def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
         """[T, D] -> [T, D]"""
-        return self.down(gated_product(self.gate_up.op, x_TD, self._activation))
+        return self.behind_first(gated_product(self.gate_up.op, x_TD, self._activation))
+
+    @property
+    def first(self) -> tuple[LinearOp, GateAndMul | None]:
+        """The product that its inputs go into, and nothing else, and its activation."""
+        return self.gate_up.op, self._activation
+
+    def behind_first(self, y_TI: torch.Tensor) -> torch.Tensor:
+        """[T, intermediate dims of this rank] -> [T, D]"""
+        return self.down(y_TI)

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 
 from atom_cluster.layers.context import LayerContext
 from atom_cluster.layers.module import Module
+from atom_cluster.ops.activation import GateAndMul
+from atom_cluster.ops.linear import LinearOp, normalized_product
 from atom_cluster.parallel.sharding import Span, WeightPart, WeightParts, whole
 
 
@@ -58,6 +60,14 @@ class RmsNorm(Module):
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(norm of x + residual, x + residual); `residual` may be overwritten."""
         return self._ops.add_rms_norm(x, residual, self.weight_D, self._eps)
+
+    def add_and_multiply(
+        self, x_TI: torch.Tensor, residual_TI: torch.Tensor, op: LinearOp, activation: GateAndMul | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(product of the norm of x + residual, and what the activation makes of it, x + residual), as `add` and the op
+        would give; `residual_TI` may be overwritten."""
+        norm, weight_I = self._ops.add_rms_norm, self.weight_D
+        return normalized_product(op, norm, x_TI, residual_TI, weight_I, self._eps, activation)
 
 
 class LayerNorm(Module):

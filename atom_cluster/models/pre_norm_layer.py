@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 
@@ -10,6 +10,8 @@ from atom_cluster.layers.context import LayerContext
 from atom_cluster.layers.forward_batch import LayerInputs
 from atom_cluster.layers.module import Module
 from atom_cluster.layers.norm import RmsNorm
+from atom_cluster.ops.activation import GateAndMul
+from atom_cluster.ops.linear import LinearOp
 
 
 class SelfAttention(Protocol):
@@ -25,6 +27,20 @@ class FeedForward(Protocol):
 
     def __call__(self, x_TD: torch.Tensor, /) -> torch.Tensor:
         """[T, D] -> [T, D]"""
+        ...
+
+
+@runtime_checkable
+class StartsWithProduct(Protocol):
+    """What attention and MLP may be: their inputs go into one product and nowhere else."""
+
+    @property
+    def first(self) -> tuple[LinearOp, GateAndMul | None]:
+        """The product and its activation."""
+        ...
+
+    def behind_first(self, y_TO: torch.Tensor, *inputs: LayerInputs) -> torch.Tensor:
+        """[T, O] -> [T, D]: as when called, from the product on."""
         ...
 
 
@@ -51,12 +67,24 @@ class PreNormLayer(Module):
         self.attention = attention
         self.mlp_norm = norm(mlp_norm_name)
         self.mlp = mlp
+        # Once: to check a protocol takes as long as a small kernel.
+        self._attention_starts_with_product = isinstance(attention, StartsWithProduct)
+        self._mlp_starts_with_product = isinstance(mlp, StartsWithProduct)
 
     def __call__(
         self, x_TD: torch.Tensor, residual_TD: torch.Tensor, inputs: LayerInputs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(output of the layer before, residual stream without it) -> the same of this layer."""
-        x_TD, residual_TD = self.attention_norm.add(x_TD, residual_TD)
-        x_TD = self.attention(x_TD, inputs)
+        if self._attention_starts_with_product:
+            attention = cast("StartsWithProduct", self.attention)
+            y_TO, residual_TD = self.attention_norm.add_and_multiply(x_TD, residual_TD, *attention.first)
+            x_TD = attention.behind_first(y_TO, inputs)
+        else:
+            x_TD, residual_TD = self.attention_norm.add(x_TD, residual_TD)
+            x_TD = self.attention(x_TD, inputs)
+        if self._mlp_starts_with_product:
+            mlp = cast("StartsWithProduct", self.mlp)
+            y_TO, residual_TD = self.mlp_norm.add_and_multiply(x_TD, residual_TD, *mlp.first)
+            return mlp.behind_first(y_TO), residual_TD
         x_TD, residual_TD = self.mlp_norm.add(x_TD, residual_TD)
         return self.mlp(x_TD), residual_TD

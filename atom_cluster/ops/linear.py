@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 
 from atom_cluster.ops.activation import GateAndMul
+from atom_cluster.ops.norm import AddRmsNorm
 
 
 class LinearOp(Protocol):
@@ -36,6 +37,41 @@ def gated_product(op: LinearOp, x_TI: torch.Tensor, activation: GateAndMul) -> t
     # Asked for by its name: to check a protocol takes as long as a small kernel.
     gated: GatedProduct | None = getattr(op, "gated", None)
     return activation(op(x_TI)) if gated is None else gated(x_TI, activation)
+
+
+class NormalizedProduct(Protocol):
+    """What a LinearOp may have as its method `normalized`: a norm, the product and its activation in one kernel."""
+
+    def __call__(
+        self,
+        x_TI: torch.Tensor,
+        residual_TI: torch.Tensor,
+        weight_I: torch.Tensor,
+        eps: float,
+        activation: GateAndMul | None,
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(product of what `AddRmsNorm` normalises, or what the activation makes of it; the sum). None where kernels of
+        their own are faster; nothing was done then."""
+        ...
+
+
+def normalized_product(
+    op: LinearOp,
+    norm: AddRmsNorm,
+    x_TI: torch.Tensor,
+    residual_TI: torch.Tensor,
+    weight_I: torch.Tensor,
+    eps: float,
+    activation: GateAndMul | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """([T, in], [T, in]) -> ([T, out], or [T, out / 2] with an activation; [T, in]): an op's outputs for the normalised
+    sum of a layer's output and the residual stream, and that sum. May overwrite `residual_TI`, as the norm may."""
+    normalized: NormalizedProduct | None = getattr(op, "normalized", None)
+    found = None if normalized is None else normalized(x_TI, residual_TI, weight_I, eps, activation)
+    if found is not None:
+        return found
+    x_TI, residual_TI = norm(x_TI, residual_TI, weight_I, eps)
+    return op(x_TI) if activation is None else gated_product(op, x_TI, activation), residual_TI
 
 
 class PrepareLinear(Protocol):

@@ -3,7 +3,8 @@
     python -m benchmarks.ops.tune_linear --kind bfloat16 --tokens 1 2 4 8 16 32 64 128
 
 Lines of the result go into `atom_cluster/ops/triton/tuning/linear.<arch>.json`. Weights are taken in turn from more
-memory than the caches hold, in a captured graph, as in decoding.
+memory than the caches hold, in a captured graph, as in decoding. With `--hopper`, ways to cut products for sm_90's own
+kernel are timed next to the kernel that would be taken without it, for the part `gemm_hopper` of that file.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import multiprocessing
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -24,8 +25,12 @@ from triton.runtime.errors import OutOfResources
 
 from atom_cluster.ops.triton.codes import KIND_NAMES, PackedWeight
 from atom_cluster.ops.triton.gemm import GemmBlocks, Scales, gemm
+from atom_cluster.ops.triton.gemm_hopper import gemm_hopper
+from atom_cluster.ops.triton.gemm_hopper_cut import LINE_BYTES, MAX_SPLITS, PIECE, HopperBlocks, stages_with_room
 from atom_cluster.ops.triton.gemm_packed import dequantize_packed, gemm_packed
 from atom_cluster.ops.triton.gemv import MAX_TOKENS, gemv
+from atom_cluster.ops.triton.linear_blocks import GEMM, GEMM_HOPPER, MAX_TUNED_TOKENS, choose
+from atom_cluster.ops.triton.linear_blocks import gemm_blocks as blocks_of_choice
 from tests.ops.triton.compile_kernels import CHIPS, compile_launch
 
 PACKED_SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (8192, 28672))
@@ -39,6 +44,11 @@ FLOAT8_SHAPES = (
     (2112, 7168), (24576, 1536), (7168, 16384), (36864, 7168), (7168, 18432), (4096, 7168), (7168, 2048),
 )  # fmt: skip
 SHAPES = {"bfloat16": BFLOAT16_SHAPES, "float8": FLOAT8_SHAPES, "float8_block": FLOAT8_SHAPES}
+HOPPER_CUTS = ((1, 1), (1, 2), (2, 1), (2, 2), (3, 1))
+"""Groups, pieces."""
+HOPPER_MULTIPROCESSORS = 132
+WORTHWHILE = 1.03
+"""How much faster a kernel has to be than the one that was taken."""
 CACHE_BYTES = 200e6
 GRAPH_BYTES = 1e9
 
@@ -83,6 +93,30 @@ def gemm_blocks(num_tokens: int, num_out: int, num_in: int, element_bytes: int, 
             )
             if blocks not in found:
                 found.append(blocks)
+    return found
+
+
+def hopper_blocks(
+    num_tokens: int, num_out: int, num_in: int, element_bytes: int, *, is_grouped: bool
+) -> list[HopperBlocks]:
+    tokens = min(128, max(32 if is_grouped else 16, 1 << (num_tokens - 1).bit_length()))
+    turns = -(-num_in * element_bytes // LINE_BYTES)
+    found = []
+    room = HOPPER_MULTIPROCESSORS
+    for groups, pieces in HOPPER_CUTS:
+        tiles = -(-num_out // (groups * pieces * PIECE)) * -(-num_tokens // tokens)
+        most = max(1, min(MAX_SPLITS, room // tiles, turns // 2))
+        if tiles > 3 * room:
+            continue
+        for splits in {most, -(-most // 2)} if most > 2 else {most}:
+            blocks = HopperBlocks(groups=groups, pieces=pieces, tokens=tokens, splits=splits, num_stages=16)
+            stages = min(16, stages_with_room(blocks, is_grouped=is_grouped), max(groups, 2, -(-turns // splits)))
+            if stages < max(2, groups) or (tiles * splits < 60 and splits < most):
+                continue
+            blocks = replace(blocks, num_stages=stages)
+            found.append(blocks)
+            if tokens == 16 and stages % 2 == 0:
+                found.append(replace(blocks, lines=2))
     return found
 
 
@@ -155,10 +189,11 @@ class Problem:
             self.x = torch.randn(num_tokens, num_in, device=device).to(dtype)
         self.out = torch.empty(num_tokens, num_out, dtype=torch.bfloat16, device=device)
         self.counters = torch.zeros(4096, dtype=torch.int32, device=device)
+        self.rounds = torch.zeros_like(self.counters)
         self.scales: Scales | None = None
         if self.is_grouped:
             groups, rows = -(-num_in // 128), -(-num_out // 128)
-            x_scale = torch.rand(num_tokens, groups, device=device) + 0.5
+            x_scale = (torch.rand(groups, -(-num_tokens // 4) * 4, device=device) + 0.5).T[:num_tokens]
             self.scales = Scales(
                 of_tokens_TG=x_scale,
                 of_outputs=torch.rand(rows, groups, device=device) + 0.5,
@@ -187,7 +222,23 @@ class Problem:
             x, weight = x * x_scale, weight * w_scale
         return x @ weight.T
 
-    def launches(self) -> dict[str, Callable[[torch.Tensor], object]]:
+    def hopper_launches(self) -> dict[str, Callable[[torch.Tensor], object]]:
+        num_out, num_in, num_tokens = self.shape
+        found: dict[str, Callable[[torch.Tensor], object]] = {}
+        for blocks in hopper_blocks(num_tokens, num_out, num_in, self.x.itemsize, is_grouped=self.is_grouped):
+            found[json.dumps({"kernel": GEMM_HOPPER, **asdict(blocks)})] = lambda weight, blocks=blocks: gemm_hopper(
+                self.x, weight, None, self.out, self.rounds, blocks, self.scales
+            )
+        choice = choose(self.kind, num_out, num_in, min(num_tokens, MAX_TUNED_TOKENS))
+        if choice["kernel"] == GEMM:
+            found[json.dumps(choice)] = lambda weight: gemm(
+                self.x, weight, None, self.out, self.counters, blocks_of_choice(choice), self.scales
+            )
+        return found
+
+    def launches(self, *, hopper: bool = False) -> dict[str, Callable[[torch.Tensor], object]]:
+        if hopper:
+            return self.hopper_launches()
         num_out, num_in, num_tokens = self.shape
         found: dict[str, Callable[[torch.Tensor], object]] = {}
         if self.is_packed:
@@ -257,13 +308,16 @@ def seconds(launch: Callable[[torch.Tensor], object], weights: list[torch.Tensor
     return sorted(times)[1] / count / 1e3
 
 
-def distinct(problems: list[tuple[int, int, int, str]]) -> list[tuple[tuple[int, int, int, str], str]]:
+def distinct(problems: list[tuple[int, int, int, str]], *, hopper: bool) -> list[tuple[tuple[int, int, int, str], str]]:
     """One problem for each kernel that differs."""
     found: dict[tuple[object, ...], tuple[tuple[int, int, int, str], str]] = {}
     for problem in problems:
         num_out, num_in, tokens, _ = problem
-        for name in Problem(*problem, "cpu").launches():
+        for name in Problem(*problem, "cpu").launches(hopper=hopper):
             cut = json.loads(name)
+            if cut["kernel"] == GEMM_HOPPER:
+                found.setdefault((name, problem[3], num_out % 16 == 0), (problem, name))
+                continue
             rows = cut.get("block_out", 1)
             step = cut.get("block_in") or cut["inputs"] * cut["splits"]
             found.setdefault((name, tokens, num_out % rows == 0, num_in % step == 0), (problem, name))
@@ -275,14 +329,15 @@ def compile_ahead(task: tuple[tuple[int, int, int, str], str]) -> None:
     problem, name = task
     there = Problem(*problem, "cpu")
     with contextlib.suppress(OutOfResources, RuntimeError):
-        compile_launch(lambda: there.launches()[name](there.weights[0]), CHIPS[arch()])
+        hopper = json.loads(name)["kernel"] == GEMM_HOPPER
+        compile_launch(lambda: there.launches(hopper=hopper)[name](there.weights[0]), CHIPS[arch()])
 
 
-def measured(problem: Problem) -> list[tuple[float, str]]:
+def measured(problem: Problem, *, hopper: bool) -> list[tuple[float, str]]:
     """Microseconds and name of each way, fastest first. What is wrong or fails is printed."""
     expected = problem.expected()
     results = []
-    for name, launch in {**problem.launches(), **problem.library()}.items():
+    for name, launch in {**problem.launches(hopper=hopper), **problem.library()}.items():
         problem.out.fill_(torch.nan)
         try:
             got = launch(problem.weights[0])
@@ -313,12 +368,13 @@ def main() -> None:
     parser.add_argument("--first-shape", type=int, default=0)
     parser.add_argument("--shown", type=int, default=2)
     parser.add_argument("--limit", type=float, default=1e9, help="seconds")
+    parser.add_argument("--hopper", action="store_true")
     args = parser.parse_args()
     begun = time.monotonic()
     shapes = SHAPES.get(args.kind, PACKED_SHAPES)[args.first_shape :]
     problems = [(*shape, tokens, args.kind) for shape, tokens in itertools.product(shapes, args.tokens)]
     with concurrent.futures.ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(compile_ahead, distinct(problems)))
+        list(pool.map(compile_ahead, distinct(problems, hopper=args.hopper)))
     print(f"compiled {time.monotonic() - begun:.1f} s", flush=True)
     for num_out, num_in in shapes:
         size = int(num_out * num_in * {"bfloat16": 2, "int4": 0.5, "float4": 0.5}.get(args.kind, 1))
@@ -329,17 +385,24 @@ def main() -> None:
                 return
             problem = Problem(num_out, num_in, tokens, args.kind, "cuda", 0)
             problem.weights = weights
-            results = measured(problem)
+            results = measured(problem, hopper=args.hopper)
             # The library is kept where it wins by more than what overlapping gives our kernels in a row of layers.
             best = results[0]
-            if best[1] == "library" and len(results) > 1 and results[1][0] < 1.03 * best[0]:
-                best = results[1]
-            choice = {"kernel": "library"} if best[1] == "library" else json.loads(best[1])
-            print("ROW " + json.dumps([args.kind, num_out, num_in, tokens, choice]).replace(" ", ""))
             library = next((time_us for time_us, name in results if name == "library"), 0.0)
             shown = ", ".join(f"{time_us:.1f} us {name}" for time_us, name in results[: args.shown])
             short = shown.translate(str.maketrans("", "", '"{}'))
             print(f"{num_out}x{num_in} {tokens} library {library:.1f} us | {short}", flush=True)
+            if args.hopper:
+                others = min(time_us for time_us, name in results if GEMM_HOPPER not in name)
+                is_worthwhile = WORTHWHILE * best[0] <= others
+                cut = json.loads(best[1]) if is_worthwhile else {}
+                cut.pop("kernel", None)
+                print("ROW " + json.dumps([GEMM_HOPPER, args.kind, num_out, num_in, tokens, cut]).replace(" ", ""))
+                continue
+            if best[1] == "library" and len(results) > 1 and results[1][0] < 1.03 * best[0]:
+                best = results[1]
+            choice = {"kernel": "library"} if best[1] == "library" else json.loads(best[1])
+            print("ROW " + json.dumps([args.kind, num_out, num_in, tokens, choice]).replace(" ", ""))
 
 
 if __name__ == "__main__":

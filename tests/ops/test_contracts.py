@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from atom_cluster.config.ops import OpsConfig
-from atom_cluster.ops.linear import gated_product
+from atom_cluster.ops.linear import gated_product, normalized_product
 from atom_cluster.ops.select import select_ops
 from atom_cluster.ops.table import OpTable
 from atom_cluster.platform.detect import detect_platform
@@ -63,6 +63,19 @@ def test_gates_of_a_linear_op(case: tuple[OpTable, torch.dtype], num_tokens: int
     op = ops.prepare_linear(randn(10, 24, dtype=dtype, seed=1), randn(10, dtype=dtype, seed=2), dtype=dtype)
     x, activation = randn(num_tokens, 24, dtype=dtype), getattr(ops, name)
     assert_matches(gated_product(op, x, activation), activation(op(x)).double(), dtype)
+
+
+@pytest.mark.parametrize("name", [None, "silu_and_mul"])
+def test_normalized_product(case: tuple[OpTable, torch.dtype], name: str | None) -> None:
+    ops, dtype = case
+    activation = None if name is None else getattr(ops, name)
+    op = ops.prepare_linear(randn(10, 24, dtype=dtype), None, dtype=dtype)
+    x, residual, weight = randn(3, 24, dtype=dtype, seed=1), randn(3, 24, dtype=dtype, seed=2), randn(24, dtype=dtype)
+    normed, total = ops.add_rms_norm(x, residual.clone(), weight, 1e-5)
+    expected = op(normed) if activation is None else activation(op(normed))
+    y, found = normalized_product(op, ops.add_rms_norm, x, residual, weight, 1e-5, activation)
+    assert torch.equal(found, total)
+    assert_matches(y, expected.double(), dtype)
 
 
 @pytest.mark.parametrize("shape", [(7, 24), (3, 5, 24)])

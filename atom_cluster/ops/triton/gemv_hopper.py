@@ -3,6 +3,7 @@
 A program's first weights are on their way into its shared memory before its inputs are there. The matrix units want
 64 rows and eight columns, whatever there is: rows are outputs times parts of the inputs, columns the same parts times
 tokens, and of what they give only a row with its own part counts, so that a program needs few outputs to be busy.
+What becomes of inputs before, a norm or rounding, every program works out for itself: that takes less than a kernel.
 Written in Gluon, which Triton calls experimental; `gemv` and `gemm` do without.
 Shape suffixes: T tokens, I inputs, O outputs.
 """
@@ -44,6 +45,8 @@ class GemvBlocks:
     num_warps: int
     """Sixteen rows each; a multiple of 4."""
     num_stages: int
+    norms: bool = False
+    """Whether it is worth while to normalise inputs on the way, which every program does for itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,19 +63,34 @@ class Rounding:
     """Inputs beyond it are cut off."""
 
 
-def num_parts(num_tokens: int) -> int:
-    """Into which the inputs are cut."""
-    return COLUMNS // triton.next_power_of_2(num_tokens)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Norm:
+    """What becomes of inputs before they are multiplied: they are added to the residual stream and normalised."""
+
+    residual_TI: torch.Tensor
+    weight_I: torch.Tensor
+    eps: float
+    sum_TI: torch.Tensor
+    """The residual stream with the inputs: a result, in other memory."""
+
+
+def num_parts(num_tokens: int, num_in: int, step: int) -> int:
+    """Into which the inputs are cut, at most; 0 where whole steps do not make them up."""
+    parts = COLUMNS // triton.next_power_of_2(num_tokens)
+    while parts and num_in % (step * parts):
+        parts //= 2
+    return parts
 
 
 def is_fit(x_TI: torch.Tensor, weight_OI: torch.Tensor, step: int) -> bool:
-    """Whether the kernel takes these. step: inputs that are read at a time."""
+    """Whether the kernel takes these, and has enough programs. step: inputs that are read at a time."""
+    num_tokens, num_in = x_TI.shape
+    parts = num_parts(num_tokens, num_in, step) if 0 < num_tokens <= MAX_TOKENS else 0
     return (
         runtime.is_hopper()
-        and 0 < len(x_TI) <= MAX_TOKENS
+        and 2 * parts * triton.next_power_of_2(num_tokens) >= COLUMNS
         and x_TI.dtype.itemsize == 2
-        and x_TI.shape[1] * COLUMNS // num_parts(len(x_TI)) <= _MAX_INPUTS
-        and weight_OI.shape[1] % (step * num_parts(len(x_TI))) == 0
+        and num_in * COLUMNS // parts <= _MAX_INPUTS
         and x_TI.stride(1) == weight_OI.stride(1) == 1
         and x_TI.stride(0) % _ALIGNMENT == weight_OI.stride(0) % _ALIGNMENT == 0
         and x_TI.data_ptr() % 16 == weight_OI.data_ptr() % 16 == 0
@@ -87,17 +105,20 @@ def gemv_hopper(
     blocks: GemvBlocks,
     rounding: Rounding | None = None,
     *,
+    norm: Norm | None = None,
     gates: bool = False,
 ) -> None:
     """out = x @ weight.T + bias, summed in float32, or with float8 weights, of rounded inputs.
+
+    norm: of what `ops.norm.AddRmsNorm` makes of the inputs instead. All but its weight lie like the inputs.
 
     gates: outputs are silu(first half) * second half instead, of halves rounded to the dtype of the outputs.
     """
     num_tokens, num_in = x_TI.shape
     num_out = len(weight_OI)
-    parts = num_parts(num_tokens)
+    parts = num_parts(num_tokens, num_in, blocks.inputs)
     is_blockwise = rounding is not None and rounding.block[1] < num_in
-    assert num_in % (blocks.inputs * parts) == 0 and not (is_blockwise and blocks.inputs != ROUNDED_GROUP)
+    assert parts > 0 and not (is_blockwise and blocks.inputs != ROUNDED_GROUP)
     outputs = 16 * blocks.num_warps // parts
     _gemv_hopper_kernel[(triton.cdiv(num_out, outputs),)](
         x_TI,
@@ -105,6 +126,10 @@ def gemv_hopper(
         out_TO if rounding is None else rounding.of_outputs,
         out_TO if bias_O is None else bias_O,
         out_TO,
+        x_TI if norm is None else norm.residual_TI,
+        x_TI if norm is None else norm.weight_I,
+        x_TI if norm is None else norm.sum_TI,
+        0.0 if norm is None else norm.eps,
         num_tokens,
         num_out,
         x_TI.stride(0) // _ALIGNMENT,
@@ -114,10 +139,13 @@ def gemv_hopper(
         0.0 if rounding is None else rounding.limit,
         0.0 if rounding is None else rounding.max_abs,
         NUM_IN=num_in,
-        TOKENS=triton.next_power_of_2(num_tokens),
+        ITEM_BYTES=weight_OI.element_size(),
+        TOKENS=COLUMNS // parts,
         SCALES=0 if rounding is None else 2 if is_blockwise else 1,
         SCALE_O=1 if rounding is None else rounding.block[0],
         HAS_BIAS=bias_O is not None,
+        HAS_NORM=norm is not None,
+        IS_WIDE=norm is not None and norm.weight_I.element_size() > x_TI.element_size(),
         GATES=gates,
         BLOCK_I=blocks.inputs,
         STAGES=blocks.num_stages,
@@ -133,6 +161,10 @@ def _gemv_hopper_kernel(
     scale_ptr,
     bias_ptr,
     out_ptr,
+    residual_ptr,
+    norm_ptr,
+    sum_ptr,
+    eps,
     num_tokens,
     num_out,
     x_sixteenths,
@@ -142,10 +174,13 @@ def _gemv_hopper_kernel(
     limit,
     max_abs,
     NUM_IN: gl.constexpr,
+    ITEM_BYTES: gl.constexpr,
     TOKENS: gl.constexpr,
     SCALES: gl.constexpr,
     SCALE_O: gl.constexpr,
     HAS_BIAS: gl.constexpr,
+    HAS_NORM: gl.constexpr,
+    IS_WIDE: gl.constexpr,
     GATES: gl.constexpr,
     BLOCK_I: gl.constexpr,
     STAGES: gl.constexpr,
@@ -154,19 +189,18 @@ def _gemv_hopper_kernel(
     begin at multiples of sixteen. GATES: outputs take turns with those that they are the gates of."""
     warps: gl.constexpr = gl.num_warps()
     dtype: gl.constexpr = weight_ptr.dtype.element_ty
-    item_bits: gl.constexpr = dtype.primitive_bitwidth
     ROWS: gl.constexpr = 16 * warps
     PARTS: gl.constexpr = 8 // TOKENS
     OUTPUTS: gl.constexpr = ROWS // PARTS
     PART_I: gl.constexpr = NUM_IN // PARTS
     TURNS: gl.constexpr = PART_I // BLOCK_I
-    vector: gl.constexpr = 128 // item_bits
+    vector: gl.constexpr = 16 // ITEM_BYTES
     wide_lanes: gl.constexpr = min(32, BLOCK_I // vector)
     wide: gl.constexpr = gl.BlockedLayout([1, vector], [32 // wide_lanes, wide_lanes], [warps, 1], [1, 0])
     x_lanes: gl.constexpr = min(32, BLOCK_I // 8)
     x_layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // x_lanes, x_lanes], [warps, 1], [1, 0])
     column_layout: gl.constexpr = gl.SliceLayout(1, x_layout)
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, 8, 256 // item_bits])
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, 8, 32 // ITEM_BYTES])
     out_layout: gl.constexpr = gl.BlockedLayout([1, 1], [32 // TOKENS, TOKENS], [warps, 1], [1, 0])
     weight_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_I], dtype)
     x_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([8, BLOCK_I], dtype)
@@ -197,25 +231,50 @@ def _gemv_hopper_kernel(
         x_scale_smem = gl.allocate_shared_memory(gl.float32, [TURNS, 8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     if HAS_BIAS:
         bias = gl.load(bias_ptr + _output(out_output, num_out, GATES)).to(gl.float32)
+    column = gl.arange(0, 8, layout=column_layout)
+    token = column % TOKENS
+    x_inside = gl.arange(0, BLOCK_I, layout=gl.SliceLayout(0, x_layout))[None, :]
+    x_offset = (token.to(gl.int64) * (x_sixteenths * 16) + (column // TOKENS) * PART_I)[:, None] + x_inside
+    x_ptrs = x_ptr + x_offset
+    is_token = (token < num_tokens)[:, None]
+    if HAS_NORM:
+        norm_weights = gl.tuple(())
+        for turn in gl.static_range(TURNS):
+            norm_ptrs = norm_ptr + ((column // TOKENS) * PART_I)[:, None] + x_inside
+            norm_weights = norm_weights + (gl.load(norm_ptrs + turn * BLOCK_I),)
     gdc_launch_dependents()
     gdc_wait()
 
-    column = gl.arange(0, 8, layout=column_layout)
-    token = column % TOKENS
-    x_rows = x_ptr + token.to(gl.int64) * (x_sixteenths * 16) + (column // TOKENS) * PART_I
-    x_ptrs = x_rows[:, None] + gl.arange(0, BLOCK_I, layout=gl.SliceLayout(0, x_layout))[None, :]
-    is_token = (token < num_tokens)[:, None]
     # All of them are on their way before the first is stored: stores wait for each other.
     inputs = gl.tuple(())
     for turn in gl.static_range(TURNS):
         inputs = inputs + (gl.load(x_ptrs + turn * BLOCK_I, mask=is_token, other=0.0),)
+    if HAS_NORM:
+        residuals = gl.tuple(())
+        for turn in gl.static_range(TURNS):
+            residuals = residuals + (gl.load(residual_ptr + x_offset + turn * BLOCK_I, mask=is_token, other=0.0),)
+        sums, squares = gl.tuple(()), gl.zeros([8, BLOCK_I], gl.float32, layout=x_layout)
+        for turn in gl.static_range(TURNS):
+            rounded = (inputs[turn].to(gl.float32) + residuals[turn].to(gl.float32)).to(x_ptr.dtype.element_ty)
+            sums = sums + (rounded,)
+            squares += rounded.to(gl.float32) * rounded.to(gl.float32)
+        mean = gl.sum(gl.reshape(gl.sum(squares, axis=1), [PARTS, TOKENS]), axis=0) / NUM_IN
+        factor = gl.rsqrt(_of_columns(mean, PARTS, TOKENS, column_layout) + eps)[:, None]
+        inputs = gl.tuple(())
+        for turn in gl.static_range(TURNS):
+            y = sums[turn].to(gl.float32) * factor
+            if not IS_WIDE:
+                y = y.to(x_ptr.dtype.element_ty).to(gl.float32)
+            inputs = inputs + ((y * norm_weights[turn].to(gl.float32)).to(x_ptr.dtype.element_ty),)
+        if gl.program_id(0) == 0:
+            for turn in gl.static_range(TURNS):
+                gl.store(sum_ptr + x_offset + turn * BLOCK_I, sums[turn], mask=is_token)
     if SCALES == 1:
         largest = gl.zeros([8, BLOCK_I], gl.float32, layout=x_layout)
         for turn in gl.static_range(TURNS):
             largest = gl.maximum(largest, gl.abs(inputs[turn].to(gl.float32)))
         of_tokens = gl.max(gl.reshape(gl.max(largest, axis=1), [PARTS, TOKENS]), axis=0)
-        of_tokens = of_tokens[None, :] + gl.zeros([PARTS, TOKENS], gl.float32, layout=gl.AutoLayout())
-        x_scale = _scale_of(gl.convert_layout(gl.reshape(of_tokens, [8]), column_layout), limit, max_abs)
+        x_scale = _scale_of(_of_columns(of_tokens, PARTS, TOKENS, column_layout), limit, max_abs)
     for turn in gl.static_range(TURNS):
         x = inputs[turn]
         if SCALES == 2:
@@ -296,6 +355,13 @@ def _output(place, num_out, GATES: gl.constexpr):
     else:
         found = gl.minimum(place, num_out - 1)
     return found
+
+
+@gluon.jit
+def _of_columns(of_tokens, PARTS: gl.constexpr, TOKENS: gl.constexpr, layout: gl.constexpr):
+    """[TOKENS] -> [columns]"""
+    repeated = of_tokens[None, :] + gl.zeros([PARTS, TOKENS], gl.float32, layout=gl.AutoLayout())
+    return gl.convert_layout(gl.reshape(repeated, [PARTS * TOKENS]), layout)
 
 
 @gluon.jit

@@ -18,11 +18,16 @@ import triton
 from atom_cluster.ops.triton import runtime
 from atom_cluster.ops.triton.codes import KIND_NAMES
 from atom_cluster.ops.triton.gemm import GemmBlocks
+from atom_cluster.ops.triton.gemm_hopper_cut import MAX_SPLITS as MAX_HOPPER_SPLITS
+from atom_cluster.ops.triton.gemm_hopper_cut import PIECE, HopperBlocks
+from atom_cluster.ops.triton.gemv_hopper import MAX_TOKENS as MAX_GEMV_HOPPER_TOKENS
 from atom_cluster.ops.triton.gemv_hopper import GemvBlocks
 
-GEMV, GEMV_HOPPER, GEMM, LIBRARY = "gemv", "gemv_hopper", "gemm", "library"
+GEMV, GEMV_HOPPER, GEMM, GEMM_HOPPER, LIBRARY = "gemv", "gemv_hopper", "gemm", "gemm_hopper", "library"
 MAX_TUNED_TOKENS = 128
 _MAX_SPLITS = 8
+_MIN_HOPPER_INPUTS = 512
+"""Of a program of `gemm_hopper`, where several share outputs."""
 _MIN_TURNS = 2
 """Blocks of inputs of a program, at least, where several share outputs."""
 
@@ -36,14 +41,17 @@ _Row = tuple[int, int, int, Choice]
 
 
 def choose(kind: str, num_out: int, num_in: int, num_tokens: int) -> Choice:
-    """For weights of a kind, such as `bfloat16`, of this rank, and up to `MAX_TUNED_TOKENS` tokens. Any kernel takes it
-    but `GEMV_HOPPER`, which `hopper_blocks` chooses."""
+    """For weights of a kind, such as `bfloat16`, of this rank, and up to `MAX_TUNED_TOKENS` tokens, by kernels that are
+    not for one chip."""
     return _choose(runtime.arch(), kind, num_out, num_in, num_tokens)
 
 
 @cache
 def _choose(arch: str, kind: str, num_out: int, num_in: int, num_tokens: int) -> Choice:
-    nearest = _nearest(arch, kind, num_out, num_in, num_tokens, is_hopper=False)
+    measured = _measured(arch).get(_AS_WIDE.get(kind, kind), ())
+    steps = sorted({tokens for _, _, tokens, _ in measured})
+    step = next((tokens for tokens in steps if tokens >= num_tokens), steps[-1] if steps else 0)
+    nearest = _nearest([row for row in measured if row[2] == step], num_out, num_in)
     if nearest is None:
         return _guess(kind, num_out, num_in, num_tokens)
     rows, columns, _, choice = nearest
@@ -60,22 +68,44 @@ def hopper_blocks(kind: str, num_out: int, num_in: int, num_tokens: int) -> Gemv
 
 @cache
 def _hopper_blocks(arch: str, kind: str, num_out: int, num_in: int, num_tokens: int) -> GemvBlocks | None:
-    nearest = _nearest(arch, kind, num_out, num_in, num_tokens, is_hopper=True)
-    if nearest is None or nearest[3]["kernel"] != GEMV_HOPPER:
+    nearest = _nearest(_rows_of(arch, GEMV_HOPPER, kind, num_tokens), num_out, num_in)
+    return GemvBlocks(**nearest[3]) if nearest and nearest[3] else None
+
+
+def gemm_hopper_blocks(kind: str, num_out: int, num_in: int, num_tokens: int) -> HopperBlocks | None:
+    """How `gemm_hopper` cuts such a product; None where another kernel is faster, or nothing was measured, as for those
+    few tokens that `gemv_hopper` takes."""
+    if num_tokens <= MAX_GEMV_HOPPER_TOKENS:
         return None
-    return GemvBlocks(**{key: value for key, value in nearest[3].items() if key != "kernel"})
+    return _gemm_hopper_blocks(runtime.arch(), kind, num_out, num_in, num_tokens)
 
 
-def _nearest(arch: str, kind: str, num_out: int, num_in: int, num_tokens: int, *, is_hopper: bool) -> _Row | None:
-    """What was measured of the most similar product. is_hopper: `GEMV_HOPPER` too, which goes before others."""
-    measured = _measured(arch).get(_AS_WIDE.get(kind, kind), ())
-    steps = sorted({tokens for _, _, tokens, _ in measured})
-    step = next((tokens for tokens in steps if tokens >= num_tokens), steps[-1] if steps else 0)
+@cache
+def _gemm_hopper_blocks(arch: str, kind: str, num_out: int, num_in: int, num_tokens: int) -> HopperBlocks | None:
+    nearest = _nearest(_rows_of(arch, GEMM_HOPPER, kind, num_tokens), num_out, num_in)
+    if nearest is None or not nearest[3]:
+        return None
+    blocks = HopperBlocks(**nearest[3])
+    if nearest[:2] == (num_out, num_in):
+        return blocks
+    outputs = blocks.groups * blocks.pieces * PIECE
+    wanted = -(-nearest[0] // outputs) * blocks.splits // -(-num_out // outputs)
+    return replace(blocks, splits=max(1, min(MAX_HOPPER_SPLITS, wanted, num_in // _MIN_HOPPER_INPUTS)))
 
-    def distance(row: _Row) -> tuple[float, bool]:
-        return abs(math.log(row[0] / num_out)) + abs(math.log(row[1] / num_in)), row[3]["kernel"] != GEMV_HOPPER
 
-    rows = (row for row in measured if row[2] == step and (is_hopper or row[3]["kernel"] != GEMV_HOPPER))
+def _rows_of(arch: str, kernel: str, kind: str, num_tokens: int) -> list[_Row]:
+    """What was measured of a kernel for the fewest tokens that are enough; choices are empty where others won."""
+    measured = _measured(arch, kernel).get(_AS_WIDE.get(kind, kind), ())
+    step = min((tokens for _, _, tokens, _ in measured if tokens >= num_tokens), default=None)
+    return [row for row in measured if row[2] == step]
+
+
+def _nearest(rows: list[_Row], num_out: int, num_in: int) -> _Row | None:
+    """The most similar product."""
+
+    def distance(row: _Row) -> float:
+        return abs(math.log(row[0] / num_out)) + abs(math.log(row[1] / num_in))
+
     return min(rows, key=distance, default=None)
 
 
@@ -126,10 +156,10 @@ def _splits(tiles: int, turns: int, wanted: int) -> int:
 
 
 @cache
-def _measured(arch: str) -> dict[str, list[_Row]]:
+def _measured(arch: str, part: str = "kinds") -> dict[str, list[_Row]]:
     """By kind."""
     path = Path(__file__).parent / "tuning" / f"linear.{arch}.json"
     if not path.exists():
         return {}
-    kinds = json.loads(path.read_text())["kinds"]
+    kinds = json.loads(path.read_text()).get(part, {})
     return {kind: [tuple(row) for row in rows] for kind, rows in kinds.items()}

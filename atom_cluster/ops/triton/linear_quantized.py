@@ -22,9 +22,15 @@ from atom_cluster.ops.triton import runtime
 from atom_cluster.ops.triton.activation import silu_and_mul
 from atom_cluster.ops.triton.codes import KIND_NAMES, PackedWeight
 from atom_cluster.ops.triton.gemm import Scales, gemm
+from atom_cluster.ops.triton.gemm_hopper import is_fit as is_fit_for_gemm
 from atom_cluster.ops.triton.gemm_packed import dequantize_packed, gemm_packed
 from atom_cluster.ops.triton.gemv_hopper import ROUNDED_GROUP, Rounding
-from atom_cluster.ops.triton.linear import new_counters, product_by_hopper
+from atom_cluster.ops.triton.linear import (
+    blocks_of_some_tokens,
+    new_counters,
+    product_by_hopper,
+    product_of_some_tokens,
+)
 from atom_cluster.ops.triton.linear_blocks import (
     GEMM,
     LIBRARY,
@@ -72,7 +78,11 @@ class CodesLinear:
         self._group_in = inputs.group_size or num_in
         self._kind = ("float8_block" if self._is_blockwise else "float8") if weight.number == "float8" else "int8"
         self._counters = new_counters(num_out, weight.codes.device)
+        self._rounds = torch.zeros_like(self._counters)
         self._rounding = self._rounding_of_few_tokens(weight, inputs)
+        self._takes_some_tokens = weight.codes.dtype == torch.float8_e4m3fn and (
+            not self._is_blockwise or (self._block, self._group_in) == ((128, 128), 128)
+        )
         self._refused_by_library: set[int] = set()
         """Numbers of tokens."""
         self._has_library = (
@@ -110,9 +120,44 @@ class CodesLinear:
             y_TO = product_by_hopper(
                 self._kind, x_TI, self._codes_OI, self._bias_O, x_TI.dtype, self._rounding, gates=gates
             )
+        if y_TO is None and self._takes_some_tokens:
+            y_TO = self._of_some_tokens(x_TI, activation)
+            if y_TO is not None:
+                return y_TO
         if y_TO is None:
             y_TO, gates = self._by_others(x_TI), False
         return y_TO if activation is None or gates else activation(y_TO)
+
+    def _of_some_tokens(self, x_TI: torch.Tensor, activation: GateAndMul | None) -> torch.Tensor | None:
+        """Where that kernel is the one to take."""
+        num_tokens, (num_out, num_in) = len(x_TI), self._codes_OI.shape
+        blocks = blocks_of_some_tokens(self._kind, num_out, num_in, num_tokens)
+        # Codes lie as they do in the weight.
+        if blocks is None or not is_fit_for_gemm(self._codes_OI[:1].expand(num_tokens, -1), self._codes_OI, x_TI.dtype):
+            return None
+        codes_TI, scale_TG = self._quantized(x_TI, _LIBRARY_TOKENS if self._is_blockwise else 1)
+        scales = Scales(of_tokens_TG=scale_TG, of_outputs=self._scale, group_in=self._group_in, block=self._block)
+        return product_of_some_tokens(
+            codes_TI[:num_tokens],
+            self._codes_OI,
+            self._bias_O,
+            x_TI.dtype,
+            self._rounds,
+            blocks,
+            scales,
+            activation=activation,
+        )
+
+    def _quantized(self, x_TI: torch.Tensor, token_multiple: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and scales, those of a group side by side."""
+        return quantize_inputs(
+            x_TI if x_TI.stride(1) == 1 else x_TI.contiguous(),
+            self._inputs,
+            float8_dtype=self._codes_OI.dtype if self._inputs.number == "float8" else torch.float8_e4m3fn,
+            static_scale=self._input_scale,
+            scales_by_group=True,
+            token_multiple=token_multiple,
+        )
 
     def _by_others(self, x_TI: torch.Tensor) -> torch.Tensor:
         num_tokens, (num_out, num_in) = len(x_TI), self._codes_OI.shape
@@ -125,14 +170,7 @@ class CodesLinear:
             uses_library = uses_library and choice["kernel"] == LIBRARY
             if choice["kernel"] == GEMM:
                 blocks = gemm_blocks(choice)
-        codes_TI, scale_TG = quantize_inputs(
-            x_TI if x_TI.stride(1) == 1 else x_TI.contiguous(),
-            self._inputs,
-            float8_dtype=self._codes_OI.dtype if self._inputs.number == "float8" else torch.float8_e4m3fn,
-            static_scale=self._input_scale,
-            scales_by_group=True,
-            token_multiple=_LIBRARY_TOKENS if uses_library and self._is_blockwise else 1,
-        )
+        codes_TI, scale_TG = self._quantized(x_TI, _LIBRARY_TOKENS if uses_library and self._is_blockwise else 1)
         if uses_library:
             try:
                 return self._by_library(codes_TI, scale_TG, x_TI.dtype)[:num_tokens]

@@ -60,8 +60,11 @@ class Shared:
     def dtype(self) -> torch.dtype:
         return self.data.dtype
 
-    def index(self, index: int) -> Shared:
-        return Shared(self.data[index], self.layout)
+    def index(self, index: Any) -> Shared:
+        return Shared(self.data[int(index)], self.layout)
+
+    def slice(self, start: int, length: int, dim: int) -> Shared:
+        return Shared(self.data.narrow(dim, start, length), self.layout)
 
     def permute(self, order: tuple[int, ...]) -> Shared:
         return Shared(self.data.permute(order))
@@ -148,14 +151,18 @@ class Machine:
         self._failed: list[BaseException] = []
         self.num_launches = 0
 
-    def install(self, monkeypatch: pytest.MonkeyPatch, module: ModuleType, functions: list[str]) -> None:
-        """`functions` are all of the module's that are written in Gluon; `attend_kernel` is what is launched."""
+    def install(
+        self, monkeypatch: pytest.MonkeyPatch, module: ModuleType, functions: list[str], launched: str = "attend_kernel"
+    ) -> None:
+        """`functions` are all of the module's that are written in Gluon, `launched` among them is the kernel."""
         for name in functions:
             monkeypatch.setattr(module, name, getattr(module, name).fn)
-        kernel = module.attend_kernel
+        kernel = getattr(module, launched)
 
         def start(grid: tuple[int, ...]) -> Callable[..., None]:
-            def launch(*args: object, num_warps: int, **options: object) -> None:
+            def launch(
+                *args: object, num_warps: int, maxnreg: int = 0, launch_pdl: bool = False, **options: Any
+            ) -> None:
                 self._grid = (*grid, 1, 1)[:3]
                 pointers = [Pointer(x) if isinstance(x, torch.Tensor) else x for x in args]
                 for place in torch.cartesian_prod(*(torch.arange(n) for n in self._grid)).view(-1, 3).tolist():
@@ -166,9 +173,12 @@ class Machine:
 
             return launch
 
-        monkeypatch.setattr(module, "attend_kernel", type("Kernel", (), {"__getitem__": lambda _, grid: start(grid)})())
-        language = self._language()
-        monkeypatch.setattr(module, "gl", language)
+        monkeypatch.setattr(module, launched, type("Kernel", (), {"__getitem__": lambda _, grid: start(grid)})())
+        self.adapt(monkeypatch, module)
+
+    def adapt(self, monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:
+        """What a module's functions call is this machine's, for modules whose functions a kernel calls."""
+        monkeypatch.setattr(module, "gl", self._language())
         barriers = SimpleNamespace(
             MBarrierLayout=Layout,
             init=lambda barrier, count: barrier.init(count),
@@ -176,10 +186,13 @@ class Machine:
             expect=lambda barrier, num_bytes: barrier.advance(arrivals=1, num_bytes=num_bytes),
             wait=self._wait,
         )
-        monkeypatch.setattr(module, "mbarrier", barriers)
-        monkeypatch.setattr(module, "fence_async_shared", self._dawdle)
-        monkeypatch.setattr(module, "warpgroup_mma", self._multiply)
-        monkeypatch.setattr(module, "warpgroup_mma_wait", self._wait_for_products)
+        monkeypatch.setattr(module, "mbarrier", barriers, raising=False)
+        monkeypatch.setattr(module, "fence_async_shared", self._dawdle, raising=False)
+        monkeypatch.setattr(module, "warpgroup_mma", self._multiply, raising=False)
+        monkeypatch.setattr(module, "warpgroup_mma_wait", self._wait_for_products, raising=False)
+        for name in ("gdc_wait", "gdc_launch_dependents"):
+            monkeypatch.setattr(module, name, lambda: None, raising=False)
+        monkeypatch.setattr(module, "mma_v2", _multiply_now, raising=False)
         bulk = SimpleNamespace(async_copy_global_to_shared=self._copy_box)
         monkeypatch.setattr(module, "tma", bulk, raising=False)
         copies = SimpleNamespace(
@@ -202,9 +215,11 @@ class Machine:
             constexpr=None,
             int32=torch.int32,
             int64=torch.int64,
+            float16=torch.float16,
             float32=torch.float32,
             load=self._load,
             store=self._store,
+            atomic_add=self._atomic_add,
             program_id=lambda axis: torch.tensor(self._program[axis], dtype=torch.int32),
             num_programs=lambda axis: torch.tensor(self._grid[axis], dtype=torch.int32),
             num_warps=lambda: 4,
@@ -213,9 +228,14 @@ class Machine:
             full=lambda shape, value, dtype, layout=None: filled(value)(shape, dtype),
             minimum=of_both(torch.minimum),
             maximum=of_both(torch.maximum),
-            where=lambda condition, a, b: torch.where(torch.as_tensor(condition), a, b),
+            where=_where,
             max=lambda x, axis: x.amax(axis),
             sum=lambda x, axis: x.sum(axis, dtype=x.dtype),
+            abs=torch.abs,
+            reshape=lambda x, shape: x.reshape(shape),
+            permute=lambda x, order: x.permute(order),
+            join=lambda a, b: torch.stack((a, b), -1),
+            split=lambda x: x.unbind(-1),
             exp2=torch.exp2,
             log2=torch.log2,
             cdiv=lambda a, b: (a + b - 1) // b,
@@ -261,19 +281,25 @@ class Machine:
         if self._failed:
             raise self._failed[0]
 
-    def _load(self, pointer: Pointer, mask: torch.Tensor | None = None, other: float = 0) -> torch.Tensor:
+    def _load(self, pointer: Pointer, mask: torch.Tensor | None = None, other: float = 0, **_: str) -> torch.Tensor:
         self._dawdle()
         memory, place, mask = pointer.places(mask)
         found = torch.full(place.shape, other, dtype=memory.dtype)
         found[mask] = memory[place[mask]]
         return found
 
-    def _store(self, pointer: Pointer, x: torch.Tensor, mask: torch.Tensor | None = None) -> None:
+    def _atomic_add(self, pointer: Pointer, x: int, sem: str) -> torch.Tensor:
+        """Programs run one after the other."""
+        before = self._load(pointer)
+        self._store(pointer, before + x)
+        return before
+
+    def _store(self, pointer: Pointer, x: Any, mask: torch.Tensor | None = None) -> None:
         memory, place, mask = pointer.places(mask)
-        memory[place[mask]] = x.expand(place.shape)[mask].to(memory.dtype)
+        memory[place[mask]] = torch.as_tensor(x).expand(place.shape)[mask].to(memory.dtype)
 
     def _copy(self, target: Shared, pointer: Pointer, mask: torch.Tensor | None = None) -> None:
-        target.data.fill_(float("nan"))
+        target.data.fill_(_poison(target.dtype))
         self._own.copies.append((target, pointer, mask))
 
     def _arrive_with_copies(self, barrier: Barrier, increment_count: bool = True) -> None:
@@ -332,11 +358,28 @@ class Machine:
         return product.value
 
 
+def _where(condition: Any, a: Any, b: Any) -> Any:
+    if isinstance(a, Pointer):
+        return a if condition else b
+    return torch.where(torch.as_tensor(condition), a, b)
+
+
+def _multiply_now(a: torch.Tensor, b: torch.Tensor, accumulator: torch.Tensor) -> torch.Tensor:
+    found = a.float() @ b.float()
+    assert not found.isnan().any(), "an operand was not there"
+    return accumulator + found
+
+
 def _allocate(dtype: torch.dtype, shape: list[int], layout: object) -> Any:
     if dtype == torch.int64:
         barriers = [Barrier() for _ in range(shape[0])]
         return SimpleNamespace(index=barriers.__getitem__)
-    return Shared(torch.full(shape, float("nan"), dtype=dtype), layout)
+    return Shared(torch.full(shape, _poison(dtype), dtype=dtype), layout)
+
+
+def _poison(dtype: torch.dtype) -> float:
+    """Not a number, or two of eight bits that are none."""
+    return float("nan") if dtype.is_floating_point else 0x7F7F
 
 
 def _copied(args: Any) -> Any:
