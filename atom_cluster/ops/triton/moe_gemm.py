@@ -222,13 +222,13 @@ def _multiply_kernel(
     blocks_out = tl.cdiv(size, BLOCK_OUT)
     within = program % (TILES_TOGETHER * blocks_out)
     tile = program // (TILES_TOGETHER * blocks_out) * TILES_TOGETHER + within % TILES_TOGETHER
-    expert = tl.load(tile_ptr + tile * (3 if IS_SORTED else 1)).to(tl.int64)
+    expert = tl.load(tile_ptr + tile * (4 if IS_SORTED else 1)).to(tl.int64)
     if (expert < 0) | (expert >= num_experts):
         return
     start, stop = tile, tile + 1
     if IS_SORTED:
-        start = tl.load(tile_ptr + tile * 3 + 1)
-        stop = tl.load(tile_ptr + tile * 3 + 2)
+        start = tl.load(tile_ptr + tile * 4 + 1)
+        stop = tl.load(tile_ptr + tile * 4 + 2)
     row = start + tl.arange(0, BLOCK_T)
     is_row = row < stop
     # Columns behind the last row compute the first row's again, which is not stored.

@@ -27,7 +27,7 @@ def test_every_format(name: str | None, case: Case) -> None:
 
 
 @pytest.mark.parametrize("rows", [16, 32])
-@pytest.mark.parametrize("num_tokens", [1, 7, 600, 3000])
+@pytest.mark.parametrize("num_tokens", [1, 7, 600, 3000, 9000])
 def test_every_pair_is_in_one_tile_of_its_expert(num_tokens: int, rows: int) -> None:
     num_experts = 11
     expert = torch.randint(0, num_experts + 1, (num_tokens, 4), generator=torch.Generator().manual_seed(num_tokens))
@@ -37,9 +37,13 @@ def test_every_pair_is_in_one_tile_of_its_expert(num_tokens: int, rows: int) -> 
     assert tiles.count % 4 == 0
     seen = []
     found = tiles.tile_ptr.tolist()
-    is_tile = [number >= 0 for number, _, _ in found]
+    is_tile = [number >= 0 for number, *_ in found]
     assert is_tile == sorted(is_tile, reverse=True)
-    for number, start, stop in found[: sum(is_tile)]:
+    assert tiles.found_1 is not None
+    assert int(tiles.found_1) == sum(is_tile)
+    for at, (number, start, stop, first_tile) in enumerate(found[: sum(is_tile)]):
+        assert found[first_tile][0] == number
+        assert start == found[first_tile][1] + (at - first_tile) * rows
         pairs = tiles.pair_N[start : min(stop, start + rows)].tolist()
         assert pairs
         assert {int(expert.flatten()[pair]) for pair in pairs} == {number}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
 from atom_cluster.ops import torch_ref
 from atom_cluster.ops.moe import ExpertActivation, RoutingRule
-from atom_cluster.ops.triton import moe, routing
+from atom_cluster.ops.triton import moe, moe_config, routing, runtime
 from tests.ops.triton.moe_cases import FORMATS, Case, error
 
 pytestmark = [
@@ -39,6 +41,29 @@ def test_experts(name: str | None, case: str) -> None:
 @pytest.mark.parametrize("name", [None, "float8 blocks", "mxfp4", "int4 with zero points"])
 def test_experts_in_float32(name: str | None, case: str) -> None:
     assert error(CASES[case], name, dtype=torch.float32, device="cuda") < 5e-3 if name == "float8 blocks" else 2e-6
+
+
+@pytest.mark.skipif(not runtime.is_hopper(), reason="for sm_90")
+@pytest.mark.parametrize("seed", range(12))
+def test_both_kernels_agree(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    chance = random.Random(seed)
+    num_experts = chance.choice([1, 2, 5, 40])
+    case = Case(
+        num_experts=num_experts,
+        size=128 * chance.randint(2, 9),
+        expert_size=128 * chance.randint(2, 5),
+        num_tokens=chance.choice([1, 3, 17, 65, 130, 700, 3000]),
+        num_chosen=chance.randint(1, min(num_experts, 6)),
+        activation=chance.choice([ExpertActivation(), OAI, LIMITED]),
+        has_addend=chance.random() < 0.5,
+    )
+    errors = []
+    for is_for_hopper in (True, False):
+        monkeypatch.setattr(moe_config, "is_unsorted", lambda *_: False)
+        monkeypatch.setattr(moe_config, "is_for_hopper", lambda _, chosen=is_for_hopper: chosen)
+        errors.append(error(case, "float8 blocks", dtype=torch.bfloat16, device="cuda", seed=seed))
+    assert errors[0] < 6e-2
+    assert abs(errors[0] - errors[1]) < 1e-3
 
 
 def test_a_replayed_graph_follows_the_choices() -> None:

@@ -76,11 +76,13 @@ def quantized(
 BLOCKS = InputQuantization(number="float8", group_size=128)
 PER_TOKEN = InputQuantization(number="int8")
 SIZES = {"one": 1, "few": 3, "many": 200}
+MOST = 5000
 LAUNCHES = {
     **{f"bfloat16-{name}": plain(tokens) for name, tokens in SIZES.items()},
     **{
         f"float8-{name}": quantized(tokens, "float8", 2048, (128, 128), inputs=BLOCKS) for name, tokens in SIZES.items()
     },
+    "float8-most": quantized(MOST, "float8", 2048, (128, 128), inputs=BLOCKS),
     **{f"mxfp4-{name}": quantized(tokens, "float4", 2880, (1, 32), is_e8m0=True) for name, tokens in SIZES.items()},
     **{f"awq-{name}": quantized(tokens, "int4", 2048, (1, 128), has_zero=True) for name, tokens in SIZES.items()},
     "int8-many": quantized(200, "int8", 2048, (1, 2048), inputs=PER_TOKEN),
