@@ -27,6 +27,7 @@ from atom_cluster.kv_cache.page_map import PageMap
 from atom_cluster.kv_transfer import registry
 from atom_cluster.kv_transfer.checksum import BlockTagger
 from atom_cluster.kv_transfer.combine import ReportCombiner, merge_offers
+from atom_cluster.kv_transfer.pace import PollPace
 from atom_cluster.kv_transfer.pieces import PeerShape
 from atom_cluster.kv_transfer.protocol import KvRegion, KvTransport, ReadCompletion
 from atom_cluster.kv_transfer.reads import Part, parts_of_read, tags_for_reader
@@ -51,7 +52,6 @@ __all__ = ["KvAgent", "ReportCombiner", "merge_offers", "open_agent"]
 
 _log = logging.getLogger(__name__)
 
-_BUSY_POLL_S = 0.0005
 _IDLE_POLL_S = 1.0
 _GRACE_S = 5.0
 """A transport may end a read this long after its deadline (a copy in progress is not torn off)."""
@@ -113,8 +113,9 @@ class PageFacts:
 class KvAgent:
     """One rank's KV transfers. Owns the transports and a thread; `execute` and `poll` never block.
 
-    `execute` is to be called from the thread that issues the forward passes, after they were issued: on a device,
-    commands wait for the work issued before them, and neither side waits for the other otherwise.
+    `execute` is to be called from the thread that issues the forward passes, before those of the same plan: on a
+    device, reads wait for the work issued before them, which may still write to the blocks of a request that has ended.
+    Checksums wait for nothing: the engine asks for those of blocks whose step has given it its result.
     """
 
     def __init__(
@@ -145,6 +146,7 @@ class KvAgent:
         """By the transport's read id."""
         self._num_parts = 0
         self._waiting: deque[_Order] = deque()
+        self._pace = PollPace()
         self._inbox: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
         self._reports: deque[RankReport] = deque()
         self._failure: Exception | None = None
@@ -162,7 +164,7 @@ class KvAgent:
         self._check_alive()
         after: torch.Event | None = None
         for command in commands:
-            if after is None and self._device.type == "cuda" and isinstance(command, (TagBlocks, ReadBlocks)):
+            if after is None and self._device.type == "cuda" and isinstance(command, ReadBlocks):
                 after = torch.accelerator.current_stream(self._device).record_event()
             self._inbox.put(_Order(command, time.monotonic(), after))
 
@@ -199,11 +201,12 @@ class KvAgent:
 
     def _receive(self) -> None:
         """Take what is in the inbox, waiting a moment if there is nothing."""
-        timeout_s = _BUSY_POLL_S if self._reads or self._waiting else _IDLE_POLL_S
+        timeout_s = self._pace.pause_s if self._reads or self._waiting else _IDLE_POLL_S
         try:
             order = self._inbox.get(timeout=timeout_s)
             while order is not None:
                 self._waiting.append(order)
+                self._pace.restart()
                 order = self._inbox.get_nowait()
         except queue.Empty:
             pass
@@ -211,6 +214,7 @@ class KvAgent:
     def _execute_ready(self) -> None:
         while self._waiting and self._waiting[0].is_ready:
             order = self._waiting.popleft()
+            self._pace.restart()
             command = order.command
             if isinstance(command, ReadBlocks):
                 self._start_read(command, order.issued_s)
@@ -325,6 +329,7 @@ class KvAgent:
         read = self._read_by_part.pop(completion.read_id, None)
         if read is None:
             raise TransferError(f"a transport ended read {completion.read_id}, which is not under way")
+        self._pace.restart()
         read.num_open -= 1
         read.num_bytes += completion.num_bytes
         read.error = read.error or completion.error

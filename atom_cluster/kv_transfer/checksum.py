@@ -21,6 +21,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from atom_cluster.errors import TransferError
@@ -36,6 +37,8 @@ from atom_cluster.kv_transfer.regions import (
     shape_of,
 )
 from atom_cluster.units import ceil_div
+
+WordArray = npt.NDArray[np.uint64]
 
 WORD_BYTES = 8
 _MASK = (1 << 64) - 1
@@ -58,6 +61,8 @@ class BlockTagger:
         self._words = [_word_rows(region) for region in regions]
         self._device = self._words[0].device
         self._is_host = self._device.type == "cpu"
+        if not self._is_host:
+            _prepare(self._device)
         self._all_weights: torch.Tensor | None = None
         self._elements: OrderedDict[tuple[int, tuple[Extent, ...]], torch.Tensor] = OrderedDict()
         """Where the elements of extents are in a block of a group, for the last ones asked for."""
@@ -80,36 +85,41 @@ class BlockTagger:
         if not block_ids:
             return ()
         if extents == ():
-            return (_mix(0, epoch),) * len(block_ids)
+            return _tags(torch.zeros(len(block_ids), dtype=torch.int64), epoch)
         words = self._words[group]
         sums = self._sums(words, block_ids) if extents is None else self._part_sums(group, block_ids, tuple(extents))
-        return tuple(_mix(value, epoch) for value in sums.tolist())
+        return _tags(sums, epoch)
 
     def _part_sums(self, group: int, block_ids: Sequence[int], extents: tuple[Extent, ...]) -> torch.Tensor:
-        """As `_sums`, of extents: put together in a buffer, some blocks at a time."""
+        """As `_sums`, of extents."""
         check_extents(extents, self._shapes[group].block_bytes)
+        words = self._words[group]
+        if not self._is_host and _width(extents) == WORD_BYTES:
+            return self._device_sums(words, block_ids, self._elements_of(group, extents))
         num_bytes = packed_bytes(extents)
         num_words = ceil_div(num_bytes, WORD_BYTES)
         chunk = max(1, (_HOST_CHUNK_BYTES if self._is_host else _DEVICE_CHUNK_BYTES) // (num_words * WORD_BYTES))
         sums = []
         for first in range(0, len(block_ids), chunk):
             ids = block_ids[first : first + chunk]
+            # Put together in a buffer, some blocks at a time.
             packed = torch.zeros(len(ids), num_words * WORD_BYTES, dtype=torch.uint8, device=self._device)
             if self._is_host:
-                rows = self._words[group].view(torch.uint8).numpy()
+                rows = words.view(torch.uint8).numpy()
                 for memory, target in packed_pairs(rows, ids, extents, packed.numpy()):
                     np.copyto(target, memory)
-                sums.append(torch.mv(packed.view(torch.int64), self._weights[:num_words]))
             else:
-                packed[:, :num_bytes] = self._elements_of(group, ids, extents).view(torch.uint8)
-                sums.append((packed.view(torch.int64) * self._weights[:num_words]).sum(dim=1))
+                elements = words.view(_INTEGERS[_width(extents)])
+                places = self._elements_of(group, extents)
+                packed[:, :num_bytes] = elements[self._on_device(ids)[:, None], places].view(torch.uint8)
+            sums.append(self._sums(packed.view(torch.int64), range(len(ids))))
         return torch.cat(sums)
 
-    def _elements_of(self, group: int, block_ids: Sequence[int], extents: tuple[Extent, ...]) -> torch.Tensor:
-        """[blocks, elements]; elements are as wide as all extents allow. One launch, however many runs there are."""
-        width = math.gcd(WORD_BYTES, *(n for e in extents for n in (e.offset, e.num_bytes, e.stride)))
+    def _elements_of(self, group: int, extents: tuple[Extent, ...]) -> torch.Tensor:
+        """Places of the elements in a block, which are as wide as all extents allow; int64 [elements]."""
         key = (group, extents)
         if key not in self._elements:
+            width = _width(extents)
             runs = [
                 torch.arange((e.offset + i * e.stride) // width, (e.offset + i * e.stride + e.num_bytes) // width)
                 for e in extents
@@ -119,37 +129,59 @@ class BlockTagger:
             if len(self._elements) > _MAX_KNOWN_EXTENTS:
                 self._elements.popitem(last=False)
         self._elements.move_to_end(key)
-        ids = torch.tensor(block_ids, dtype=torch.int64, device=self._device)
-        return self._words[group].view(_INTEGERS[width])[ids[:, None], self._elements[key]]
+        return self._elements[key]
 
     def _sums(self, words: torch.Tensor, block_ids: Sequence[int]) -> torch.Tensor:
-        """Weighted word sums of these blocks of one region, int64 [len(block_ids)], wrapping modulo 2^64."""
+        """Weighted word sums of these rows, int64 [len(block_ids)], wrapping modulo 2^64. One pass over memory."""
+        if not self._is_host:
+            return self._device_sums(words, block_ids)
         weights = self._weights[: words.shape[1]]
-        if words.device.type == "cpu":
-            # One pass over memory where it lies. Devices have no integer matrix-vector product.
-            runs = adjacent_runs(block_ids, max_blocks=len(block_ids))
-            return torch.cat([torch.mv(words[block_ids[s] : block_ids[s] + n], weights) for s, n in runs])
-        chunk = max(1, _DEVICE_CHUNK_BYTES // (words.shape[1] * WORD_BYTES))
-        ids = torch.tensor(block_ids, dtype=torch.int64, device=words.device)
-        parts = [ids[first : first + chunk] for first in range(0, len(block_ids), chunk)]
-        return torch.cat([(words[part] * weights).sum(dim=1) for part in parts])
+        runs = adjacent_runs(block_ids, max_blocks=len(block_ids))
+        return torch.cat([torch.mv(words[block_ids[s] : block_ids[s] + n], weights) for s, n in runs])
+
+    def _device_sums(
+        self, words: torch.Tensor, block_ids: Sequence[int], places: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        from atom_cluster.kv_transfer.block_sums import block_sums
+
+        with torch.cuda.device_of(words):  # type: ignore[no-untyped-call]
+            return block_sums(words, self._on_device(block_ids), self._weights, places)
+
+    def _on_device(self, numbers: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(numbers, dtype=torch.int64, device=self._device)
+
+
+def _prepare(device: torch.device) -> None:
+    """So that no tag waits for a compiler."""
+    try:
+        from atom_cluster.kv_transfer.block_sums import compile_sums
+    except ImportError as exc:
+        raise TransferError(f"tags of memory on {device} need Triton: pip install 'triton>=3.4' ({exc})") from exc
+    with torch.cuda.device(device):
+        compile_sums(device)
 
 
 def odd_weights(num_words: int) -> torch.Tensor:
     """The first `num_words` weights: int64, odd, a fixed function of their index (splitmix64)."""
     state = np.arange(1, num_words + 1, dtype=np.uint64) * np.uint64(_GOLDEN) + np.uint64(_WEIGHTS_SEED)
+    return torch.from_numpy((_mixed(state) | np.uint64(1)).view(np.int64))
+
+
+def _width(extents: Sequence[Extent]) -> int:
+    """Bytes of the widest elements that all of these are made of."""
+    return math.gcd(WORD_BYTES, *(n for e in extents for n in (e.offset, e.num_bytes, e.stride)))
+
+
+def _tags(sums: torch.Tensor, epoch: int) -> tuple[int, ...]:
+    """From word sums; distinct ones of an epoch have distinct tags. Waits for the device."""
+    return tuple(_mixed(sums.cpu().numpy().view(np.uint64) + np.uint64(epoch * _GOLDEN & _MASK)).tolist())
+
+
+def _mixed(state: WordArray) -> WordArray:
+    """One-to-one (splitmix64)."""
     state = (state ^ (state >> np.uint64(30))) * np.uint64(_MIX_1)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(_MIX_2)
-    state = (state ^ (state >> np.uint64(31))) | np.uint64(1)
-    return torch.from_numpy(state.view(np.int64))
-
-
-def _mix(word_sum: int, epoch: int) -> int:
-    """Tag from a (signed) sum and the epoch. One-to-one in the sum, so distinct sums stay distinct."""
-    value = (word_sum + epoch * _GOLDEN) & _MASK
-    value = ((value ^ (value >> 30)) * _MIX_1) & _MASK
-    value = ((value ^ (value >> 27)) * _MIX_2) & _MASK
-    return value ^ (value >> 31)
+    return state ^ (state >> np.uint64(31))
 
 
 def _word_rows(region: KvRegion) -> torch.Tensor:

@@ -40,6 +40,7 @@ class PrefillTicket(Generic[R]):
     peer_id: str
     """The decode engine."""
     request: R
+    opened_s: float
     expires_s: float
     unpublished: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
     """Pages about to be published, most of them being tagged: cache group and first column -> ids."""
@@ -49,6 +50,8 @@ class PrefillTicket(Generic[R]):
     """Known once the prompt is computed; goes out with the last publication."""
     drafts: tuple[int, ...] = ()
     """Known and going out together with it."""
+    computed_s: float | None = None
+    """When the first token became known."""
     is_published: bool = False
     """The last publication is out; the blocks only wait to be read."""
 
@@ -67,7 +70,7 @@ class PrefillTickets(Generic[R]):
         if order.ticket_id in self._tickets:
             raise ProtocolError(f"ticket {order.ticket_id} is open already")
         first = order.num_tokens_held // block_size
-        ticket = PrefillTicket(order, peer_id, request, now_s + order.lease_s, next_block=first)
+        ticket = PrefillTicket(order, peer_id, request, now_s, now_s + order.lease_s, next_block=first)
         self._tickets[order.ticket_id] = ticket
         return ticket
 
@@ -128,6 +131,7 @@ class DecodeTicket(Generic[R]):
     """Leading ones whose KV was here from the start."""
     timeout_s: float
     """Without any sign of progress for this long the ticket fails."""
+    opened_s: float
     progress_s: float
     state: DecodeState = DecodeState.ASKED
     peer: str = ""
@@ -146,6 +150,10 @@ class DecodeTicket(Generic[R]):
     bad_pages: list[tuple[int, int]] = field(default_factory=list)
     """Pages of this engine whose content was not what prefill published, as group and column."""
     has_first_token: bool = False
+    published_s: float | None = None
+    """When the last publication came."""
+    computed_in_s: float = 0.0
+    """What prefill took until it had the first token, once known."""
     wants_fallback: bool = False
     """While draining: the request is to be computed here afterwards. Else it is over."""
 
@@ -194,6 +202,7 @@ class DecodeTickets(Generic[R]):
             num_tokens=num_tokens,
             num_tokens_held=num_tokens_held,
             timeout_s=timeout_s,
+            opened_s=now_s,
             progress_s=now_s,
         )
         self._tickets[ticket.ticket_id] = ticket
@@ -239,7 +248,9 @@ class DecodeTickets(Generic[R]):
         if publication.first_token is not None and (next_block != ticket.num_blocks or awaited):
             raise ProtocolError(f"ticket {ticket.ticket_id}: the first token came before the last block")
         ticket.next_block, ticket.awaited, ticket.progress_s = next_block, awaited, now_s
-        ticket.has_first_token = publication.first_token is not None
+        if publication.first_token is not None:
+            ticket.has_first_token, ticket.published_s = True, now_s
+            ticket.computed_in_s = publication.computed_in_s
 
     def start_read(self, ticket: DecodeTicket[R], *, group: int, first_column: int) -> int:
         """The id of a read, about to be started, into columns of this engine from the first one on."""

@@ -41,7 +41,14 @@ from atom_cluster.kv_transfer.ipc_export import (
 )
 from atom_cluster.kv_transfer.pieces import PeerShape, Piece
 from atom_cluster.kv_transfer.protocol import KvRegion, ReadCompletion
-from atom_cluster.kv_transfer.regions import RegionShape, byte_rows, check_peer, check_read, packed_bytes, shape_of
+from atom_cluster.kv_transfer.regions import (
+    RegionShape,
+    byte_rows,
+    check_peer,
+    check_read,
+    id_array,
+    shape_of,
+)
 from atom_cluster.kv_transfer.registry import TransportSettings
 from atom_cluster.kv_transfer.shared_memory import name_in_realm
 from atom_cluster.units import Deadline, KiB, MiB
@@ -49,8 +56,13 @@ from atom_cluster.units import Deadline, KiB, MiB
 _log = logging.getLogger(__name__)
 
 _WINDOW_BYTES = 512 * MiB
-"""Under way at once. An agent polls every half millisecond, and a link should not run dry between."""
+"""Under way at once: more than a link carries between two polls of an agent (`pace`)."""
 _KERNEL_BELOW_BYTES = 256 * KiB
+"""What the kernel gains above (see `block_copy`) is not worth multiprocessors: beside products of matrices, which take
+all of them, copy engines keep all of their rate, and a copying kernel a half or two thirds."""
+_FIRST_BYTES = 32 * MiB
+"""Of a read's first copies; each time twice as many are given to the device as before."""
+_BLOCKS_AT_ONCE = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +102,8 @@ class _Read:
     peer: _Peer
     todo: Iterator[Batch]
     deadline: Deadline
-    num_bytes: int
+    num_bytes: int = 0
+    """Done."""
     next_batch: Batch | None = None
     stop_reason: str | None = None
     under_way: deque[tuple[Fence, int]] = field(default_factory=deque)
@@ -113,14 +126,16 @@ class _Read:
         num_bytes = 0
         while self.under_way and self.under_way[0][0].query():
             num_bytes += self.under_way.popleft()[1]
+        self.num_bytes += num_bytes
         return num_bytes
 
     def issue(self) -> int:
-        """Give the device the next batch: its bytes. If it refuses, the read stops."""
-        batch, self.next_batch = self.next_batch, next(self.todo, None)
+        """Give the device the next batch: its bytes. If it refuses, or the rest cannot be read, the read stops."""
+        batch = self.next_batch
         assert batch is not None, "the read wants more"
         try:
             self.peer.lane.copy(batch)
+            self.next_batch = next(self.todo, None)
         except TransferError as exc:
             self.stop_reason = str(exc)
         self.under_way.append((self.peer.lane.fence(), batch.num_bytes))
@@ -217,23 +232,40 @@ class IpcTransport:
             source = self._peers.get(peer)
             if source is None:
                 raise TransferError(f"unknown peer {peer}")
-            check_read(self._shapes, source.shapes, group, remote_blocks, local_blocks, pieces)
+            todo = self._planned(source, group, remote_blocks, local_blocks, pieces)
+            read = _Read(read_id, peer, source, todo, deadline)
         except TransferError as exc:
             self._refused.append(ReadCompletion(read_id, str(exc), 0, 0.0))
             return
-        block_bytes = self._shapes[group].block_bytes
-        todo = batches(
-            remote_blocks,
-            local_blocks,
-            pieces,
-            source=source.rows[group],
-            target=self._rows[group],
-            block_bytes=block_bytes,
-            kernel_below_bytes=self._kernel_below_bytes,
-        )
-        of_block = block_bytes if pieces is None else packed_bytes(piece.local for piece in pieces)
         source.num_reads += 1
-        self._reads[read_id] = _Read(read_id, peer, source, todo, deadline, len(remote_blocks) * of_block)
+        self._reads[read_id] = read
+
+    def _planned(
+        self,
+        source: _Peer,
+        group: int,
+        remote_blocks: tuple[int, ...],
+        local_blocks: tuple[int, ...],
+        pieces: tuple[Piece, ...] | None,
+    ) -> Iterator[Batch]:
+        """The copies of a read. Raises `TransferError` for what cannot be read."""
+        first, num_bytes = 0, _FIRST_BYTES
+        # Some blocks at a time, so that the device begins with the first ones while others are looked at.
+        while first < max(1, len(remote_blocks)):
+            most = num_bytes // self._shapes[group].block_bytes if 0 <= group < len(self._shapes) else 1
+            some = slice(first, first + min(max(1, most), _BLOCKS_AT_ONCE))
+            first, num_bytes = some.stop, 2 * num_bytes
+            remote, local = id_array(remote_blocks[some]), id_array(local_blocks[some])
+            check_read(self._shapes, source.shapes, group, remote, local, pieces)
+            yield from batches(
+                remote,
+                local,
+                pieces,
+                source=source.rows[group],
+                target=self._rows[group],
+                block_bytes=self._shapes[group].block_bytes,
+                kernel_below_bytes=self._kernel_below_bytes,
+            )
 
     def poll(self) -> list[ReadCompletion]:
         """See `KvTransport`. Gives the device what it is to copy next. Raises `TransferError` when it is lost."""

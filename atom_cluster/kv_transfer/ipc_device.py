@@ -132,8 +132,7 @@ class _StreamLane:
         if batch.by_kernel:
             self._copy_by_kernel(batch)
             return
-        copies = zip(batch.targets.tolist(), batch.sources.tolist(), batch.sizes.tolist())
-        self._driver.copy(copies, int(self._stream.cuda_stream))
+        self._driver.copy(batch.targets, batch.sources, batch.sizes, int(self._stream.cuda_stream))
 
     def fence(self) -> Fence:
         """See `Lane`."""
@@ -146,13 +145,7 @@ class _StreamLane:
         table = torch.from_numpy(np.stack([batch.targets, batch.sources])).pin_memory()
         with torch.cuda.stream(self._stream):
             addresses = table.to(self._stream.device, non_blocking=True)
-            copy_blocks(addresses, int(batch.sizes[0]), alignment_of(batch))
-
-
-def alignment_of(batch: Batch) -> int:
-    """The largest of 16, 8 and 1 that all addresses and sizes are multiples of."""
-    together = int(np.bitwise_or.reduce(batch.targets | batch.sources | batch.sizes))
-    return next(size for size in (16, 8, 1) if together % size == 0)
+            copy_blocks(addresses, int(batch.sizes[0]), batch.alignment)
 
 
 def open_gpu(device: torch.device) -> IpcDevice:

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
 
 from atom_cluster.errors import TransferError
+from atom_cluster.kv_transfer.regions import IntArray
 
 HANDLE_BYTES = 64
 _LAZY_PEER_ACCESS = 1
@@ -27,8 +28,8 @@ _LAZY_PEER_ACCESS = 1
 _HIP_COPY_DEFAULT = 4
 """Where memory is follows from the addresses."""
 
-Copy = tuple[int, int, int]
-"""Address of the target, of the source, bytes."""
+_DURING_STREAM = 1
+"""Of a batch of copies: sources may be read once the stream is there, not earlier."""
 
 
 class GpuDriver(Protocol):
@@ -50,8 +51,8 @@ class GpuDriver(Protocol):
         """Undo one `open_handle`."""
         ...
 
-    def copy(self, copies: Iterable[Copy], stream: int) -> None:
-        """Give copies to a stream; returns before they are done. Those before one that is refused are made."""
+    def copy(self, targets: IntArray, sources: IntArray, sizes: IntArray, stream: int) -> None:
+        """Give copies to a stream: addresses, bytes. Returns before they are done; if refused, some may be made."""
         ...
 
     def close(self) -> None:
@@ -97,11 +98,11 @@ class _Calls:
         """See `GpuDriver`."""
         self._call(self._CLOSE, ctypes.c_void_p(start))
 
-    def copy(self, copies: Iterable[Copy], stream: int) -> None:
+    def copy(self, targets: IntArray, sources: IntArray, sizes: IntArray, stream: int) -> None:
         """See `GpuDriver`."""
         function = getattr(self._library, self._COPY)
         with self._current():
-            for target, source, num_bytes in copies:
+            for target, source, num_bytes in zip(targets.tolist(), sources.tolist(), sizes.tolist()):
                 pointers = ctypes.c_void_p(target), ctypes.c_void_p(source)
                 code = function(*pointers, ctypes.c_size_t(num_bytes), *self._COPY_KIND, ctypes.c_void_p(stream))
                 if code:
@@ -118,6 +119,17 @@ class _Calls:
 
     def _message(self, code: int) -> str:
         raise NotImplementedError
+
+
+class _BatchAttributes(ctypes.Structure):
+    """How copies of a batch are made. The hints are for memory that moves between devices."""
+
+    _fields_ = [
+        ("source_access_order", ctypes.c_int),
+        ("source_hint", ctypes.c_int * 2),
+        ("target_hint", ctypes.c_int * 2),
+        ("flags", ctypes.c_uint),
+    ]
 
 
 class CudaDriver(_Calls):
@@ -140,6 +152,28 @@ class CudaDriver(_Calls):
         ):
             if code := getattr(self._library, name)(*arguments):
                 raise TransferError(f"{name}: {self._message(code)}")
+
+    def copy(self, targets: IntArray, sources: IntArray, sizes: IntArray, stream: int) -> None:
+        """See `GpuDriver`. In one call since CUDA 12.8: without, each copy takes 6 microseconds more."""
+        function = getattr(self._library, "cuMemcpyBatchAsync", None)
+        if function is None:
+            super().copy(targets, sources, sizes, stream)
+            return
+        addresses = [numbers.ctypes.data_as(ctypes.c_void_p) for numbers in (targets, sources, sizes)]
+        attributes = ctypes.byref(_BatchAttributes(source_access_order=_DURING_STREAM))
+        of_all, refused = (ctypes.c_size_t * 1)(0), ctypes.c_size_t()
+        with self._current():
+            code = function(
+                *addresses,
+                ctypes.c_size_t(len(sizes)),
+                attributes,
+                of_all,
+                ctypes.c_size_t(1),
+                ctypes.byref(refused),
+                ctypes.c_void_p(stream),
+            )
+        if code:
+            raise TransferError(f"cuMemcpyBatchAsync: {self._message(code)}")
 
     def close(self) -> None:
         """See `GpuDriver`. Idempotent."""

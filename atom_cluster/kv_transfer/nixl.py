@@ -250,14 +250,17 @@ def _use_device(device: torch.device) -> None:
 
 
 def _spans(layouts: Sequence[BlockLayout], num_blocks: Sequence[int]) -> list[tuple[int, int]]:
-    """Start and length of the memory that all regions lie in, each byte once: regions may interleave."""
+    """Start and length of the memory that all regions lie in, each byte once: regions may interleave.
+
+    Those that only touch stay apart: they may be two allocations of a GPU's driver, which cannot be shared as one.
+    """
     ends = [
         layout.address + (count - 1) * layout.stride_bytes + layout.block_bytes
         for layout, count in zip(layouts, num_blocks, strict=True)
     ]
     spans: list[tuple[int, int]] = []
     for start, end in sorted(zip((layout.address for layout in layouts), ends, strict=True)):
-        if spans and start <= spans[-1][0] + spans[-1][1]:
+        if spans and start < spans[-1][0] + spans[-1][1]:
             first, length = spans[-1]
             spans[-1] = (first, max(length, end - first))
         else:

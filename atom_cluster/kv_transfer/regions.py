@@ -5,6 +5,7 @@ Knows nothing of sockets, processes or checksums.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -17,6 +18,7 @@ from atom_cluster.kv_transfer.pieces import Extent, PeerShape, Piece
 from atom_cluster.kv_transfer.protocol import KvRegion
 
 ByteArray = npt.NDArray[np.uint8]
+IntArray = npt.NDArray[np.int64]
 
 
 class RegionShape(Struct, frozen=True, array_like=True):
@@ -67,8 +69,8 @@ def check_read(
     own: Sequence[RegionShape],
     other: Sequence[RegionShape],
     group: int,
-    remote_blocks: Sequence[int],
-    local_blocks: Sequence[int],
+    remote_blocks: Sequence[int] | IntArray,
+    local_blocks: Sequence[int] | IntArray,
     pieces: Sequence[Piece] | None,
 ) -> None:
     """Raise `TransferError` unless these blocks, and pieces of them, are there on both sides."""
@@ -104,12 +106,21 @@ def extent_view(rows: ByteArray, extent: Extent) -> ByteArray:
     return np.lib.stride_tricks.as_strided(rows[:, extent.offset :], shape, strides, writeable=rows.flags.writeable)
 
 
-def check_blocks(shapes: Sequence[RegionShape], group: int, block_ids: Sequence[int], *, whose: str) -> None:
+def id_array(block_ids: Sequence[int]) -> IntArray:
+    """These ids as numbers of 64 bits. Raises `TransferError` for one that is none."""
+    try:
+        return np.frombuffer(struct.pack(f"{len(block_ids)}q", *block_ids), dtype=np.int64)  # the fastest way there is
+    except struct.error as exc:
+        raise TransferError(f"not the ids of blocks: {exc}") from exc
+
+
+def check_blocks(shapes: Sequence[RegionShape], group: int, block_ids: Sequence[int] | IntArray, *, whose: str) -> None:
     """Raise `TransferError` if there is no such group, or a block id is out of its range."""
     if not 0 <= group < len(shapes):
         raise TransferError(f"{whose} cache groups are {len(shapes)}; there is no group {group}")
     num_blocks = shapes[group].num_blocks
-    if block_ids and not 0 <= min(block_ids) <= max(block_ids) < num_blocks:
+    ids = block_ids if isinstance(block_ids, np.ndarray) else id_array(block_ids)
+    if ids.size and not 0 <= ids.min() <= ids.max() < num_blocks:
         raise TransferError(f"{whose} block ids reach outside [0, {num_blocks})")
 
 

@@ -18,6 +18,7 @@ from atom_cluster.kv_transfer.block_memory import block_memory
 from atom_cluster.kv_transfer.protocol import KvRegion
 from atom_cluster.kv_transfer.regions import check_blocks, check_extents, packed_bytes, shape_of
 from atom_cluster.kv_transfer.tcp_channel import Channel, ChannelLoop, Session
+from atom_cluster.observability.refusals import RefusalLog
 
 _log = logging.getLogger(__name__)
 
@@ -40,9 +41,10 @@ class BlockServer:
         self._key = key
         self._memory = block_memory(regions)
         self._shapes = [shape_of(region) for region in regions]
-        self._strangers: dict[Channel, float] = {}
-        """Connections that have proved nothing yet, with when they came."""
+        self._strangers: dict[Channel, tuple[str | None, float]] = {}
+        """Connections that have proved nothing yet: from where and when they came."""
         self._clients: set[Channel] = set()
+        self._refusals = RefusalLog(_log, "KV connections")
         listener = _listen(host)
         self.port: int = listener.getsockname()[1]
         self._loop = ChannelLoop("kv-tcp-serve", on_tick=self._sweep)
@@ -60,14 +62,19 @@ class BlockServer:
     # --- in the loop's thread ---------------------------------------------------------------------------------------
 
     def _accept(self, sock: socket.socket) -> None:
-        if len(self._strangers) >= _MAX_STRANGERS or len(self._clients) >= _MAX_CLIENTS:
-            _log.warning("too many KV connections; one more was refused")
+        source = _source(sock)
+        if len(self._clients) >= _MAX_CLIENTS:
+            self._refusals.note(source, "too many clients")
             sock.close()
             return
-        peer = str(sock.getpeername()[0]) if sock.fileno() >= 0 else "?"
+        if len(self._strangers) >= _MAX_STRANGERS:
+            # A client proves itself in a moment: who stands there longest is the least likely to be one.
+            oldest = next(iter(self._strangers))
+            self._loop.discard(oldest)
+            self._forget(oldest, "too many strangers")
         channel = Channel(sock)
-        self._strangers[channel] = time.monotonic()
-        self._loop.add(channel, self._serve(channel), lambda reason: self._forget(channel, f"{peer}: {reason}"))
+        self._strangers[channel] = (source, time.monotonic())
+        self._loop.add(channel, self._serve(channel), lambda reason: self._forget(channel, reason))
 
     def _serve(self, channel: Channel) -> Session:
         hello = wire.make_hello()
@@ -107,7 +114,7 @@ class BlockServer:
 
     def _sweep(self) -> float | None:
         now_s = time.monotonic()
-        for channel, since_s in tuple(self._strangers.items()):
+        for channel, (_, since_s) in tuple(self._strangers.items()):
             if now_s - since_s > _HANDSHAKE_S:
                 self._loop.discard(channel)
                 self._forget(channel, "no proof in time")
@@ -115,12 +122,22 @@ class BlockServer:
             if channel.has_outgoing and now_s - channel.last_progress_s > _STALLED_S:
                 self._loop.discard(channel)
                 self._forget(channel, "stalled")
-        return _SWEEP_S if self._strangers or self._clients else None
+        self._refusals.flush()
+        return _SWEEP_S if self._strangers or self._clients or self._refusals.is_pending else None
 
     def _forget(self, channel: Channel, reason: str) -> None:
-        if self._strangers.pop(channel, None) is not None:
-            _log.warning("refused a KV connection: %s", reason)
+        stranger = self._strangers.pop(channel, None)
+        if stranger is not None:
+            self._refusals.note(stranger[0], reason)
         self._clients.discard(channel)
+
+
+def _source(sock: socket.socket) -> str | None:
+    """Where a connection comes from; None if it has ended."""
+    try:
+        return str(sock.getpeername()[0])
+    except OSError:
+        return None
 
 
 def _listen(host: str) -> socket.socket:

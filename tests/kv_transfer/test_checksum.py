@@ -123,8 +123,11 @@ def test_what_was_read_of_a_block_has_the_tag_of_where_it_came_from(
 
 @pytest.mark.parametrize("extents", [extents for pair in PARTS for extents in pair])
 def test_devices_which_gather_in_another_way_find_the_same_tags(extents: tuple[Extent, ...]) -> None:
-    host, like_a_device = BlockTagger(make_regions()), BlockTagger(make_regions())
-    like_a_device._is_host = False
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    regions = make_regions()
+    host = BlockTagger(regions)
+    like_a_device = BlockTagger([KvRegion(region.name, region.blocks.to(device)) for region in regions])
+    like_a_device._is_host = False  # a CPU interprets the kernels
     assert like_a_device.tags(1, [3, 1, 5], 9, extents) == host.tags(1, [3, 1, 5], 9, extents)
 
 

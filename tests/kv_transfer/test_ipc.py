@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,14 +20,15 @@ import torch
 from atom_cluster.errors import TransferError
 from atom_cluster.kv_transfer import ipc, ipc_copies
 from atom_cluster.kv_transfer.ipc import IpcTransport
-from atom_cluster.kv_transfer.ipc_copies import Batch
-from atom_cluster.kv_transfer.ipc_device import SharedAllocation, alignment_of, open_gpu
+from atom_cluster.kv_transfer.ipc_device import SharedAllocation, open_gpu
+from atom_cluster.kv_transfer.ipc_driver import HANDLE_BYTES
+from atom_cluster.kv_transfer.ipc_export import SeenMark, decode
 from atom_cluster.kv_transfer.pieces import Extent, PeerShape, Piece
 from atom_cluster.kv_transfer.protocol import KvRegion
 from atom_cluster.kv_transfer.shared_memory import allocate_shared
 from atom_cluster.units import Deadline
 from tests.kv_transfer.ipc_stand_in import HostDevice
-from tests.kv_transfer.ranks import Rank, exporter_elsewhere, make_regions, rank_here, wait_for
+from tests.kv_transfer.ranks import Rank, exporter_elsewhere, make_regions, rank_here, wait_for, wait_until
 
 BLOCK = 4096
 needs_device = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA or ROCm device")
@@ -271,6 +273,45 @@ def test_pieces_of_another_ranks_larger_blocks_are_read(source: Host) -> None:
     reader.transport.close()
 
 
+def test_long_reads_are_looked_at_piece_by_piece(reader: Host, source: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ipc, "_BLOCKS_AT_ONCE", 4)
+    monkeypatch.setattr(ipc, "_FIRST_BYTES", BLOCK)
+    order = (5, 3, 1, 4, 0, 2, 8, 6, 7)
+    reader.device.holds = False
+    reader.start(1, order, tuple(range(9)))
+    reader.start(2, (*range(9, 13), 16), tuple(range(9, 14)))
+    found = {done.read_id: done for done in wait_for(reader.transport, 2)}
+    assert [len(batch.sizes) for batch in reader.device.batches] == [1, 2, 4, 1, 1, 1], "runs are put together"
+    assert (found[1].error, found[1].num_bytes) == (None, 9 * BLOCK)
+    assert torch.equal(reader.regions[0].blocks[:9], source.regions[0].blocks[list(order)])
+    assert "the peer's block ids reach outside" in str(found[2].error)
+    assert not reader.regions[0].blocks[13].any()
+
+
+def process_descriptors() -> int:
+    """Of this process's open files, those that stand for processes."""
+    files = (f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd"))
+    return sum(os.path.lexists(file) and "pidfd" in os.readlink(file) for file in files)
+
+
+@pytest.mark.parametrize("has_descriptors", [True, False])
+def test_a_process_that_only_waits_to_be_reaped_is_gone(monkeypatch: pytest.MonkeyPatch, has_descriptors: bool) -> None:
+    def absent(pid: int) -> int:
+        raise OSError("Function not implemented")
+
+    if not has_descriptors:
+        monkeypatch.setattr(os, "pidfd_open", absent)
+    num_open = process_descriptors()
+    with exporter_elsewhere("ipc/stand-in", block_bytes=(BLOCK,)) as exporter:
+        marks = [SeenMark(decode(exporter.descriptor, handle_bytes=HANDLE_BYTES).mark, exporter.descriptor)]
+        assert marks[0].defect() is None
+        assert process_descriptors() == num_open + has_descriptors
+        exporter.signal(signal.SIGKILL)
+        wait_until(lambda: "gone" in str(marks[0].defect()))
+        marks.clear()
+        assert process_descriptors() == num_open
+
+
 def test_memory_that_is_not_one_allocation_is_refused() -> None:
     class Pieced(HostDevice):
         def share(self, address: int) -> SharedAllocation:
@@ -287,17 +328,6 @@ def test_memory_that_is_not_one_allocation_is_refused() -> None:
 def test_memory_of_cpus_is_refused() -> None:
     with pytest.raises(TransferError, match="memory of GPUs; this is on cpu"):
         open_gpu(torch.device("cpu"))
-
-
-def test_alignment_is_that_of_all_addresses_and_sizes() -> None:
-    def alignment(*numbers: int) -> int:
-        targets, sources, sizes = (torch.tensor([4096, number]).numpy() for number in numbers)
-        return alignment_of(Batch(targets, sources, sizes, by_kernel=True))
-
-    assert alignment(16, 32, 64) == 16
-    assert alignment(16, 32, 200) == 8
-    assert alignment(16, 40, 64) == 8
-    assert alignment(18, 32, 64) == 1
 
 
 # --- on GPUs --------------------------------------------------------------------------------------------------------

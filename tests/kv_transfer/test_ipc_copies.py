@@ -7,6 +7,7 @@ import pytest
 from atom_cluster.kv_transfer import ipc_copies
 from atom_cluster.kv_transfer.ipc_copies import Batch, Rows, batches
 from atom_cluster.kv_transfer.pieces import Extent, Piece
+from atom_cluster.kv_transfer.regions import id_array
 
 SOURCE, TARGET = Rows(1_000_000, 100), Rows(5_000_000, 100)
 
@@ -23,8 +24,8 @@ def planned(
 ) -> list[Batch]:
     return list(
         batches(
-            remote,
-            local,
+            id_array(remote),
+            id_array(local),
             pieces,
             source=source,
             target=target,
@@ -115,3 +116,19 @@ def test_pieces_of_blocks_of_other_sizes_go_where_they_belong(
     assert byte_moves(found) == expected
     assert all(batch.by_kernel == bool(kernel_below_bytes) for batch in found)
     assert all(len(set(batch.sizes.tolist())) == 1 for batch in found)
+
+
+@pytest.mark.parametrize(
+    ("address", "stride", "size", "offset", "expected"),
+    [(32, 64, 64, 16, 16), (32, 200, 64, 16, 8), (40, 64, 64, 16, 8), (32, 64, 64, 24, 8), (32, 64, 36, 16, 1)],
+)
+def test_alignment_is_that_of_all_addresses_and_sizes(
+    address: int, stride: int, size: int, offset: int, expected: int
+) -> None:
+    rows = Rows(address, stride), Rows(1 << 20, 1 << 12)
+    for source, target in (rows, rows[::-1]):
+        (batch,) = planned((1, 2), (4, 7), source=source, target=target, block_bytes=size, kernel_below_bytes=1 << 20)
+        assert batch.alignment == (expected if offset == 16 else 16)
+        pieces = (Piece(Extent(offset, size), Extent(0, size)),)
+        (batch,) = planned((1, 2), (4, 7), pieces=pieces, source=source, target=target)
+        assert batch.alignment == expected

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
+import numpy as np
 import pytest
 
 from atom_cluster.errors import TransferError
@@ -24,9 +25,13 @@ class Library:
         self.failure = 0
         self.contexts: list[int] = []
         self.device = 5
+        self.absent: set[str] = set()
         self.hipGetErrorString = lambda code: b"invalid argument"
 
     def __getattr__(self, name: str) -> Any:
+        if name in self.absent:
+            raise AttributeError(name)
+
         def call(*arguments: Any) -> int:
             plain = [getattr(argument, "value", argument) for argument in arguments]
             self.calls.append((name, *plain))
@@ -104,21 +109,50 @@ def test_handles_are_got_opened_and_closed(driver: GpuDriver, library: Library) 
     assert (library.contexts, library.device) == ([], 5), "the thread's own device is current again"
 
 
-def test_copies_go_to_the_stream(driver: GpuDriver, library: Library) -> None:
-    driver.copy([(BASE, MAPPED, 7 << 32), (BASE + 9, MAPPED + 9, 1)], stream=0xABC)
+COPIES = [(BASE, MAPPED, 7 << 32), (BASE + 9, MAPPED + 9, 1)]
+"""Target, source, bytes."""
+
+
+def give_copies(driver: GpuDriver) -> None:
+    targets, sources, sizes = np.array(COPIES).T.copy()
+    driver.copy(targets, sources, sizes, stream=0xABC)
+
+
+def test_copies_go_to_the_stream_one_by_one(driver: GpuDriver, library: Library) -> None:
+    library.absent = {"cuMemcpyBatchAsync"}
+    give_copies(driver)
     kind = () if isinstance(driver, CudaDriver) else (4,)
-    assert [call[1:] for call in library.calls] == [
-        (BASE, MAPPED, 7 << 32, *kind, 0xABC),
-        (BASE + 9, MAPPED + 9, 1, *kind, 0xABC),
-    ]
+    assert [call[1:] for call in library.calls] == [(*copy, *kind, 0xABC) for copy in COPIES]
     assert (library.contexts, library.device) == ([], 5)
+
+
+def test_copies_go_to_the_stream_in_one_call_where_there_is_one(library: Library) -> None:
+    given: list[tuple[object, ...]] = []
+
+    def batch(*arguments: Any) -> int:
+        *addresses, count, attributes, of_all, num_attributes, _, stream = arguments
+        numbers = [ctypes.cast(one, ctypes.POINTER(ctypes.c_uint64))[: count.value] for one in addresses]
+        given.extend(zip(*numbers))
+        assert attributes._obj.source_access_order == 1
+        assert (list(of_all), num_attributes.value, stream.value) == ([0], 1, 0xABC)
+        assert library.contexts == [CONTEXT + 2]
+        return library.failure
+
+    library.cuMemcpyBatchAsync = batch
+    driver = CudaDriver(2)
+    give_copies(driver)
+    assert given == COPIES
+    assert library.contexts == []
+    library.failure = 1
+    with pytest.raises(TransferError, match="cuMemcpyBatchAsync: invalid argument"):
+        give_copies(driver)
 
 
 def test_failures_are_told_in_the_drivers_words(driver: GpuDriver, library: Library) -> None:
     library.failure = 1
     calls = (
         lambda: driver.get_handle(BASE),
-        lambda: driver.copy([(1, 2, 3)], stream=0),
+        lambda: give_copies(driver),
         lambda: driver.close_handle(1),
     )
     for call in calls:

@@ -22,9 +22,10 @@ import torch
 
 from atom_cluster.errors import TransferError
 from atom_cluster.kv_transfer import registry
-from atom_cluster.kv_transfer.nixl import NixlDescriptor, NixlTransport, SealedDescriptor
+from atom_cluster.kv_transfer.nixl import NixlDescriptor, NixlTransport, SealedDescriptor, _spans
 from atom_cluster.kv_transfer.nixl_agent import Memory, NixlAgent, Pieces, Transfer, load_library
 from atom_cluster.kv_transfer.nixl_fabric import Fabric, find_fabric
+from atom_cluster.kv_transfer.nixl_reader import BlockLayout
 from atom_cluster.kv_transfer.protocol import KvRegion
 from atom_cluster.kv_transfer.registry import TransportSettings, open_transport
 from atom_cluster.units import Deadline
@@ -211,6 +212,13 @@ def make_agent(name: str, blocks: torch.Tensor, fabric: Fabric | None = None) ->
 
 def pieces(to: torch.Tensor, fro: torch.Tensor) -> Pieces:
     return Pieces(*(np.array([value], dtype=np.uint64) for value in (to.data_ptr(), fro.data_ptr(), to.numel())))
+
+
+def test_regions_that_only_touch_are_registered_one_by_one() -> None:
+    apart = [BlockLayout(4096, 512, 512), BlockLayout(4096 + 8 * 512, 256, 256)]
+    assert _spans(apart, [8, 4]) == [(4096, 8 * 512), (4096 + 8 * 512, 4 * 256)], "may be two allocations of a GPU"
+    interleaved = [BlockLayout(4096 + 64, 256, 100), BlockLayout(4096, 256, 64)]
+    assert _spans(interleaved, [8, 8]) == [(4096, 7 * 256 + 164)]
 
 
 def test_memory_outside_of_what_was_registered_cannot_be_read() -> None:

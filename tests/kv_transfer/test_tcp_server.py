@@ -170,17 +170,27 @@ def test_strangers_that_prove_nothing_in_time_are_cut_off(server: BlockServer, m
     assert is_cut_off(stranger(server))
 
 
-def test_there_is_a_limit_to_strangers_but_members_come_and_go(
+def test_strangers_make_room_for_each_other_and_members_come_and_go(
     server: BlockServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tcp_server, "_MAX_STRANGERS", 3)
-    strangers = [stranger(server) for _ in range(3)]
-    assert is_cut_off(socket.create_connection(("127.0.0.1", server.port), timeout=10))
-    for sock in strangers:
-        sock.close()
-    monkeypatch.setattr(tcp_server, "_MAX_STRANGERS", 64)
+    first, *others = [stranger(server) for _ in range(3)]
     for _ in range(10):
         assert_serves(server)
+    assert is_cut_off(first), "the one that stood there longest"
+    for sock in others:
+        sock.close()
+
+
+def test_who_is_refused_is_told_in_a_few_lines_however_many_there_are(
+    server: BlockServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(50):
+        sock = stranger(server)
+        sock.sendall(bytes(wire.CLIENT_PROOF_BYTES))
+        assert is_cut_off(sock)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "127.0.0.1" in line and "wrong secret" in line
 
 
 def test_a_member_that_takes_nothing_is_cut_off(server: BlockServer, monkeypatch: pytest.MonkeyPatch) -> None:
