@@ -129,7 +129,7 @@ def torch_us(step: Step, backend: SDPBackend) -> float | None:
 
 
 def decode_steps(heads: Heads) -> Iterator[tuple[str, list[tuple[int, int]]]]:
-    for batch in (1, 32, 128):
+    for batch in (1, 8, 32, 128):
         for length in (128, 1024, 8192, 32768):
             if batch * length * heads.kv <= 128 * 8192 * 8:
                 yield f"{batch} x {length}", [(length, 1)] * batch
@@ -164,9 +164,11 @@ def main() -> None:
                     flush=True,
                 )
                 del step
-        step = Step([(1200, 1)] * 128, MODELS[0], stored=torch.float8_e4m3fn)
-        us = step.attend_us()
-        print(f"decode {'llama-8b fp8':12s} {'128 x 1200':22s} {us:9.1f} us {share_of_bandwidth(step.kv_bytes, us)}")
+        for batch, length in ((1, 128), (1, 1024), (1, 32768), (32, 8192), (128, 128), (128, 1200)):
+            step = Step([(length, 1)] * batch, MODELS[0], stored=torch.float8_e4m3fn)
+            us, name = step.attend_us(), f"{batch} x {length}"
+            print(f"decode {'llama-8b fp8':12s} {name:22s} {us:9.1f} us {share_of_bandwidth(step.kv_bytes, us)}")
+            del step
     if "prompts" in only:
         for heads in MODELS[:1] + MODELS[2:]:
             for name, rows in PROMPTS.items():

@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 
 from atom_cluster.ops.attention import AttentionMetadata, AttentionPlan, HeadNorms, KvLayerCache, Rotation
-from atom_cluster.ops.triton import attention_library, attention_store
+from atom_cluster.ops.triton import attention_decode_hopper, attention_library, attention_store
 from atom_cluster.ops.triton.attention_decode import SplitAttention
+from atom_cluster.ops.triton.attention_decode_hopper import HopperSplitAttention
 from atom_cluster.ops.triton.attention_prefill import TiledAttention, prefill_config
 
 MAX_SPLIT_QUERIES = 17
@@ -29,7 +30,7 @@ class TritonAttention:
         self._max_split_queries = max(counts[: self._num_split_rows], default=0)
         self._num_long_rows = len(counts) - self._num_split_rows
         self._long_prompts = attention_library.long_whole_prompts(metadata, self._num_split_rows)
-        self._split: dict[object, SplitAttention] = {}
+        self._split: dict[object, SplitAttention | HopperSplitAttention] = {}
         self._tiled: dict[object, TiledAttention] = {}
 
     def store(
@@ -64,16 +65,7 @@ class TritonAttention:
         key: tuple[object, ...] = (num_heads, num_kv_heads, dim, value_dim, kv.key.dtype)
         if self._max_split_queries:
             if key not in self._split:
-                self._split[key] = SplitAttention(
-                    self._metadata,
-                    num_rows=self._num_split_rows,
-                    max_queries=self._max_split_queries,
-                    heads_per_kv=num_heads // num_kv_heads,
-                    num_kv_heads=num_kv_heads,
-                    dim=dim,
-                    value_dim=value_dim,
-                    dtype=query_THD.dtype,
-                )
+                self._split[key] = self._make_split(query_THD, kv)
             self._split[key].attend(query_THD, kv, out_THV, scale=scale, sink_H=sink_H)
         prompts: tuple[int, ...] = ()
         if self._long_prompts and attention_library.serves(query_THD, kv, self._metadata, sink_H):
@@ -92,6 +84,37 @@ class TritonAttention:
                 )
             self._tiled[key].attend(query_THD, kv, out_THV, scale=scale, sink_H=sink_H)
         return out_THV
+
+    def _make_split(self, query_THD: torch.Tensor, kv: KvLayerCache) -> SplitAttention | HopperSplitAttention:
+        num_heads, dim = query_THD.shape[1:]
+        num_kv_heads, value_dim = kv.value.shape[2:]
+        group = num_heads // num_kv_heads
+        num_queries = self._max_split_queries * group
+        if attention_decode_hopper.is_fit(query_THD, kv, block_size=self._metadata.block_size, num_queries=num_queries):
+            return HopperSplitAttention(
+                self._metadata,
+                num_rows=self._num_split_rows,
+                max_queries=self._max_split_queries,
+                heads_per_kv=group,
+                num_kv_heads=num_kv_heads,
+                config=attention_decode_hopper.hopper_decode_config(
+                    dim,
+                    kv.key.dtype,
+                    num_queries=num_queries,
+                    num_works=self._num_split_rows * num_kv_heads,
+                    device=query_THD.device,
+                ),
+            )
+        return SplitAttention(
+            self._metadata,
+            num_rows=self._num_split_rows,
+            max_queries=self._max_split_queries,
+            heads_per_kv=group,
+            num_kv_heads=num_kv_heads,
+            dim=dim,
+            value_dim=value_dim,
+            dtype=query_THD.dtype,
+        )
 
 
 def attention_choices(arch: str) -> dict[str, str]:

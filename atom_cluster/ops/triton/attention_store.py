@@ -159,7 +159,7 @@ def _store_kernel(
             0.0,
         )
     else:
-        slot = tl.load(slot_ptr + token)
+        slot = tl.load(slot_ptr + token, eviction_policy="evict_last")
         page = slot // BLOCK_SIZE
         entry = slot % BLOCK_SIZE
         if part < num_query_parts + num_key_parts:
@@ -244,8 +244,9 @@ def _turn_heads(
             x = _weighted(x * factor, tl.load(weight_ptr + pair, is_pair, other=0.0), dtype, ROUNDS_NORMALISED)
             y = _weighted(y * factor, tl.load(weight_ptr + HALF + pair, is_pair, other=0.0), dtype, ROUNDS_NORMALISED)
         # The sines' first half is negated: the second is what the contract's formula takes as it is.
-        cos = tl.load(cos_ptr + pair, is_pair, other=0.0)[None, :]
-        sin = tl.load(sin_ptr + HALF + pair, is_pair, other=0.0)[None, :]
+        # Every layer reads them: they had better survive the weights that are read in between.
+        cos = tl.load(cos_ptr + pair, is_pair, other=0.0, eviction_policy="evict_last")[None, :]
+        sin = tl.load(sin_ptr + HALF + pair, is_pair, other=0.0, eviction_policy="evict_last")[None, :]
         turned_x = (x * cos - y * sin).to(dtype).to(tl.float32)
         turned_y = (y * cos + x * sin).to(dtype).to(tl.float32)
         _store_scaled(out_ptrs + pair[None, :], turned_x, is_turned, scale, LIMIT)

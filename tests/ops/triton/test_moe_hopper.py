@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from atom_cluster.ops.moe import ExpertActivation
-from atom_cluster.ops.triton import moe_config, moe_store_hopper, runtime
+from atom_cluster.ops.quantized import InputQuantization, QuantizedWeight
+from atom_cluster.ops.triton import moe_config, moe_store_hopper, prepare_quantized_experts, runtime
 from atom_cluster.ops.triton import moe_gemm_hopper as module
 from tests.ops.triton.gluon_on_cpu import Barrier, Descriptor, Layout, Machine, Pointer, Shared
 from tests.ops.triton.moe_cases import Case, error
@@ -135,3 +136,37 @@ def test_experts(machine: ExpertMachine, monkeypatch: pytest.MonkeyPatch, case: 
     monkeypatch.setattr(module, "_FEWEST_PAIRS_OF_MANY", 500)
     assert error(CASES[case], "float8 blocks", dtype=torch.float32) < 1e-3
     assert machine.num_launches == 2
+
+
+@pytest.mark.parametrize("num_here", [0, 1])
+def test_experts_elsewhere(machine: ExpertMachine, monkeypatch: pytest.MonkeyPatch, num_here: int) -> None:
+    """What no expert of this rank computes adds nothing, though nothing is written of it on the way."""
+    chip = SimpleNamespace(is_hopper=lambda: True, num_multiprocessors=lambda _: 2)
+    monkeypatch.setattr(module, "runtime", chip)
+    num_experts, new_empty = 2, torch.Tensor.new_empty
+
+    def poisoned(x: torch.Tensor, *sizes: Any, **options: Any) -> torch.Tensor:
+        found = new_empty(x, *sizes, **options)
+        return found.fill_(torch.nan) if found.is_floating_point() else found
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    first, second = (
+        QuantizedWeight(
+            number="float8",
+            codes=torch.randn(num_experts, num_out, 256).to(torch.float8_e4m3fn),
+            scale=torch.ones(num_experts, num_out // 128, 2),
+            block=(128, 128),
+            inputs=InputQuantization(number="float8", group_size=128),
+        )
+        for num_out in (512, 256)
+    )
+    experts = prepare_quantized_experts(
+        first, second, gate_up_bias=None, down_bias=None, activation=ExpertActivation(), dtype=torch.float32
+    )
+    chosen = torch.full((9, 2), num_experts)
+    chosen[:num_here, 1] = 1
+    with torch.inference_mode():
+        y = experts(torch.randn(9, 256), chosen, torch.rand(9, 2))
+    assert machine.num_launches == 2
+    assert bool(y.isfinite().all())
+    assert y.any(dim=1).tolist() == [token < num_here for token in range(9)]

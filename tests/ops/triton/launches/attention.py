@@ -79,6 +79,9 @@ def turn() -> object:
 
 LAUNCHES: dict[str, Callable[[], object]] = {
     "decode llama": attend((1, 1)),
+    "decode llama, rows": attend((1,) * 8),
+    "decode llama drafts fp8": attend((4, 4), is_narrow=True),
+    "decode gemma3": attend((1,), num_heads=8, num_kv_heads=4, dim=256, window=1024),
     "decode qwen3-30b fp8": attend((1, 1), num_kv_heads=4, is_narrow=True),
     "decode gpt-oss drafts": attend((4, 4), num_heads=64, dim=64, window=128, has_sink=True),
     "decode mimo": attend((1,), num_heads=64, num_kv_heads=4, dim=192, value_dim=128),
