@@ -18,6 +18,8 @@ class RoutingConfig(FrozenConfig):
     """No replica with more than this times the mean load (plus one request) is chosen for its cache."""
     output_token_weight: float = Field(8.0, ge=0)
     """Cost of one running request on decode, in prefill tokens."""
+    prefill_may_decode: bool = True
+    """While no decode replica can take a request, a prefill replica serves all of it. Off: it waits for one."""
     load_period_s: float = Field(0.1, gt=0)
     """Engines report changed load at most this often."""
     query_timeout_s: float = Field(0.25, gt=0)

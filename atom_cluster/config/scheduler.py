@@ -22,6 +22,9 @@ class SchedulerConfig(FrozenConfig):
     """Split prompts over steps; when off, the token budget must hold the longest prompt, `max_model_len`."""
     long_prefill_tokens: int = Field(0, ge=0)
     """Most tokens of one prompt in one step; 0 means the whole budget."""
+    max_itl_s: float | None = Field(None, gt=0)
+    """Seconds that a step may take while requests decode: with policy mixed, prompts beside them are cut into chunks
+    that fit, by the measured times of earlier steps. null: whatever the token budget allows."""
     delay_factor: float = Field(0.0, ge=0)
     """Hold new prompts back until the oldest has waited this many times the last prompt step's duration."""
     policy: Literal["mixed", "prefill_first", "decode_only"] = "mixed"

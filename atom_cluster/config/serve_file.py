@@ -94,6 +94,9 @@ class DeploymentOptions(FrozenConfig):
     """Requests that Serve hands to one replica at a time."""
     max_queued_requests: int | None = Field(None, ge=-1)
     """Requests that wait for a replica before Serve answers 503; -1 is no limit."""
+    max_surge_percent: int | None = Field(None, ge=0, le=100)
+    """Percentage of replicas that may start before old ones are stopped, when the application is deployed anew. For
+    engines only where devices are free for so many more: else new ones are waited for, and nothing changes."""
     graceful_shutdown_wait_loop_s: float | None = Field(None, ge=0)
     """How often Serve asks whether a stopping replica is done."""
     graceful_shutdown_timeout_s: float | None = Field(None, ge=0)

@@ -30,9 +30,10 @@ class ServingConfig(FrozenConfig):
     start_timeout_s: float = Field(600.0, gt=0)
     """A gang that is not ready by then is torn down and started again."""
     drain_timeout_s: float = Field(60.0, ge=0)
-    """A replica told to stop finishes its requests within this time; what is left then goes on with another."""
+    """An engine replica told to stop finishes its requests within this time; what is left then goes on with another."""
     request_timeout_s: float = Field(600.0, gt=0)
-    """A request that has not finished by then ends with a timeout error."""
+    """A request that has not finished by then ends with a timeout error. An ingress told to stop stays so long, while
+    it has requests."""
 
     @model_validator(mode="after")
     def _timeouts_outlast_periods(self) -> ServingConfig:

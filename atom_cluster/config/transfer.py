@@ -17,6 +17,9 @@ class KvTransferConfig(FrozenConfig):
     transport: KvTransportName = "auto"
     """auto: shm between processes of one host on CPUs, ipc on GPUs; tcp otherwise. RDMA, which is mori under
     ROCm and nixl under CUDA, has to be named: it trusts the network."""
+    conditional_prefill: bool = True
+    """A prompt that decode is expected to have sooner by computing it itself is not sent to prefill: when prefill has
+    much to do, or the prompt is short, by measured times. Off: prefill computes all that `min_remote_tokens` lets."""
     min_remote_tokens: int = Field(16, ge=1)
     """Prompts with fewer uncached tokens than this are prefilled by the decode replica itself."""
     lease_s: float = Field(10.0, gt=0)

@@ -21,16 +21,18 @@ from atom_cluster.config.scheduler import SchedulerConfig
 from atom_cluster.config.transfer import KvTransferConfig
 from atom_cluster.engine.admission import make_request
 from atom_cluster.engine.decode_side import DecodeSide
-from atom_cluster.engine.inbox import Inbox, Item, Lost, SnapshotWanted
+from atom_cluster.engine.draining import Draining, draining
+from atom_cluster.engine.inbox import DrainWanted, Inbox, Item, Lost, SnapshotWanted
 from atom_cluster.engine.prefill_side import PrefillSide
 from atom_cluster.engine.profiling import ProfileDesk
 from atom_cluster.engine.protocols import EngineInput, Outbox, StepRunner
 from atom_cluster.engine.replies import Replies
-from atom_cluster.engine.reporting import CacheReporter
+from atom_cluster.engine.reporting import CacheReporter, count_admissions, count_prefix
 from atom_cluster.engine.request import Phase, Request
 from atom_cluster.engine.results import NewTokens, append_tokens, confirm_row, end_before_first
-from atom_cluster.engine.scheduler import ScheduledRow, ScheduledStep, Scheduler
+from atom_cluster.engine.scheduler import ScheduledRow, Scheduler
 from atom_cluster.engine.speculation import DraftStatistics
+from atom_cluster.engine.speed import SpeedMeter
 from atom_cluster.errors import AtomClusterError, EngineLost, InvalidRequest, Overloaded, RequestTimeout
 from atom_cluster.kv_cache.block_manager import BlockManager
 from atom_cluster.kv_cache.prefix_hash import fingerprint_of, seed_of
@@ -51,16 +53,9 @@ from atom_cluster.messages.transfer import (
     TicketRelease,
     TicketRenew,
 )
-from atom_cluster.observability.metrics import (
-    PREFIX_CACHE_HITS,
-    PREFIX_CACHE_QUERIES,
-    PROMPT_TOKENS,
-    STEP_S,
-    STEP_TOKENS,
-    MetricSink,
-)
+from atom_cluster.observability.metrics import PROMPT_TOKENS, STEP_S, STEP_TOKENS, MetricSink
 
-_KV_POLL_S = 0.001
+_KV_POLL_S = 0.0002
 """How often an otherwise idle engine looks for the end of KV reads and checksums."""
 _BLOCKED_WAIT_S = 0.01
 """Longest sleep of an engine whose requests all wait for something."""
@@ -77,8 +72,7 @@ class _InFlight:
 
 
 class EngineCore:
-    """One engine. `put`, `drop_client`, `drop_peer`, `request_snapshot`, `stats` and `stop` may be called from any
-    thread, everything else from one."""
+    """One engine. What stands under "from any thread" may be called from any, everything else from one."""
 
     def __init__(
         self,
@@ -118,6 +112,7 @@ class EngineCore:
             clock=clock,
             max_drafts=info.max_drafts,
         )
+        self._speed = SpeedMeter(scheduler, block_size=info.block_size, clock=clock)
         self.drafts = DraftStatistics(metrics)
         self._replies = Replies(outbox, metrics, clock)
         self._reporter = CacheReporter(
@@ -137,6 +132,8 @@ class EngineCore:
             blocks=self._blocks,
             outbox=outbox,
             command=self._kv_commands.append,
+            metrics=metrics,
+            clock=clock,
         )
         self._decode = DecodeSide(
             export=export,
@@ -147,9 +144,11 @@ class EngineCore:
             outbox=outbox,
             command=self._kv_commands.append,
             emit_first=self._emit_remote,
+            note_handoff=self._speed.note_handoff,
             metrics=metrics,
             clock=clock,
         )
+        self._draining = Draining()
         self._profile = ProfileDesk(refusal=info.profile_refusal, replica=peer.peer_id, outbox=outbox)
         self._inbox = Inbox()
         self._requests: dict[str, Request] = {}
@@ -167,10 +166,6 @@ class EngineCore:
         """Queue a message from whoever is known by `source`."""
         self._inbox.put(source, message)
 
-    def drop_client(self, client: str) -> None:
-        """A client is gone: its requests end."""
-        self.drop_peer(client)
-
     def drop_peer(self, peer_id: str) -> None:
         """A process is gone: the requests it sent end, the tickets it is part of end."""
         self._inbox.put(peer_id, Lost(peer_id))
@@ -178,6 +173,10 @@ class EngineCore:
     def request_snapshot(self) -> None:
         """Send the router all of the cache's hashes, and load and events from then on."""
         self._inbox.put("", SnapshotWanted())
+
+    def begin_drain(self, timeout_s: float) -> None:
+        """Take no more requests; finish those there are, and move what is left after so long; see `draining`."""
+        self._inbox.put("", DrainWanted(timeout_s))
 
     def stats(self) -> EngineStatus:
         """The engine as of its last turn; messages that it has not seen yet count as waiting."""
@@ -205,7 +204,6 @@ class EngineCore:
             raise
         self._replies.flush()
         self._stats = self._take_stats()
-        self._reporter.report(self._stats, self._scheduler.count_waiting_tokens)
         return self._has_work()
 
     def _turn(self, items: list[Item]) -> bool:
@@ -221,15 +219,26 @@ class EngineCore:
             self._handle_report(report)
         self._decode.start_queued()
         is_planned = self._plan()
+        self._report()
         is_result_due = bool(self._in_flight) and (len(self._in_flight) >= self._depth or not is_planned)
         if is_result_due:
             self._collect()
         return bool(items or reports or is_planned or is_result_due)
 
+    def _report(self) -> None:
+        # Before the result is waited for, which may take long: what comes meanwhile would be missing in a report that
+        # the router believes to include it.
+        self._stats = self._take_stats()
+        self._reporter.report(
+            self._stats,
+            self._scheduler.count_waiting_tokens,
+            lambda: self._speed.speed(has_decoding=self._scheduler.is_decoding),
+        )
+
     def _patience(self, wait_s: float) -> float:
         if self._in_flight or self._is_busy:
             return 0.0
-        if self._decode.tickets.num_reads or any(ticket.unpublished for ticket in self._prefill.tickets.all()):
+        if self._awaits_kv():
             return min(wait_s, _KV_POLL_S)
         if self._profile.is_waiting:
             return min(wait_s, _BLOCKED_WAIT_S)
@@ -247,7 +256,7 @@ class EngineCore:
         )
 
     def _plan(self) -> bool:
-        step = self._scheduler.schedule()
+        step = self._scheduler.schedule(prompt_limit=self._speed.prompt_limit())
         if step.starved is not None:
             self._prefill.give_up(
                 step.starved, Overloaded("prompts of other engines hold all pages", retry_after_s=1.0)
@@ -265,24 +274,17 @@ class EngineCore:
         self._kv_commands.clear()
         self._runner.submit(plan)
         self._in_flight.append(_InFlight(plan, step.rows))
-        self._count_admissions(step)
+        count_admissions(step, self._metrics)
         return True
 
-    def _count_admissions(self, step: ScheduledStep) -> None:
-        new_rows = {row.row for row in step.new_rows}
-        for request in (row.request for row in step.rows if row.request.row in new_rows):
-            # Once per request: not when it comes back after a preemption or with a first token from prefill, and not
-            # on prefill.
-            if request.ticket_id is None and request.residence == 1 and not request.num_new:
-                self._metrics.inc(PREFIX_CACHE_QUERIES, request.num_initial)
-                self._metrics.inc(PREFIX_CACHE_HITS, request.num_cached or 0)
-
     def _collect(self) -> None:
-        result = self._runner.collect(self._decode.renewal_period_s)
+        result = self._runner.collect(self._collect_wait_s())
         while result is None:
-            # A step may take longer than a lease.
+            # A step may take longer than a lease, and much longer than the checksums that a first token waits for.
             self._decode.renew(self._clock())
-            result = self._runner.collect(self._decode.renewal_period_s)
+            for report in self._runner.poll_kv():
+                self._handle_report(report)
+            result = self._runner.collect(self._collect_wait_s())
         flight = self._in_flight.popleft()
         if result.step_id != flight.plan.step_id:
             raise AssertionError(f"step {flight.plan.step_id} was submitted, {result.step_id} came back")
@@ -290,9 +292,17 @@ class EngineCore:
             self._metrics.observe(STEP_S, result.run_s)
             self._metrics.observe(STEP_TOKENS, flight.plan.num_tokens)
             self._scheduler.note_step_time(sum(row.num_prompt_tokens for row in flight.rows), result.run_s)
+            self._speed.note_step(flight.rows, result.run_s)
         sampled = iter(result.sampled)
         for row in flight.rows:
             self._apply(row, next(sampled) if row.samples else None)
+
+    def _collect_wait_s(self) -> float:
+        return _KV_POLL_S if self._awaits_kv() else self._decode.renewal_period_s
+
+    def _awaits_kv(self) -> bool:
+        """Whether checksums or reads are under way."""
+        return bool(self._decode.tickets.num_reads) or any(t.unpublished for t in self._prefill.tickets.all())
 
     def _apply(self, row: ScheduledRow, sampled: SampledTokens | None) -> None:
         request = row.request
@@ -307,12 +317,11 @@ class EngineCore:
         new = None if sampled is None else self._append(request, sampled)
         self._blocks.confirm(request.table, request.tokens, request.num_confirmed)
         if request.ticket_id is not None:
-            self._prefill.on_computed(request)
-        if new is None:
-            return
-        if request.ticket_id is not None:
-            self._hand_over(request, new)
-        else:
+            if new is None:
+                self._prefill.on_computed(request)
+            else:
+                self._prefill.on_first_token(request, new)
+        elif new is not None:
             self._replies.tokens(request, new)
             if new.finish_reason is not None:
                 self._retire(request)
@@ -326,23 +335,11 @@ class EngineCore:
         """The first token, from prefill."""
         new = self._append(request, delta)
         request.num_cached = max(request.num_cached or 0, delta.num_cached_tokens)
-        self._metrics.inc(PREFIX_CACHE_QUERIES, request.num_initial)
-        self._metrics.inc(PREFIX_CACHE_HITS, request.num_cached)
+        count_prefix(request, self._metrics)
         self._replies.tokens(request, new)
         if new.finish_reason is not None:
             del self._requests[request.request_id]
             request.phase = Phase.DONE
-
-    def _hand_over(self, request: Request, new: NewTokens) -> None:
-        """The first token of a prompt that was computed for another engine."""
-        delta = TokenDelta(
-            request_id=request.request_id,
-            first_index=request.num_replayed,
-            token_ids=new.token_ids,
-            logprobs=new.logprobs,
-            num_cached_tokens=request.num_cached or 0,
-        )
-        self._prefill.on_first_token(request, delta)
 
     def _retire(self, request: Request) -> None:
         """A request that this engine schedules has ended."""
@@ -352,7 +349,7 @@ class EngineCore:
 
     # --- messages
 
-    def _handle(self, source: str, message: EngineInput | Lost | SnapshotWanted) -> None:
+    def _handle(self, source: str, message: EngineInput | Lost | SnapshotWanted | DrainWanted) -> None:
         if isinstance(message, EngineRequest):
             self._add_request(source, message)
         elif isinstance(message, CancelRequest):
@@ -368,14 +365,15 @@ class EngineCore:
         elif isinstance(message, TicketRenew):
             self._prefill.tickets.renew(message.ticket_ids, peer_id=source, now_s=self._clock())
         elif isinstance(message, TicketRelease):
-            for ticket in self._prefill.tickets.release(message.ticket_ids, peer_id=source):
-                self._prefill.close(ticket)
+            self._prefill.release(source, message.ticket_ids)
         elif isinstance(message, StartProfile):
             self._profile.start(source, message)
         elif isinstance(message, StopProfile):
             self._profile.stop(source, message)
         elif isinstance(message, Lost):
             self._drop(message.peer_id)
+        elif isinstance(message, DrainWanted):
+            self._drain(message.timeout_s)
         else:
             self._reporter.send_snapshot()
 
@@ -406,6 +404,7 @@ class EngineCore:
             self._scheduler.add(request)
 
     def _admit(self, client: str, message: EngineRequest) -> Request:
+        self._draining.refuse_new()
         if message.request_id in self._requests:
             raise InvalidRequest(f"request id {message.request_id!r} is in use", param="request_id")
         self._scheduler.check_room(num_elsewhere=self._decode.num_queued)
@@ -413,6 +412,7 @@ class EngineCore:
 
     def _add_order(self, peer_id: str, order: PrefillOrder) -> None:
         try:
+            self._draining.refuse_new()
             self._prefill.check(order)
             self._scheduler.check_room()
             request = make_request(
@@ -444,14 +444,28 @@ class EngineCore:
         for request in [request for request in self._requests.values() if request.client == peer_id]:
             self._abort(request)
             self._replies.note_end(request, "abort")
-        for ticket in self._prefill.tickets.of_peer(peer_id):
-            self._prefill.tickets.close(ticket)
-            self._prefill.close(ticket)
+        self._prefill.drop_peer(peer_id)
         self._decode.drop_peer(peer_id)
         self._replies.forget(peer_id)
 
+    def _drain(self, timeout_s: float) -> None:
+        # With drafts a step may yield several tokens.
+        now_s, token_s = self._clock(), self._speed.decode_step_s / (1 + self._info.max_drafts)
+        self._draining.begin(timeout_s, now_s=now_s)
+        for request in list(self._requests.values()):
+            if self._draining.leaves_at_once(request, token_s=token_s, now_s=now_s):
+                self._move(request)
+
+    def _move(self, request: Request) -> None:
+        self._abort(request)
+        self._replies.move(request, draining())
+
     def _tick(self) -> None:
         now_s = self._clock()
+        if self._draining.is_over(now_s):
+            for request in list(self._requests.values()):
+                self._move(request)
+            self._prefill.give_up_all(draining())
         self._prefill.expire(now_s)
         self._decode.tick(now_s)
         while self._deadlines and self._deadlines[0][0] <= now_s:
@@ -462,8 +476,7 @@ class EngineCore:
 
     def _fail_everything(self, error: AtomClusterError) -> None:
         """The runner is unusable: tell everybody, so that nobody waits for an engine that will not answer."""
-        for ticket in self._prefill.tickets.all():
-            self._prefill.announce_failure(ticket, error)
+        self._prefill.abandon(error)
         self._decode.abandon()
         self._profile.fail(str(error))
         for request in self._requests.values():
@@ -482,4 +495,5 @@ class EngineCore:
             num_tickets=len(self._prefill.tickets) + len(self._decode.tickets),
             blocks_by_state=self._blocks.pool.counts_by_name(),
             other_pages_by_state=self._blocks.other_counts(),
+            num_mismatches=self._prefill.num_mismatches + self._decode.num_mismatches,
         )

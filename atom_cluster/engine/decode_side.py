@@ -39,6 +39,7 @@ from atom_cluster.messages.transfer import (
 from atom_cluster.observability.logging import get_logger
 from atom_cluster.observability.metrics import (
     KV_BAD_BLOCKS,
+    KV_EXPOSED_S,
     KV_TRANSFER_BYTES,
     KV_TRANSFER_FAILURES,
     KV_TRANSFER_S,
@@ -64,11 +65,12 @@ class DecodeSide:
         outbox: Outbox,
         command: Callable[[KvCommand], None],
         emit_first: Callable[[Request, TokenDelta], None],
+        note_handoff: Callable[[int, float], None],
         metrics: MetricSink,
         clock: Callable[[], float],
     ) -> None:
         """`transports` can be read through, best first. `emit_first` hands a request's first token to its client, and
-        ends the request if that was all."""
+        ends the request if that was all. `note_handoff` gets tokens read and seconds beyond those of computing."""
         self._export = export
         self._transports = tuple(transports)
         self._config = config
@@ -77,12 +79,15 @@ class DecodeSide:
         self._outbox = outbox
         self._command = command
         self._emit_first = emit_first
+        self._note_handoff = note_handoff
         self._metrics = metrics
         self._clock = clock
         self._queue: list[tuple[Request, PeerAddress]] = []
         self._peers: set[str] = set()
         self._renewed_s = clock()
         self.tickets: DecodeTickets[Request] = DecodeTickets(export.epoch)
+        self.num_mismatches = 0
+        """Handoffs given up because prefill's blocks do not mean the same."""
 
     @property
     def num_queued(self) -> int:
@@ -182,6 +187,7 @@ class DecodeSide:
     def _check(self, export: KvExport) -> None:
         """Raise `TransferError` if prefill's blocks would not mean the same here, which it should have found itself."""
         if export.fingerprint != self._export.fingerprint:
+            self.num_mismatches += 1
             fields = differences(export.fingerprint_fields, self._export.fingerprint_fields)
             raise TransferError(f"prefill and decode differ in {fields}")
         check_placement(export.placement, self._export.placement)
@@ -272,6 +278,10 @@ class DecodeSide:
     def _join(self, ticket: Ticket) -> None:
         """All pages are here: the request runs, and computes the bad blocks again."""
         request = ticket.request
+        now_s = self._clock()
+        if ticket.published_s is not None:
+            self._metrics.observe(KV_EXPOSED_S, now_s - ticket.published_s)
+        self._note_handoff(ticket.num_tokens - ticket.num_tokens_held, now_s - ticket.opened_s - ticket.computed_in_s)
         self.tickets.close(ticket)
         self._outbox.send(ticket.address, TicketRelease((ticket.ticket_id,)))
         good = deque([range(request.num_initial)])

@@ -20,7 +20,14 @@ class SnapshotWanted:
     """The router wants to know all of the cache."""
 
 
-Item = tuple[str, EngineInput | Lost | SnapshotWanted]
+@dataclass(frozen=True, slots=True)
+class DrainWanted:
+    """The engine is to have nothing left after so long."""
+
+    timeout_s: float
+
+
+Item = tuple[str, EngineInput | Lost | SnapshotWanted | DrainWanted]
 """Who sent it, and what."""
 
 
@@ -33,7 +40,7 @@ class Inbox:
     def __len__(self) -> int:
         return self._items.qsize()
 
-    def put(self, source: str, message: EngineInput | Lost | SnapshotWanted) -> None:
+    def put(self, source: str, message: EngineInput | Lost | SnapshotWanted | DrainWanted) -> None:
         """Add an item and wake up `drain`."""
         self._items.put((source, message))
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
 from atom_cluster.engine.protocols import Outbox
 from atom_cluster.engine.request import Phase, Request
+from atom_cluster.engine.results import NewTokens
 from atom_cluster.engine.scheduler import Scheduler
 from atom_cluster.errors import AtomClusterError, TransferError
 from atom_cluster.kv_cache.block_manager import BlockManager
@@ -25,6 +26,7 @@ from atom_cluster.messages.transfer import (
     PrefillOrder,
     TagBlocks,
 )
+from atom_cluster.observability.metrics import KV_PUBLISH_S, MetricSink
 from atom_cluster.units import ceil_div
 
 Ticket = PrefillTicket[Request]
@@ -41,6 +43,8 @@ class PrefillSide:
         blocks: BlockManager,
         outbox: Outbox,
         command: Callable[[KvCommand], None],
+        metrics: MetricSink,
+        clock: Callable[[], float],
     ) -> None:
         """`command` puts a KV command into the next plan."""
         self._export = export
@@ -48,13 +52,18 @@ class PrefillSide:
         self._blocks = blocks
         self._outbox = outbox
         self._command = command
+        self._metrics = metrics
+        self._clock = clock
         self.tickets: PrefillTickets[Request] = PrefillTickets()
+        self.num_mismatches = 0
+        """Orders refused because decode's blocks do not mean the same."""
 
     def check(self, order: PrefillOrder) -> None:
         """Raise `TransferError` if this engine's blocks would not mean the same on the other side, or not be of use."""
         if not self._export.offers:
             raise TransferError("this engine exports no KV")
         if order.fingerprint != self._export.fingerprint:
+            self.num_mismatches += 1
             fields = differences(self._export.fingerprint_fields, order.fingerprint_fields)
             raise TransferError(f"prefill and decode differ in {fields}")
         check_placement(order.placement, self._export.placement)
@@ -74,12 +83,19 @@ class PrefillSide:
         if ticket is not None:
             self._publish(ticket, self._next_blocks(ticket, request.num_confirmed // self._blocks.block_size))
 
-    def on_first_token(self, request: Request, delta: TokenDelta) -> None:
+    def on_first_token(self, request: Request, new: NewTokens) -> None:
         """The prompt is computed; its blocks are held for the ticket from now on."""
         ticket = None if request.ticket_id is None else self.tickets.get(request.ticket_id)
         if ticket is None:
             raise AssertionError(f"{request.request_id} was computed for a ticket that is not open")
-        ticket.first_token, ticket.drafts = delta, request.drafts
+        delta = TokenDelta(
+            request_id=request.request_id,
+            first_index=request.num_replayed,
+            token_ids=new.token_ids,
+            logprobs=new.logprobs,
+            num_cached_tokens=request.num_cached or 0,
+        )
+        ticket.first_token, ticket.drafts, ticket.computed_s = delta, request.drafts, self._clock()
         self._scheduler.remove(request)
         self._blocks.trim(request.table)
         self._blocks.rename(request.table, "leased")
@@ -111,6 +127,28 @@ class PrefillSide:
             self.tickets.close(ticket)
             self.close(ticket)
             self.announce_failure(ticket, error)
+
+    def release(self, peer_id: str, ticket_ids: Sequence[str]) -> None:
+        """Decode has read, or wants no more, what these tickets are about."""
+        for ticket in self.tickets.release(ticket_ids, peer_id=peer_id):
+            self.close(ticket)
+
+    def drop_peer(self, peer_id: str) -> None:
+        """A decode engine is gone."""
+        for ticket in self.tickets.of_peer(peer_id):
+            self.tickets.close(ticket)
+            self.close(ticket)
+
+    def abandon(self, error: AtomClusterError) -> None:
+        """This engine is about to end."""
+        for ticket in self.tickets.all():
+            self.announce_failure(ticket, error)
+
+    def give_up_all(self, error: AtomClusterError) -> None:
+        """Compute nothing more for others. What is published stays for the moment that reading it takes."""
+        for ticket in self.tickets.all():
+            if not ticket.is_published:
+                self.give_up(ticket.request, error)
 
     def expire(self, now_s: float) -> None:
         """End tickets that decode has not renewed."""
@@ -169,7 +207,14 @@ class PrefillSide:
             group=group,
         )
         if is_last:
-            publication = msgspec.structs.replace(publication, first_token=ticket.first_token, drafts=ticket.drafts)
+            publication = msgspec.structs.replace(
+                publication,
+                first_token=ticket.first_token,
+                drafts=ticket.drafts,
+                computed_in_s=0.0 if ticket.computed_s is None else ticket.computed_s - ticket.opened_s,
+            )
+            if ticket.computed_s is not None:
+                self._metrics.observe(KV_PUBLISH_S, self._clock() - ticket.computed_s)
         self._outbox.send(ticket.peer_id, publication)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from atom_cluster.engine.protocols import Outbox
 from atom_cluster.engine.request import Request
 from atom_cluster.engine.results import NewTokens
-from atom_cluster.errors import AtomClusterError, InvalidRequest, Overloaded
+from atom_cluster.errors import AtomClusterError, InvalidRequest, NotReady, Overloaded
 from atom_cluster.messages.requests import (
     FinishReason,
     RequestError,
@@ -21,6 +21,7 @@ from atom_cluster.observability.metrics import (
     ITL_S,
     QUEUE_S,
     REQUESTS_FINISHED,
+    REQUESTS_MOVED,
     TTFT_S,
     MetricSink,
 )
@@ -76,9 +77,16 @@ class Replies:
         """The request ends without its answer."""
         self._put(request, error_delta(request.request_id, request.num_output, error))
 
+    def move(self, request: Request, error: NotReady) -> None:
+        """The request is to go on with another engine, behind what its client has."""
+        self._metrics.inc(REQUESTS_MOVED)
+        deltas = self._deltas_by_client.setdefault(request.client, [])
+        deltas.append(error_delta(request.request_id, request.num_output, error))
+
     def refuse(self, client: str, request_id: str, error: AtomClusterError) -> None:
         """A request that never became one."""
-        self._metrics.inc(REQUESTS_FINISHED, reason="error")
+        if not isinstance(error, NotReady):
+            self._metrics.inc(REQUESTS_FINISHED, reason="error")
         self._deltas_by_client.setdefault(client, []).append(error_delta(request_id, 0, error))
 
     def flush(self) -> None:

@@ -5,17 +5,45 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from atom_cluster.engine.protocols import ROUTER, Outbox
+from atom_cluster.engine.request import Request
+from atom_cluster.engine.scheduler import ScheduledStep
 from atom_cluster.kv_cache.block_pool import BlockPool
-from atom_cluster.messages.cluster import CacheEvents, CacheSnapshot, EngineStatus, PeerAddress, ReplicaLoad
+from atom_cluster.messages.cluster import (
+    CacheEvents,
+    CacheSnapshot,
+    EngineSpeed,
+    EngineStatus,
+    PeerAddress,
+    ReplicaLoad,
+)
 from atom_cluster.observability.metrics import (
     KV_BLOCKS,
     KV_PAGES,
+    PREFIX_CACHE_HITS,
+    PREFIX_CACHE_QUERIES,
     REQUESTS_RUNNING,
     REQUESTS_WAITING,
     TICKETS_OPEN,
     WAITING_TOKENS,
     MetricSink,
 )
+
+
+def count_admissions(step: ScheduledStep, metrics: MetricSink) -> None:
+    """Count what was looked up in the prefix cache for requests that enter with this step.
+
+    Once per request: not when it comes back after a preemption or with a first token from prefill, and not on prefill.
+    """
+    new_rows = {row.row for row in step.new_rows}
+    for request in (row.request for row in step.rows if row.request.row in new_rows):
+        if request.ticket_id is None and request.residence == 1 and not request.num_new:
+            count_prefix(request, metrics)
+
+
+def count_prefix(request: Request, metrics: MetricSink) -> None:
+    """Count a prompt that was looked up."""
+    metrics.inc(PREFIX_CACHE_QUERIES, request.num_initial)
+    metrics.inc(PREFIX_CACHE_HITS, request.num_cached or 0)
 
 
 class CacheReporter:
@@ -40,8 +68,10 @@ class CacheReporter:
         self._reported_s = -period_s
         self._last_load: ReplicaLoad | None = None
 
-    def report(self, stats: EngineStatus, count_waiting_tokens: Callable[[], int]) -> None:
-        """Tell what changed since the last report, if it is time; only then are tokens counted."""
+    def report(
+        self, stats: EngineStatus, count_waiting_tokens: Callable[[], int], speed: Callable[[], EngineSpeed]
+    ) -> None:
+        """Tell what changed since the last report, if it is time; only then are tokens counted and speeds looked up."""
         now_s = self._clock()
         if now_s - self._reported_s < self._period_s:
             return
@@ -56,6 +86,7 @@ class CacheReporter:
             num_waiting_tokens=num_waiting_tokens,
             num_free_blocks=self._pool.num_available,
             num_blocks=self._pool.num_blocks,
+            speed=speed(),
         )
         self._set_gauges(stats, num_waiting_tokens)
         if load != self._last_load:

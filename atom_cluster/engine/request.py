@@ -95,6 +95,13 @@ class Request:
         """Whether more than the newest token is to be computed."""
         return self.num_computed < len(self.tokens) - 1 or self.num_output == self.num_sampling == 0
 
+    @property
+    def num_prompt_missing(self) -> int:
+        """Tokens to compute before it decodes; those that a plan in flight computes are not there yet."""
+        if self.num_confirmed < self.num_initial:
+            return len(self.tokens) - self.num_confirmed
+        return self.num_uncomputed if self.is_prefilling else 0
+
     def skip_in_place(self) -> int:
         """Go on behind what is in place from here on; how many tokens that is."""
         if not self.in_place or self.num_computed < self.in_place[0].start:

@@ -92,7 +92,7 @@ class Scheduler:
         self._free_rows = list(range(min(num_rows, config.max_num_requests)))[::-1]
         self._freed_rows: list[int] = []
         self._last_prompt_step_s = 0.0
-        self._budget = self._draft_budget = 0
+        self._budget = self._draft_budget = self._prompt_budget = 0
         self._step = ScheduledStep()
         self._starved: list[Request] = []
         self._has_preempted = False
@@ -107,9 +107,14 @@ class Scheduler:
         """Requests with a row."""
         return len(self._running)
 
+    @property
+    def is_decoding(self) -> bool:
+        """Whether any request has got as far as its newest token."""
+        return any(not request.is_prefilling for request in self._running)
+
     def count_waiting_tokens(self) -> int:
-        """Prompt tokens still to be computed. Looks at every request."""
-        return sum(request.num_uncomputed for request in (*self._waiting, *self._running) if request.is_prefilling)
+        """Prompt tokens still to be computed, those in steps under way included. Looks at every request."""
+        return sum(request.num_prompt_missing for request in (*self._waiting, *self._running))
 
     def pages_wanted(self, before: Request) -> tuple[int, ...]:
         """Pages of each group that waiting requests lack, as far as is known, of those that go before this one."""
@@ -153,13 +158,19 @@ class Scheduler:
 
     # --- one step
 
-    def schedule(self) -> ScheduledStep:
-        """Fill the next step. What it returns must be run, in order of the calls."""
+    def schedule(self, *, prompt_limit: int | None = None) -> ScheduledStep:
+        """Fill the next step. What it returns must be run, in order of the calls.
+
+        `prompt_limit`: most prompt tokens beside rows that decode, where prompts may be computed in chunks.
+        """
         self._step = ScheduledStep()
         self._has_preempted = False
         self._budget = self._config.max_num_batched_tokens
         self._draft_budget = self._count_tokens_for_drafts() if self._max_drafts else 0
+        self._prompt_budget = self._budget
         policy = self._config.policy
+        if prompt_limit is not None and policy == "mixed" and self.is_decoding:
+            self._prompt_budget = min(self._budget, prompt_limit)
         if policy == "prefill_first":
             self._advance(is_prefilling=True)
             self._admit()
@@ -228,7 +239,7 @@ class Scheduler:
             wanted = min(wanted, self._config.long_prefill_tokens)
         if not self._config.chunked_prefill:
             return wanted if wanted <= self._budget else 0
-        start, end = request.num_computed, request.num_computed + min(wanted, self._budget)
+        start, end = request.num_computed, request.num_computed + min(wanted, self._budget, self._prompt_budget)
         return self._blocks.chunk_end(start, end, len(request.tokens)) - start
 
     def _num_left(self, request: Request) -> float:
@@ -306,6 +317,8 @@ class Scheduler:
         request.num_sampling += part.samples
         request.num_in_flight += 1
         self._budget -= num_tokens
+        if num_tokens > 1 + part.num_drafts:
+            self._prompt_budget -= num_tokens
         self._draft_budget -= part.num_drafts
 
     # --- admission

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -27,7 +28,7 @@ from atom_cluster.errors import AtomClusterError, ProtocolError
 from atom_cluster.kv_cache.layout import PageGroup
 from atom_cluster.messages.requests import SamplingParams, TokenLogprobs, TopLogprob
 from atom_cluster.messages.steps import NewRow, RowStep, SampledTokens, StepPlan, StepResult
-from atom_cluster.messages.transfer import KvOffer, KvReport
+from atom_cluster.messages.transfer import KvCommand, KvOffer, KvReport, TagBlocks
 
 _MAX_PLANS_IN_FLIGHT = 2
 _CHOICE = 0xC4CEB9FE1A85EC53
@@ -73,11 +74,12 @@ class _Row:
 
 @dataclass(slots=True)
 class _Flight:
-    """A plan that was submitted and not collected; it takes effect at its end."""
+    """A plan that was submitted and not collected; its rows take effect at its end, its KV commands before them."""
 
     plan: StepPlan
     begins_s: float
     ends_s: float
+    has_begun: bool = False
     outcome: StepResult | ProtocolError | None = None
 
 
@@ -141,6 +143,8 @@ class SimulatedRunner:
         begins_s = max(self._clock.now_s(), self._last_end_s)
         self._last_end_s = begins_s + step_seconds(self._simulation, plan)
         self._flights.append(_Flight(plan, begins_s, self._last_end_s))
+        # Checksums are of blocks whose step was collected, so they need not wait for the steps in flight.
+        self._start_kv((command for command in plan.kv if isinstance(command, TagBlocks)), self._clock.now_s())
 
     def collect(self, timeout_s: float | None = None) -> StepResult | None:
         """The oldest result; None if its step does not end within the timeout. Raises ProtocolError for a bad plan."""
@@ -188,6 +192,10 @@ class SimulatedRunner:
         """Let the plans whose end has come take effect, in order, up to the first that fails."""
         now_s = self._clock.now_s()
         for flight in self._flights:
+            if flight.begins_s <= now_s and not flight.has_begun:
+                flight.has_begun = True
+                commands = (command for command in flight.plan.kv if not isinstance(command, TagBlocks))
+                self._start_kv(commands, flight.begins_s)
             if flight.ends_s > now_s or isinstance(flight.outcome, ProtocolError):
                 return
             if flight.outcome is None:
@@ -195,6 +203,10 @@ class SimulatedRunner:
                     flight.outcome = self._execute(flight)
                 except ProtocolError as exc:
                     flight.outcome = exc
+
+    def _start_kv(self, commands: Iterable[KvCommand], now_s: float) -> None:
+        for command in commands:
+            self._transfers.execute(command, now_s)
 
     def _execute(self, flight: _Flight) -> StepResult:
         plan = flight.plan
@@ -213,8 +225,6 @@ class SimulatedRunner:
             ]
         )
         sampled = [token for step in steps if (token := self._run(step)) is not None]
-        for command in plan.kv:
-            self._transfers.execute(command, flight.ends_s)
         return StepResult(step_id=plan.step_id, sampled=tuple(sampled), run_s=flight.ends_s - flight.begins_s)
 
     def _free(self, row: int) -> None:

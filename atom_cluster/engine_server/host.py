@@ -26,7 +26,14 @@ from atom_cluster.errors import NotReady
 from atom_cluster.link.auth import ClusterKey
 from atom_cluster.link.codec import Message
 from atom_cluster.link.endpoint import Endpoint
-from atom_cluster.messages.cluster import EngineStatus, MemberCard, PeerAddress, SnapshotRequest
+from atom_cluster.messages.cluster import (
+    EngineStatus,
+    MemberCard,
+    PeerAddress,
+    SnapshotRequest,
+    StatusAnswer,
+    StatusRequest,
+)
 from atom_cluster.messages.profile import ProfileAnswer, StartProfile, StopProfile
 from atom_cluster.messages.requests import EngineRequest, RequestError, TokenBatch, TokenDelta
 from atom_cluster.messages.transfer import PrefillFailed, PrefillOrder
@@ -50,7 +57,6 @@ class EngineHost:
         self._epoch = random.getrandbits(62)
         self._subscribers: set[str] = set()
         self._failure: str | None = None
-        self._is_draining = False
         self._loop = asyncio.new_event_loop()
         self._loop_thread = threading.Thread(target=self._loop.run_forever, name="engine-endpoint", daemon=True)
         self._engine_thread = threading.Thread(target=self._run_engine, name="engine", daemon=True)
@@ -115,9 +121,9 @@ class EngineHost:
         """The engine now."""
         return self._core.stats()
 
-    def begin_drain(self) -> None:
-        """Refuse new requests from now on; finish those there are."""
-        self._is_draining = True
+    def begin_drain(self, timeout_s: float) -> None:
+        """Refuse new requests from now on; finish those there are, and move what is left after so long."""
+        self._core.begin_drain(timeout_s)
 
     def is_idle(self) -> bool:
         """Whether no request and no ticket is left."""
@@ -156,6 +162,8 @@ class EngineHost:
         if isinstance(message, SnapshotRequest):
             self._subscribers.add(source)
             self._core.request_snapshot()
+        elif isinstance(message, StatusRequest):
+            self._endpoint.send(source, StatusAnswer(epoch=self._epoch, status=self.status()))
         elif isinstance(message, (EngineRequest, PrefillOrder)) and (reason := self._reason_to_refuse()) is not None:
             self._endpoint.send(source, _refusal(message, reason))
         elif isinstance(message, (StartProfile, StopProfile)) and self._failure is not None:
@@ -167,13 +175,10 @@ class EngineHost:
 
     def _reason_to_refuse(self) -> str | None:
         # A failed engine reads no message any more, and it takes a while until its gang has been replaced.
-        if self._failure is not None:
-            return f"the engine failed: {self._failure}"
-        return "the replica is draining" if self._is_draining else None
+        return None if self._failure is None else f"the engine failed: {self._failure}"
 
     def _lose(self, peer_id: str) -> None:
         self._subscribers.discard(peer_id)
-        self._core.drop_client(peer_id)
         self._core.drop_peer(peer_id)
 
     def _deliver(self, destination: Destination, message: EngineOutput) -> None:

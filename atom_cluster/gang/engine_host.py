@@ -21,8 +21,8 @@ class EngineHost(Protocol):
         """The engine now."""
         ...
 
-    def begin_drain(self) -> None:
-        """Take no more requests; finish those there are."""
+    def begin_drain(self, timeout_s: float) -> None:
+        """Take no more requests; finish those there are, and let others go on with what is left after so long."""
         ...
 
     def is_idle(self) -> bool:

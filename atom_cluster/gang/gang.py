@@ -107,9 +107,12 @@ class Gang:
         for worker in self._workers:
             ray.kill(worker, no_restart=True)
 
-    async def begin_drain(self) -> None:
-        """Take no more requests; finish those there are. Raises `GangError` if rank 0 is dead or does not answer."""
-        await self._call(0, self._workers[0].begin_drain.remote())
+    async def begin_drain(self, timeout_s: float) -> None:
+        """Take no more requests; finish those there are, and let others go on with what is left after so long.
+
+        Raises `GangError` if rank 0 is dead or does not answer.
+        """
+        await self._call(0, self._workers[0].begin_drain.remote(timeout_s))
 
     async def is_idle(self) -> bool:
         """Whether no request is left. Raises `GangError` as `begin_drain` does."""

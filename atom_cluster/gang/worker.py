@@ -122,9 +122,9 @@ class Worker:
         self._phase = "working"
         return card
 
-    def begin_drain(self) -> None:
+    def begin_drain(self, timeout_s: float) -> None:
         """See `EngineHost`."""
-        self._engine().begin_drain()
+        self._engine().begin_drain(timeout_s)
 
     def is_idle(self) -> bool:
         """See `EngineHost`."""

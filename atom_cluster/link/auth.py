@@ -19,6 +19,8 @@ from zmq.utils import z85
 
 ZAP_DOMAIN = b"atom_cluster"
 MIN_SECRET_BYTES = 16
+HANDSHAKE_S = 5.0
+"""A connection that has not proved by then to be a member's is closed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,7 @@ class ClusterKey:
         self._set_keys(socket)
         socket.curve_server = True
         socket.zap_domain = ZAP_DOMAIN
+        socket.handshake_ivl = int(HANDSHAKE_S * 1000)
 
     def configure_client(self, socket: zmq.Socket[bytes]) -> None:
         """Make a socket that will connect talk to members only."""

@@ -13,6 +13,8 @@ from atom_cluster.messages.cluster import (
     RouteDecision,
     RouteQuery,
     SnapshotRequest,
+    StatusAnswer,
+    StatusRequest,
 )
 from atom_cluster.messages.profile import ProfileAnswer, StartProfile, StopProfile
 from atom_cluster.messages.requests import CancelRequest, EngineRequest, Ping, Pong, TokenBatch
@@ -48,6 +50,8 @@ Message = (
     | RouteQuery
     | RouteDecision
     | RequestDone
+    | StatusRequest
+    | StatusAnswer
     | StartProfile
     | StopProfile
     | ProfileAnswer

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,8 +24,10 @@ from zmq.utils.monitor import recv_monitor_message
 from atom_cluster.errors import ProtocolError
 from atom_cluster.link.auth import Authenticator, ClusterKey
 from atom_cluster.link.codec import MAX_MESSAGE_BYTES, Message, decode, encode
+from atom_cluster.link.doorkeeper import Doorkeeper
 from atom_cluster.messages.cluster import PeerAddress
 from atom_cluster.messages.requests import Ping, Pong
+from atom_cluster.observability.refusals import RefusalLog
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +39,11 @@ _LOST_EVENTS = (
     zmq.EVENT_DISCONNECTED
     | zmq.EVENT_CONNECT_RETRIED
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
     | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 )
+"""Not HANDSHAKE_FAILED_PROTOCOL: telling it makes libzmq 4.3.5 forget the error it tells of, and keep a connection
+whose bytes it cannot read. The end of the connection is told either way."""
+_KEEPALIVE_PROBES = 3
 
 _Socket = zmq.Socket[bytes]
 
@@ -81,6 +86,7 @@ class Endpoint:
         self._heard_inbound_at_s: dict[str, float] = {}
         self._address: PeerAddress | None = None
         self._num_pings = 0
+        self._dropped = RefusalLog(logger, "messages")
 
     @property
     def address(self) -> PeerAddress:
@@ -98,9 +104,11 @@ class Endpoint:
         self._listener.router_mandatory = True
         self._listener.router_handover = True
         self._key.configure_server(self._listener)
+        self._doorkeeper = Doorkeeper(self._listener, logger=logger)
         port = self._listener.bind_to_random_port(f"tcp://{self._host}")
         self._address = PeerAddress(peer_id=self._peer_id, endpoint=f"tcp://{self._host}:{port}", epoch=self._epoch)
         self._add_reader(self._listener, self._drain_listener)
+        self._add_reader(self._doorkeeper.monitor, self._doorkeeper.watch)
         self._watchdog = asyncio.create_task(self._watch_peers())
         return self._address
 
@@ -133,8 +141,10 @@ class Endpoint:
         """Close every socket; queued messages get a moment to leave."""
         self._watchdog.cancel()
         self._loop.remove_reader(self._listener.fileno())
+        self._loop.remove_reader(self._doorkeeper.monitor.fileno())
         for peer_id in list(self._connections):
             self.disconnect(peer_id)
+        self._doorkeeper.close()
         self._listener.close(linger=200)
         self._authenticator.close()
         await asyncio.to_thread(self._context.term)
@@ -146,9 +156,14 @@ class Endpoint:
         socket.linger = 0
         socket.sndhwm = socket.rcvhwm = MAX_QUEUED_MESSAGES
         socket.maxmsgsize = MAX_MESSAGE_BYTES
-        # Notices a peer whose host vanished; frozen or busy processes are the pings' business.
-        socket.heartbeat_ivl = int(self._ping_period_s * 1000)
-        socket.heartbeat_timeout = int(self._peer_timeout_s * 1000)
+        # Connections to hosts that vanished are closed by the kernel; that a peer is silent is the pings' business.
+        # libzmq's own heartbeats are not used: one that is due on a connection that has ended while its queue was full
+        # aborts the process (github.com/zeromq/libzmq/issues/4767).
+        socket.tcp_keepalive = 1
+        socket.tcp_keepalive_idle = math.ceil(self._peer_timeout_s)
+        socket.tcp_keepalive_intvl = math.ceil(self._ping_period_s)
+        socket.tcp_keepalive_cnt = _KEEPALIVE_PROBES
+        socket.tcp_maxrt = int(self._peer_timeout_s * 1000)
         return socket
 
     def _connect(self, address: PeerAddress) -> _Connection:
@@ -215,7 +230,7 @@ class Endpoint:
             except zmq.Again:
                 return
             if len(frames) != 2:
-                logger.warning("dropped a message of %d frames", len(frames))
+                self._dropped.note(frames[0].decode(errors="replace"), f"of {len(frames)} frames")
                 continue
             source = frames[0].decode(errors="replace")
             self._heard_inbound_at_s[source] = time.monotonic()
@@ -238,7 +253,7 @@ class Endpoint:
         try:
             message = decode(frame)
         except ProtocolError as exc:
-            logger.warning("dropped a message from %s: %s", source, exc)
+            self._dropped.note(source, str(exc))
             return
         if isinstance(message, Ping):
             self.send(source, Pong(nonce=message.nonce, epoch=self._epoch))
@@ -281,6 +296,8 @@ class Endpoint:
             await asyncio.sleep(self._ping_period_s)
             if time.monotonic() - slept_at_s > self._peer_timeout_s:
                 self._lose_everybody("this process stood still, and was given up by others")
+            self._doorkeeper.watch()
+            self._dropped.flush()
             ping = encode(self._next_ping())
             oldest_s = time.monotonic() - self._peer_timeout_s
             for connection in list(self._connections.values()):

@@ -32,6 +32,20 @@ class EngineStatus(Struct, frozen=True, kw_only=True):
     """The ledger: each block in exactly one of free, cached, running, leased, arriving."""
     other_pages_by_state: dict[str, dict[str, int]] = {}
     """The same for the cache groups behind the first, by group: `window 128`, `state`."""
+    num_mismatches: int = 0
+    """Handoffs refused, since the engine started, because the other side's blocks do not mean the same. The router
+    pairs equal engines only, so that there should be none."""
+
+
+class StatusRequest(Struct, frozen=True, tag="status_request"):
+    """Somebody watches an engine more closely than its announcements allow."""
+
+
+class StatusAnswer(Struct, frozen=True, kw_only=True, tag="status"):
+    """Answer to `StatusRequest`, from the thread that serves the socket, whatever the engine is doing."""
+
+    epoch: int
+    status: EngineStatus
 
 
 class MemberCard(Struct, frozen=True, kw_only=True):
@@ -62,6 +76,21 @@ class Membership(Struct, frozen=True, kw_only=True):
     members: tuple[MemberCard, ...]
 
 
+class EngineSpeed(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How fast an engine was lately, as it measured itself. Tables are ascending (size, seconds), at most 64 long, and
+    empty where nothing was measured."""
+
+    prompt_s: tuple[tuple[int, float], ...] = ()
+    """Prompt tokens of a step, and the seconds that they add to it."""
+    decode_step_s: float = 0.0
+    """Of a step in which rows decode, and nothing else; 0 if there was none."""
+    handoff_s: tuple[tuple[int, float], ...] = ()
+    """Prompt tokens whose KV was read from prefill engines, and the seconds from ordering a prompt to having it, beyond
+    those that the other engine took until it had the first token: messages, checksums, reading that nothing hid."""
+    chunk_tokens: int = 0
+    """Most prompt tokens that it computes in a step, at the moment."""
+
+
 class ReplicaLoad(Struct, frozen=True, kw_only=True, tag="load"):
     """An engine's load, sent to the router when it changed, at most every `routing.load_period_s`."""
 
@@ -70,10 +99,11 @@ class ReplicaLoad(Struct, frozen=True, kw_only=True, tag="load"):
     num_running: int
     num_waiting: int
     num_waiting_tokens: int
-    """Prompt tokens not computed yet, waiting and running."""
+    """Prompt tokens not computed yet, of waiting requests, of running ones, and in steps under way."""
     num_free_blocks: int
     """Free or cached, i.e. available to new requests."""
     num_blocks: int
+    speed: EngineSpeed = EngineSpeed()
 
 
 class CacheEvents(Struct, frozen=True, kw_only=True, tag="cache_events"):

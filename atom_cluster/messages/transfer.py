@@ -109,6 +109,8 @@ class KvPublication(Struct, frozen=True, kw_only=True, tag="kv_publication"):
     """In the last publication only: the token sampled from the prompt, its logprobs, the count of cached tokens."""
     drafts: tuple[int, ...] = ()
     """In the last publication only: tokens drafted behind the first one."""
+    computed_in_s: float = 0.0
+    """In the last publication only: seconds from the order's arrival to the first token, on prefill's clock."""
 
 
 class PrefillFailed(Struct, frozen=True, kw_only=True, tag="prefill_failed"):
@@ -150,7 +152,7 @@ class ConnectPeer(Struct, frozen=True, kw_only=True, tag="connect"):
 
 
 class TagBlocks(Struct, frozen=True, kw_only=True, tag="tag"):
-    """Compute the checksums of blocks whose KV the forward passes up to this plan have written."""
+    """Compute the checksums of blocks whose KV is in place: the result of the step that wrote it was collected."""
 
     ticket_id: str
     epoch: int

@@ -162,6 +162,20 @@ KV_TRANSFER_BYTES = Metric(
 KV_TRANSFER_S = Metric(
     name="atom_kv_transfer_seconds", kind="histogram", unit="s", buckets=_LATENCY_S, help="Duration of one KV read."
 )
+KV_PUBLISH_S = Metric(
+    name="atom_kv_publish_seconds",
+    kind="histogram",
+    unit="s",
+    buckets=_LATENCY_S,
+    help="From a prompt's last chunk being computed to its last publication, which has the first token. By prefill.",
+)
+KV_EXPOSED_S = Metric(
+    name="atom_kv_exposed_seconds",
+    kind="histogram",
+    unit="s",
+    buckets=_LATENCY_S,
+    help="From a prompt's last publication to the end of its last KV read: reading that no computing hid.",
+)
 KV_TRANSFER_FAILURES = Metric(
     name="atom_kv_transfer_failures_total",
     kind="counter",
@@ -216,6 +230,13 @@ ROUTER_DECISIONS = Metric(
     labels=("reason",),
     help="Routing decisions by reason, see `atom_cluster.routing.policy.REASONS`.",
 )
+ROUTER_PLACES = Metric(
+    name="atom_router_prompt_places_total",
+    kind="counter",
+    unit="requests",
+    labels=("place",),
+    help="Where prompts are computed, and why, see `atom_cluster.routing.prompt_place.PLACES`.",
+)
 ROUTER_QUERY_S = Metric(
     name="atom_router_query_seconds",
     kind="histogram",
@@ -261,6 +282,12 @@ HTTP_TTFT_S = Metric(
     unit="s",
     buckets=_LATENCY_S,
     help="From an HTTP request's arrival at the ingress to its first token there.",
+)
+REQUESTS_MOVED = Metric(
+    name="atom_requests_moved_total",
+    kind="counter",
+    unit="requests",
+    help="Requests that a draining engine gave up, for others to go on with.",
 )
 REQUESTS_REPLAYED = Metric(
     name="atom_requests_replayed_total",

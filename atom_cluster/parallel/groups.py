@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Literal
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 
-from atom_cluster.errors import ConfigError
+from atom_cluster.errors import ConfigError, GangError
 
 if TYPE_CHECKING:
     from atom_cluster.parallel.peer_all_reduce import PeerAllReduce  # imports triton, which CPUs do without
@@ -59,18 +62,21 @@ class ProcessGroups:
     ) -> ProcessGroups:
         """Join a gang; returns when all `world_size` ranks have called this with the same `init_method`.
 
-        `init_method` is torch's: `tcp://host:port` of rank 0, or `file:///path`. CPUs talk through Gloo, GPUs through
-        NCCL (RCCL on ROCm). `timeout_s` bounds joining and each collective. With `world_size` 1 nothing is joined.
-        `divides_experts`: the same ranks are the `expert` group.
+        `init_method` is `tcp://host:port`, an address of rank 0's node, or torch's `file:///path`. CPUs talk through
+        Gloo, GPUs through NCCL (RCCL on ROCm). `timeout_s` bounds joining and each collective. With `world_size` 1
+        nothing is joined. `divides_experts`: the same ranks are the `expert` group. Raises `GangError` if rank 0 cannot
+        listen at its address.
         """
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank {rank} is not in a gang of {world_size}")
         if world_size == 1:
             return cls.single()
         backend: Literal["gloo", "nccl"] = "gloo" if device.type == "cpu" else "nccl"
+        store = _store(init_method, rank=rank, world_size=world_size, timeout_s=timeout_s)
         dist.init_process_group(
             backend,
-            init_method=init_method,
+            init_method=init_method if store is None else None,
+            store=store,
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=timeout_s),
@@ -89,3 +95,25 @@ class ProcessGroups:
         """Leave the groups."""
         if self.tensor.handle is not None and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _store(init_method: str, *, rank: int, world_size: int, timeout_s: float) -> Store | None:
+    """Where ranks find each other, for `tcp://`. Raises `GangError` if rank 0 cannot listen there."""
+    address = urlsplit(init_method)
+    if address.scheme != "tcp":
+        return None
+    host, port, descriptor = address.hostname or "", address.port or 0, None
+    if rank == 0:
+        # torch itself would listen on all interfaces, whatever the address; and whoever connects may write.
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.socket(family)
+        try:
+            listener.bind((host, port))
+        except OSError as exc:
+            listener.close()
+            raise GangError(f"rank 0 cannot listen on {host}, port {port}: {exc}") from exc
+        descriptor = listener.detach()
+    store: Store = dist.TCPStore(  # type: ignore[attr-defined]
+        host, port, world_size, rank == 0, timedelta(seconds=timeout_s), master_listen_fd=descriptor
+    )
+    return store

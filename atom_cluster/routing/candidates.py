@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from atom_cluster.messages.cluster import MemberCard, RouteQuery
 from atom_cluster.routing.load_view import LoadEstimate
+from atom_cluster.routing.prompt_place import Side
 from atom_cluster.units import ceil_div
 
 TRANSFER_TOKEN_COST = 0.05
@@ -88,6 +89,16 @@ class CostModel:
     def transfer(self, candidate: Candidate) -> float:
         """Bringing over the KV that it lacks."""
         return TRANSFER_TOKEN_COST * self.uncached_tokens(candidate)
+
+    def side(self, candidate: Candidate) -> Side:
+        """The candidate as one of two that might compute the prompt. What is cached there is found, busy or not."""
+        num_cached_tokens = candidate.cached_blocks * candidate.card.block_size
+        return Side(
+            speed=candidate.load.speed,
+            num_waiting_tokens=candidate.load.num_waiting_tokens,
+            num_missing_tokens=max(1, self.query.num_tokens - num_cached_tokens),
+            num_decoding=candidate.load.num_requests,
+        )
 
     def queued(self, candidate: Candidate) -> float:
         """What the candidate has to do at the moment."""

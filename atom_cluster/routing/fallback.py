@@ -17,8 +17,10 @@ from atom_cluster.messages.cluster import MemberCard, RouteDecision, RouteQuery
 class FallbackPlacer:
     """Counts this ingress's open requests, whoever placed them, and chooses by that count. Not thread-safe."""
 
-    def __init__(self, random: Random) -> None:
+    def __init__(self, random: Random, *, prefill_may_decode: bool = True) -> None:
+        """`prefill_may_decode` as in `router`."""
         self._random = random
+        self._prefill_may_decode = prefill_may_decode
         self._num_open_by_peer: Counter[str] = Counter()
 
     def num_open(self, peer_id: str) -> int:
@@ -39,14 +41,16 @@ class FallbackPlacer:
     def decide(self, query: RouteQuery, members: Iterable[MemberCard]) -> RouteDecision:
         """A decode replica and, unless that one is unified, a prefill replica with the same fingerprint if any.
 
-        `members` are the last known ones; draining and excluded replicas are not chosen. Without any decode replica the
-        decision is nobody, with the same reasons as the router's.
+        `members` are the last known ones; draining and excluded replicas are not chosen. Without any decode replica it
+        is a prefill replica alone, if that may be; else the decision is nobody, with the same reasons as the router's.
         """
         engines = [card for card in members if card.kind == "engine"]
         eligible = [card for card in engines if not card.is_draining and card.address.peer_id not in query.excluded]
         decoders = [card for card in eligible if card.role != "prefill"]
+        if not decoders and self._prefill_may_decode:
+            decoders = eligible
         if not decoders:
-            has_decoder = any(card.role != "prefill" for card in engines)
+            has_decoder = any(self._prefill_may_decode or card.role != "prefill" for card in engines)
             reason = "none_eligible" if has_decoder else "no_engine"
             return RouteDecision(query_id=query.query_id, decode=None, reason=reason)
         decode = self._less_busy(decoders)

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from atom_cluster.messages.cluster import ReplicaLoad
+from atom_cluster.messages.cluster import EngineSpeed, ReplicaLoad
 
 SETTLE_S = 0.05
 """A report received this soon after a placement may have been made before the request arrived at the engine."""
@@ -51,6 +51,8 @@ class LoadEstimate:
     """Never below zero; None before the first report."""
     recent_tokens: float = 0.0
     """Tokens of work placed here lately, by this router, decaying with `RECENT_S`."""
+    speed: EngineSpeed = EngineSpeed()
+    """As reported; empty before the first report."""
     age_s: float | None = None
     """Since the last report; None before the first."""
 
@@ -136,6 +138,7 @@ class LoadView:
             num_waiting_tokens=num_waiting_tokens + report.num_waiting_tokens,
             num_free_blocks=max(0, report.num_free_blocks - sum(leg.num_blocks for leg in legs)),
             recent_tokens=recent_tokens,
+            speed=report.speed,
             age_s=now_s - replica.reported_s,
         )
 

@@ -1,9 +1,11 @@
 """Stop 5 of 14: one decision for the pair (prefill or none, decode), and why. Next: atom_cluster/engine/core.py.
 
 A decision looks at groups of equal fingerprint, since only their blocks mean the same. In each group the cheapest
-decode replica and the cheapest prefill replica make a pair; where decode has nearly all of the prompt, or no prefill
-replica belongs to the group, decode computes the rest itself. The cheapest group wins. Whether a prefill replica is
-really used stays the decode engine's choice, when it sees its own cache. Knows nothing of time, messages or sockets.
+decode replica and the cheapest prefill replica make a pair; where decode has nearly all of the prompt, or is expected
+to have it sooner than prefill (`prompt_place`), or no prefill replica belongs to the group, decode computes the rest
+itself. The cheapest group wins. While no replica decodes, those of prefill serve whole requests. A decode engine that
+finds more of the prompt in its cache than was known here may still not use the prefill replica. Knows nothing of time,
+messages or sockets.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from dataclasses import dataclass, replace
 from atom_cluster.config.routing import RoutingConfig
 from atom_cluster.messages.cluster import RouteQuery
 from atom_cluster.routing.candidates import Candidate, CostModel, count_hits
+from atom_cluster.routing.prompt_place import compare
 
 REASONS = (
     "prefix",
@@ -21,6 +24,7 @@ REASONS = (
     "hot_prefix_spread",
     "round_robin",
     "no_prefill",
+    "no_decode",
     "fingerprint_mismatch",
     "no_engine",
     "none_eligible",
@@ -33,9 +37,10 @@ load: least loaded; no cached prefix was worth more.
 hot_prefix_spread: a replica with more of the prompt cached was passed over because it has too much to do.
 round_robin: its turn.
 no_prefill: a decode replica alone, as no prefill replica is there.
+no_decode: a prefill replica alone, as no decode replica can take the request.
 fingerprint_mismatch: a decode replica alone, as no prefill replica's blocks mean the same as its own.
-no_engine: nobody; no engine that decodes is known.
-none_eligible: nobody; all engines that decode are draining or just failed this request.
+no_engine: nobody; no engine that may decode is known.
+none_eligible: nobody; all engines that may decode are draining or just failed this request.
 router_away: chosen by the ingress itself (`routing.fallback`).
 """
 
@@ -46,27 +51,37 @@ class Choice:
 
     decode: Candidate
     prefill: Candidate | None
-    is_local: bool
-    """The prompt is expected to be computed where it is decoded, with or without a prefill replica at hand."""
+    """None if decode is to compute the prompt, whatever it finds in its cache."""
+    place: str
+    """Of `prompt_place.PLACES`."""
     cost: float
     reason: str
+
+    @property
+    def is_local(self) -> bool:
+        """The prompt is expected to be computed where it is decoded, with or without a prefill replica at hand."""
+        return self.place != "remote"
 
 
 class RoutingPolicy:
     """Chooses among candidates. Its only state is whose turn it is in round robin."""
 
-    def __init__(self, config: RoutingConfig, *, min_remote_tokens: int) -> None:
+    def __init__(self, config: RoutingConfig, *, min_remote_tokens: int, conditional_prefill: bool) -> None:
+        """Both of the keywords are as in `kv_transfer`."""
         self._config = config
         self._min_remote_tokens = min_remote_tokens
+        self._conditional_prefill = conditional_prefill
         self._num_turns = 0
 
     def choose(self, query: RouteQuery, candidates: Sequence[Candidate]) -> Choice | None:
-        """The best choice, or None if no candidate decodes.
+        """The best choice, or None if no candidate may decode.
 
         Candidates are alive, neither draining nor excluded, in a stable order; their `counted_blocks` are 0.
         """
         decoders = [candidate for candidate in candidates if candidate.card.role != "prefill"]
         prefills = [candidate for candidate in candidates if candidate.card.role == "prefill"]
+        if not decoders and self._config.prefill_may_decode:
+            decoders, prefills = prefills, []
         if not decoders:
             return None
         costs = CostModel(query, self._config.output_token_weight)
@@ -74,8 +89,10 @@ class RoutingPolicy:
             choice = self._next_in_turn(costs, prefills, decoders)
         else:
             choice = self._cheapest(costs, prefills, decoders)
-        if choice.prefill is None and choice.decode.card.role == "decode":
+        if choice.place == "prefill_away":
             return replace(choice, reason="fingerprint_mismatch" if prefills else "no_prefill")
+        if choice.place == "decode_away":
+            return replace(choice, reason="no_decode")
         return choice
 
     def _next_in_turn(self, costs: CostModel, prefills: list[Candidate], decoders: list[Candidate]) -> Choice:
@@ -84,8 +101,8 @@ class RoutingPolicy:
         prefill = prefills[self._num_turns % len(prefills)] if prefills else None
         self._num_turns += 1
         hit = replace(decode, counted_blocks=decode.cached_blocks)
-        is_local = prefill is None or costs.uncached_tokens(hit) < self._min_remote_tokens
-        return Choice(decode=decode, prefill=prefill, is_local=is_local, cost=0.0, reason="round_robin")
+        place = self._place(costs, prefill, hit)
+        return Choice(decode=decode, prefill=_named(prefill, place), place=place, cost=0.0, reason="round_robin")
 
     def _cheapest(self, costs: CostModel, prefills: list[Candidate], decoders: list[Candidate]) -> Choice:
         """The cheapest of the best pair for each decode replica."""
@@ -106,17 +123,36 @@ class RoutingPolicy:
         return count_hits(candidates, costs, load_factor=self._config.load_factor)
 
     def _pair(self, costs: CostModel, prefill: Candidate | None, decode: Candidate) -> Choice:
-        """One decode replica with its best partner; a unified one has none and needs none."""
-        partner = None if decode.card.role == "unified" else prefill
-        local_cost = costs.decode(decode) + costs.uncached_tokens(decode)
-        if partner is None or costs.uncached_tokens(decode) < self._min_remote_tokens:
-            return Choice(decode=decode, prefill=partner, is_local=True, cost=local_cost, reason="load")
-        cost = costs.decode(decode) + costs.transfer(decode) + costs.prefill(partner)
-        return Choice(decode=decode, prefill=partner, is_local=False, cost=cost, reason="load")
+        """One decode replica with its best partner; one that serves whole requests has none and needs none."""
+        place = self._place(costs, prefill, decode)
+        cost = costs.decode(decode)
+        if prefill is not None and place == "remote":
+            cost += costs.transfer(decode) + costs.prefill(prefill)
+        else:
+            cost += costs.uncached_tokens(decode)
+        return Choice(decode=decode, prefill=_named(prefill, place), place=place, cost=cost, reason="load")
+
+    def _place(self, costs: CostModel, prefill: Candidate | None, decode: Candidate) -> str:
+        """Where the prompt is computed, of `prompt_place.PLACES`."""
+        if decode.card.role != "decode":
+            return "unified" if decode.card.role == "unified" else "decode_away"
+        if prefill is None:
+            return "prefill_away"
+        if costs.uncached_tokens(decode) < self._min_remote_tokens:
+            return "short"
+        if not self._conditional_prefill:
+            return "remote"
+        return compare(costs.side(decode), costs.side(prefill)).place
+
+
+def _named(prefill: Candidate | None, place: str) -> Candidate | None:
+    """The prefill replica that decode is told of. If all that speaks against it is decode's cache, decode may see that
+    differently."""
+    return prefill if place in ("remote", "short") else None
 
 
 def _partners(decode: Candidate, prefills: Sequence[Candidate]) -> list[Candidate]:
-    if decode.card.role == "unified":
+    if decode.card.role != "decode":
         return []
     return [prefill for prefill in prefills if prefill.card.fingerprint == decode.card.fingerprint]
 

@@ -28,6 +28,7 @@ from atom_cluster.observability.metrics import (
     ROUTER_DECISIONS,
     ROUTER_INDEX_BLOCKS,
     ROUTER_MEMBERS,
+    ROUTER_PLACES,
     ROUTER_SNAPSHOTS,
     MetricSink,
 )
@@ -73,15 +74,19 @@ class RouterState:
         member_timeout_s: float,
         min_remote_tokens: int,
         metrics: MetricSink,
+        conditional_prefill: bool = True,
     ) -> None:
-        """`address` is the router's own; `min_remote_tokens` is `kv_transfer.min_remote_tokens` of the engines.
+        """`address` is the router's own; `min_remote_tokens` and `conditional_prefill` are those of `kv_transfer`.
 
-        `metrics` gets decisions by reason, members, index size and snapshots asked for.
+        `metrics` gets decisions by reason, places of prompts, members, index size and snapshots asked for.
         """
         self._address = address
         self._member_timeout_s = member_timeout_s
         self._metrics = metrics
-        self._policy = RoutingPolicy(config, min_remote_tokens=min_remote_tokens)
+        self._may_prefill_decode = config.prefill_may_decode
+        self._policy = RoutingPolicy(
+            config, min_remote_tokens=min_remote_tokens, conditional_prefill=conditional_prefill
+        )
         self._index = PrefixIndex(config.max_index_blocks)
         self._loads = LoadView(load_period_s=config.load_period_s)
         self._member_by_peer: dict[str, _Member] = {}
@@ -204,6 +209,7 @@ class RouterState:
         self._note_placed(choice)
         self._loads.place((source, query.query_id), _legs(query, choice), now_s)
         self._metrics.inc(ROUTER_DECISIONS, reason=choice.reason)
+        self._metrics.inc(ROUTER_PLACES, place=choice.place)
         return RouteDecision(
             query_id=query.query_id,
             decode=choice.decode.card.address,
@@ -234,7 +240,7 @@ class RouterState:
 
     def _has_decoder(self) -> bool:
         cards = (member.card for member in self._member_by_peer.values())
-        return any(card.kind == "engine" and card.role != "prefill" for card in cards)
+        return any(card.kind == "engine" and (self._may_prefill_decode or card.role != "prefill") for card in cards)
 
     def _note_placed(self, choice: Choice) -> None:
         self._num_decisions += 1

@@ -194,9 +194,10 @@ class ModelRunner:
     def _issue(self, plan: StepPlan) -> LaunchedStep:
         timer = _StepTimer(self._device)
         self._table.apply(plan)
-        sampled = self._step(plan) if plan.rows else None
         if self._agent is not None and plan.kv:
+            # They are about blocks of earlier steps, and need not wait for this one.
             self._agent.execute(plan.kv)
+        sampled = self._step(plan) if plan.rows else None
         return LaunchedStep(plan, sampled=sampled, timer=timer)
 
     @torch.inference_mode()

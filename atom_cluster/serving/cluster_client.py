@@ -51,9 +51,16 @@ class ClusterClient:
     """Sends requests to engines and streams their tokens back. Used from one event loop."""
 
     def __init__(
-        self, *, config: ClusterConfig, reasons: dict[str, str], model: ServedModel, metrics: MetricSink
+        self,
+        *,
+        config: ClusterConfig,
+        reasons: dict[str, str],
+        model: ServedModel,
+        metrics: MetricSink,
+        has_had_engines: bool = False,
     ) -> None:
-        """`reasons` says why automatic choices of `config` are what they are; it is only shown."""
+        """`reasons` says why automatic choices of `config` are what they are; it is only shown. `has_had_engines`: the
+        cluster was there before this client, so that requests wait for engines though it has never seen any."""
         self._config = config
         self._reasons = reasons
         self._model = model
@@ -65,14 +72,16 @@ class ClusterClient:
         self._engines: dict[str, MemberCard] = {}
         self._lost: dict[str, tuple[int, float]] = {}
         """Engines lost a moment ago: epoch, and until when the router's word that they are there does not count."""
-        self._has_had_engines = False
+        self.has_had_engines = has_had_engines
+        """Whether there ever was an engine that may take requests."""
         self._waiters: set[asyncio.Future[None]] = set()
         self._num_new_waiting = 0
         self._streams: dict[str, DeltaStream] = {}
         self._requests_by_peer: dict[str, set[str]] = {}
         self._queries: dict[int, asyncio.Future[RouteDecision]] = {}
         self._num_queries = 0
-        self._fallback = FallbackPlacer(Random())
+        self._prefill_may_decode = config.router.prefill_may_decode
+        self._fallback = FallbackPlacer(Random(), prefill_may_decode=self._prefill_may_decode)
         self._profiles = ProfileCalls()
         self._readiness = ReadinessProbe(self, num_vocab_tokens=model.vocab_size, max_model_len=model.max_model_len)
 
@@ -107,9 +116,9 @@ class ClusterClient:
         }
         endpoint.connect(membership.router)
         for card in self._engines.values():
-            if card.role != "prefill":
+            if self._may_decode(card):
                 endpoint.connect(card.address)
-                self._has_had_engines = True
+                self.has_had_engines = True
         for waiter in self._waiters:
             _wake(waiter)
 
@@ -214,15 +223,18 @@ class ClusterClient:
     def _has_candidate(self, excluded: Set[str]) -> bool:
         """Whether some engine could take a request now, as far as is known here."""
         return any(
-            card.role != "prefill" and not card.is_draining and peer_id not in excluded
+            self._may_decode(card) and not card.is_draining and peer_id not in excluded
             for peer_id, card in self._engines.items()
         )
+
+    def _may_decode(self, card: MemberCard) -> bool:
+        return self._prefill_may_decode or card.role != "prefill"
 
     def _check_may_wait(self) -> None:
         """A new request may wait while engines are replaced, but not for a cluster that never was there, nor in any
         number. Requests that engines had are not limited: those engines' queues were."""
         limit = self._config.scheduler.max_waiting_requests
-        if not self._has_had_engines:
+        if not self.has_had_engines:
             raise NotReady("no replica can take the request: none has joined yet", retry_after_s=2.0)
         if self._num_new_waiting >= limit:
             raise NotReady(f"no replica can take the request, and {limit} wait for one already", retry_after_s=2.0)

@@ -24,9 +24,10 @@ from atom_cluster.config.model_path import resolve_model_path
 from atom_cluster.gang.ray_metrics import RayMetrics
 from atom_cluster.link.auth import ClusterKey
 from atom_cluster.link.endpoint import Endpoint
-from atom_cluster.messages.cluster import MemberCard
+from atom_cluster.messages.cluster import MemberCard, Membership
 from atom_cluster.serving.cluster_client import ClusterClient
 from atom_cluster.serving.membership import Announcer
+from atom_cluster.serving.past import has_served, note_served
 from atom_cluster.serving.secret import cluster_secret
 
 
@@ -48,9 +49,14 @@ class Ingress:
             uses_recommendations=config.api.generation_config == "auto",
         )
         self._tokenizer = TokenizerService.from_directory(model_dir, num_threads=config.api.tokenizer_threads)
-        replica_id = serve.get_replica_context().replica_id.unique_id
+        context = serve.get_replica_context()
+        replica_id = context.replica_id.unique_id
+        self._application = context.app_name
+        self._has_served = has_served(self._application)
         metrics = RayMetrics(labels={"role": "ingress", "replica": replica_id})
-        self._client = ClusterClient(config=config, reasons=reasons, model=model, metrics=metrics)
+        self._client = ClusterClient(
+            config=config, reasons=reasons, model=model, metrics=metrics, has_had_engines=self._has_served
+        )
         self._endpoint = Endpoint(
             key=ClusterKey.from_secret(cluster_secret()),
             peer_id=f"ingress-{replica_id}",
@@ -67,7 +73,7 @@ class Ingress:
             router=router,
             card=self._card,
             period_s=config.serving.announce_period_s,
-            on_membership=self._client.update,
+            on_membership=self._update,
         )
         self._announcer.start()
         self._app = create_app(
@@ -77,6 +83,11 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve calls this after the constructor and routes the proxy's requests to the result."""
         return self._app
+
+    def _update(self, membership: Membership) -> None:
+        self._client.update(membership)
+        if self._client.has_had_engines and not self._has_served:
+            self._has_served = note_served(self._application)
 
     def _card(self) -> MemberCard:
         return MemberCard(address=self._endpoint.address, kind="ingress", node=socket.gethostname(), pid=os.getpid())

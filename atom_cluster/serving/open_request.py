@@ -7,7 +7,7 @@ of its own, so that nothing an engine still says of an earlier one is taken for 
 Why an engine did not finish it decides what follows:
 
     lost        connection gone, engine failed, tokens lost on the way: placed again, until MAX_PLACEMENTS are lost
-    not ready   draining or about to be replaced, nothing was begun: placed again for as long as there is time
+    not ready   draining, or failed and about to be replaced: placed again for as long as there is time
     overloaded  its queue is full: the client is told, unless the request was at an engine or waited for one before;
                 then it is placed again for as long as there is time
     other       the client is told

@@ -26,6 +26,8 @@ from atom_cluster.serving.membership import Announcer
 logger = logging.getLogger(__name__)
 
 _DRAIN_POLL_S = 0.1
+_MOVE_S, _MOVE_SHARE = 2.0, 0.2
+"""Of the time to drain, at most so many seconds and this share are left for requests that move to be gone."""
 
 
 class EngineReplica:
@@ -81,8 +83,9 @@ class EngineReplica:
         await self._gang.stop()
 
     async def _drain(self) -> None:
-        deadline_s = time.monotonic() + self._config.serving.drain_timeout_s
-        await self._gang.begin_drain()
+        timeout_s = self._config.serving.drain_timeout_s
+        deadline_s = time.monotonic() + timeout_s
+        await self._gang.begin_drain(timeout_s - min(_MOVE_S, timeout_s * _MOVE_SHARE))
         # The engine is in another process: there is no event to wait for.
         while time.monotonic() < deadline_s and not await self._gang.is_idle():
             # An engine whose other ranks are dead or stand still has requests that never end.

@@ -57,6 +57,8 @@ class Router:
             address=await self._endpoint.start(),
             member_timeout_s=config.serving.member_timeout_s,
             min_remote_tokens=config.kv_transfer.min_remote_tokens,
+            # Under `decode_only` prompts wait at decode until nothing decodes, which no measured time tells.
+            conditional_prefill=config.kv_transfer.conditional_prefill and config.scheduler.policy != "decode_only",
             metrics=RayMetrics(labels={"role": "router", "replica": replica_id}),
         )
 

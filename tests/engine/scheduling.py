@@ -30,6 +30,7 @@ class Loop:
     depth: int = 1
     other_groups: tuple[PageGroup, ...] = ()
     max_drafts: int = 0
+    prompt_limit: int | None = None
     num_kept: Callable[[int], int] = lambda num_drafts: num_drafts
     """How many of a row's drafts are right."""
     metrics: MemoryMetrics = field(default_factory=MemoryMetrics)
@@ -58,7 +59,7 @@ class Loop:
 
     def step(self) -> ScheduledStep:
         """Schedule a step, and take in results until fewer than `depth` are in flight."""
-        step = self.scheduler.schedule()
+        step = self.scheduler.schedule(prompt_limit=self.prompt_limit)
         self._check(step)
         self.steps.append(step)
         self.in_flight.append(step)

@@ -47,6 +47,7 @@ class Split:
     max_drafts: int = 0
     metrics: MemoryMetrics = field(default_factory=MemoryMetrics)
     """Of the decode engine."""
+    prefill_metrics: MemoryMetrics = field(default_factory=MemoryMetrics)
     prompts: dict[str, tuple[tuple[int, ...], int]] = field(default_factory=dict)
     epoch: int = 0
 
@@ -78,7 +79,7 @@ class Split:
             runner=recording,
             scheduler=self.prefill_policy or scheduler if is_prefill else scheduler,
             transfer=self.transfer,
-            metrics=None if is_prefill else self.metrics,
+            metrics=self.prefill_metrics if is_prefill else self.metrics,
             epoch=self.epoch,
         )
 

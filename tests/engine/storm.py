@@ -1,6 +1,6 @@
 """The world of the random tests: three engines that prefill for each other while everything goes wrong that can.
 
-The ingress sends the requests of an engine that died to another, with the tokens that they have.
+The ingress sends the requests of an engine that died or drains to another, with the tokens that they have.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ class Sizes:
     """Pages of other groups, relative to what lets all rows run."""
     num_drafts: int = 0
     acceptance: float = 0.7
+    max_itl_s: float | None = None
 
     @property
     def other_groups(self) -> tuple[PageGroup, ...]:
@@ -89,6 +90,7 @@ SIZES = st.builds(
     page_share=st.sampled_from((0.0, 0.3, 1.0, 2.0)),
     num_drafts=st.sampled_from((0, 0, 1, 2, 3)),
     acceptance=st.sampled_from((0.0, 0.7, 1.0)),
+    max_itl_s=st.sampled_from((None, None, 0.005, 0.00515, 0.1)),
 )
 
 _who = st.sampled_from(NAMES)
@@ -116,6 +118,7 @@ ACTION = st.one_of(
     st.tuples(st.just("damage"), st.integers(0, 7)),
     st.tuples(st.just("disconnect"), _who, _who),
     st.tuples(st.just("restart"), _who, st.booleans()),
+    st.tuples(st.just("drain"), _who, st.sampled_from((0.0, 0.05, 1.0))),
 )
 Action = tuple[str, ...]
 
@@ -142,6 +145,7 @@ class Storm:
     num_epochs: int = 0
     to_lose: list[type[EngineOutput]] = field(default_factory=list)
     to_damage: list[int] = field(default_factory=list)
+    draining: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.network = Network(VirtualClock(), self.seed)
@@ -152,6 +156,7 @@ class Storm:
 
     def act(self, action: str, *values: object) -> None:
         getattr(self, f"_do_{action}")(*values)
+        self._place_moved()
 
     def _start(self, name: str) -> None:
         sizes = self.sizes
@@ -170,6 +175,7 @@ class Storm:
             async_scheduling=sizes.is_async,
             long_prefill_tokens=sizes.chunk,
             policy=sizes.policy,
+            max_itl_s=sizes.max_itl_s,
         )
         self.runners[name] = runner
         make_engine(self.network, name, runner=runner, scheduler=scheduler, transfer=TRANSFER, epoch=self.num_epochs)
@@ -243,6 +249,7 @@ class Storm:
     def _do_restart(self, name: str, is_noticed: bool) -> None:
         """Its requests are gone with it. The ingress places them again."""
         self.network.remove(name)
+        self.draining.discard(name)
         self.runners[name].close()
         self._start(name)
         for number, sent in enumerate(self.sent.values()):
@@ -252,13 +259,31 @@ class Storm:
             if is_noticed and other != name:
                 self.network.engines[other].drop_peer(name)
 
+    def _do_drain(self, name: str, timeout_s: float) -> None:
+        """It is to stop, unless nobody would be left. It is there until it is restarted, and takes nothing new."""
+        if len(self.draining | {name}) < len(NAMES):
+            self.draining.add(name)
+            self.network.engines[name].begin_drain(timeout_s)
+
+    def _place_moved(self) -> bool:
+        """Place what draining engines have given up, or would not take; whether there was anything."""
+        moved = [
+            (number, sent)
+            for number, sent in enumerate(self.sent.values())
+            if not sent.is_cancelled and self.network.answers.get(sent.wire_id, Answer()).error_kind == "NotReady"
+        ]
+        for number, sent in moved:
+            self._place_again(sent, number)
+        return bool(moved)
+
     def _place_again(self, sent: _Sent, number: int) -> None:
         answer = self.network.answers.get(sent.wire_id, Answer())
-        if answer.final is not None:
+        if answer.final is not None and answer.error_kind != "NotReady":
             return
         sent.wire_id += "+"
         self.network.answers[sent.wire_id] = Answer(tokens=list(answer.tokens))
-        sent.engine, prefill = NAMES[number % 3], NAMES[number % 2]
+        ready = [name for name in NAMES if name not in self.draining]
+        sent.engine, prefill = ready[number % len(ready)], NAMES[number % 2]
         address = None if prefill == sent.engine else self.network.addresses[prefill]
         message = make_message(sent.wire_id, sent.prompt, sent.max_tokens, prefill=address)
         emitted = tuple(answer.tokens)
@@ -269,6 +294,8 @@ class Storm:
     def check(self) -> None:
         self.to_lose.clear()
         self.network.settle()
+        while self._place_moved():
+            self.network.settle()
         for request_id, sent in self.sent.items():
             answer = self.network.answers.get(sent.wire_id)
             expected = expected_tokens(sent.prompt, sent.max_tokens)

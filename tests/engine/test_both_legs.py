@@ -85,7 +85,7 @@ def cancel(split: Split) -> None:
 
 
 def lose_ingress(split: Split) -> None:
-    split.decode.drop_client(CLIENT)
+    split.decode.drop_peer(CLIENT)
 
 
 @pytest.fixture

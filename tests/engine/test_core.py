@@ -276,7 +276,7 @@ def test_requests_of_a_client_that_is_gone_end_and_others_go_on() -> None:
         single.send(make_message(f"r{number}", make_prompt(10, number)), client=f"client {number % 2}")
     for _ in range(3):
         single.engine.step()
-    single.engine.drop_client("client 0")
+    single.engine.drop_peer("client 0")
     single.finish()
     assert [single.answer(f"r{number}").reason for number in range(4)] == [None, "length", None, "length"]
     assert single.metrics.value(REQUESTS_FINISHED, reason="abort") == 2

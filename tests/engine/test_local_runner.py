@@ -152,13 +152,15 @@ def make_exchanging_runner() -> tuple[LocalRunner, KvMemory]:
     return LocalRunner(make_runner(memory=memory, agent=agent)), memory
 
 
-def test_kv_commands_of_a_plan_run_after_its_forward_pass() -> None:
+def test_blocks_of_a_step_can_be_tagged_and_read_by_later_plans() -> None:
     source, source_memory = make_exchanging_runner()
     target, target_memory = make_exchanging_runner()
     try:
         plan = first_plan()
         tag = TagBlocks(ticket_id="t", epoch=1, first_block=0, block_ids=(3, 1), reader=KvPlacement(4, 1))
-        source.submit(StepPlan(step_id=0, new_rows=plan.new_rows, rows=plan.rows, kv=(tag,)))
+        source.submit(plan)
+        assert source.collect(20) is not None
+        source.submit(StepPlan(step_id=1, kv=(tag,)))
         tagged = wait_for_report(source)
         assert isinstance(tagged, BlocksTagged)
         offer = source.info.kv_offers[0]

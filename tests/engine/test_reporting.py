@@ -2,13 +2,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atom_cluster.engine.core import EngineCore
 from atom_cluster.engine.reporting import CacheReporter
 from atom_cluster.kv_cache.block_pool import BlockPool, Prefix
-from atom_cluster.messages.cluster import CacheEvents, CacheSnapshot, EngineStatus, PeerAddress, ReplicaLoad
+from atom_cluster.messages.cluster import (
+    CacheEvents,
+    CacheSnapshot,
+    EngineSpeed,
+    EngineStatus,
+    PeerAddress,
+    ReplicaLoad,
+)
+from atom_cluster.messages.steps import StepResult
 from atom_cluster.observability.memory import MemoryMetrics
 from atom_cluster.observability.metrics import KV_BLOCKS, REQUESTS_RUNNING, TICKETS_OPEN
 from atom_cluster.routing.prefix_index import PrefixIndex
@@ -39,7 +48,7 @@ class Reports:
         return names
 
     def report(self, status: EngineStatus = IDLE) -> list[str]:
-        self.reporter.report(status, lambda: 0)
+        self.reporter.report(status, lambda: 0, EngineSpeed)
         return self.sent()
 
 
@@ -80,7 +89,7 @@ def test_what_a_snapshot_told_is_told_to_be_gone_when_it_goes() -> None:
     reports.reporter.send_snapshot()
     reports.pool.release(block_ids, "running")
     reports.pool.acquire(1, "running")
-    reports.reporter.report(IDLE, lambda: 0)
+    reports.reporter.report(IDLE, lambda: 0, EngineSpeed)
     snapshot, events = reports.outbox.sent[0][1], reports.outbox.sent[1][1]
     assert isinstance(snapshot, CacheSnapshot)
     assert isinstance(events, CacheEvents)
@@ -162,3 +171,29 @@ def test_an_idle_engine_says_nothing() -> None:
         network.clock.sleep(1.0)
         engine.step()
     assert network.to_router == []
+
+
+def test_a_report_tells_of_all_that_came_before_it_also_after_a_long_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The router takes for included what it placed a moment before: such a request would be counted nowhere."""
+    network = Network(VirtualClock())
+    runner = make_runner(network.clock)
+    engine = make_engine(network, runner=runner)
+    collect, arrived_s = runner.collect, 0.0
+
+    def collect_slowly(timeout_s: float | None = None) -> StepResult | None:
+        nonlocal arrived_s
+        if not arrived_s:
+            network.clock.sleep(0.1)
+            arrived_s = network.clock()
+            engine.put("client", make_message("second", make_prompt(20, 1), 50))
+            network.clock.sleep(0.3)
+        return collect(timeout_s)
+
+    monkeypatch.setattr(runner, "collect", collect_slowly)
+    engine.put("client", make_message("first", make_prompt(20), 50))
+    while not arrived_s:
+        engine.step()
+    network.to_router.clear()
+    engine.step()
+    (load,) = [message for message in network.to_router if isinstance(message, ReplicaLoad)]
+    assert load.num_running + load.num_waiting == 2

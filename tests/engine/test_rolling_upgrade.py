@@ -140,6 +140,7 @@ class Cluster:
         assert not self.network.messages(PrefillFailed)
         assert self.network.messages(KvPublication)
         assert all(source[-1] == target[-1] for source, target, _ in self.network.carried), "mixed pairs"
+        assert not any(engine.stats().num_mismatches for engine in self.network.engines.values())
 
     def orders_to(self, peer_id: str) -> int:
         return sum(target == peer_id and isinstance(m, PrefillOrder) for _, target, m in self.network.carried)
@@ -195,3 +196,4 @@ def test_a_pair_of_two_versions_that_somebody_names_all_the_same_refuses_with_wh
     assert isinstance(refusal, PrefillFailed)
     assert refusal.message == "prefill and decode differ in code (1 on prefill, 2 on decode)"
     assert cluster.network.answers["r"].tokens == expected_tokens(prompt, 4)
+    assert [engine.stats().num_mismatches for engine in cluster.network.engines.values()] == [1, 0]

@@ -36,6 +36,19 @@ def test_no_prompt_takes_more_of_a_step_than_a_long_one_may() -> None:
     ]
 
 
+def test_prompts_beside_rows_that_decode_have_a_limit_of_their_own() -> None:
+    loop = Loop(SchedulerConfig(max_num_batched_tokens=32), prompt_limit=6)
+    loop.add(make_request(0, 20, max_tokens=4))
+    assert shape(loop.step()) == [("r0", 20)]
+    loop.add(make_request(1, 10), make_request(2, 5))
+    assert [shape(loop.step()) for _ in range(4)] == [
+        [("r0", 1), ("r1", 6)],
+        [("r0", 1), ("r1", 4), ("r2", 2)],
+        [("r0", 1), ("r1", 1), ("r2", 3)],
+        [("r1", 1), ("r2", 1)],
+    ]
+
+
 def test_without_chunks_a_prompt_waits_until_a_step_has_room_for_all_of_it() -> None:
     loop = Loop(SchedulerConfig(max_num_batched_tokens=16, chunked_prefill=False))
     loop.add(make_request(0, 10), make_request(1, 10), make_request(2, 2))

@@ -181,16 +181,23 @@ def test_a_read_that_would_take_too_long_ends_with_an_error_at_its_timeout_and_f
     assert (second.read_id, second.error) == (2, None)
 
 
-def test_kv_commands_begin_when_their_step_ends(pair: Pair) -> None:
+def test_checksums_wait_for_no_step_and_reads_for_the_steps_before_theirs(pair: Pair) -> None:
     slow = make_runner(INSTANT.model_copy(update={"base_s": 1.0}), clock=pair.clock)
     tag = TagBlocks(ticket_id="t", epoch=EPOCH, first_block=0, block_ids=(0, 1, 2), reader=PLACEMENT)
     rows = (RowStep(0, 0, len(PROMPT), samples=True),)
-    slow.submit(StepPlan(step_id=0, new_rows=(new_row(PROMPT, (0, 1, 2)),), rows=rows, kv=(tag,)))
+    slow.submit(StepPlan(step_id=0, new_rows=(new_row(PROMPT, (0, 1, 2)),), rows=rows))
+    assert slow.collect() is not None
+    slow.submit(StepPlan(step_id=1, rows=(RowStep(0, len(PROMPT), 1, samples=True),)))
+    slow.submit(StepPlan(step_id=2, kv=(tag, pair.connect(), read(pair.tags(), local=(7, 8, 9)))))
+    (tagged,) = slow.poll_kv()
+    assert isinstance(tagged, BlocksTagged)
+    assert tagged.tags == pair.tags()
+    pair.clock.sleep(0.5)
     assert slow.poll_kv() == []
-    pair.clock.sleep(1.0)
-    (report,) = slow.poll_kv()
-    assert isinstance(report, BlocksTagged)
-    assert report.tags == pair.tags()
+    pair.clock.sleep(0.6)
+    (finished,) = slow.poll_kv()
+    assert isinstance(finished, ReadFinished)
+    assert (finished.error, finished.bad_blocks) == (None, ())
 
 
 def test_dropping_a_peer_ends_its_reads_with_an_error_and_forgets_it(pair: Pair) -> None:
@@ -277,8 +284,8 @@ def compute_in_another_process() -> dict[str, object]:
         pages=(SOURCE_BLOCKS,),
         sampling=GREEDY,
     )
-    plan = StepPlan(step_id=0, new_rows=(new,), rows=(RowStep(0, 0, len(PROMPT), samples=True),), kv=(tag,))
-    token = sample(runner, plan)
+    token = sample(runner, StepPlan(step_id=0, new_rows=(new,), rows=(RowStep(0, 0, len(PROMPT), samples=True),)))
+    runner.submit(StepPlan(step_id=1, kv=(tag,)))
     (report,) = runner.poll_kv()
     assert isinstance(report, BlocksTagged)
     return {"descriptor": runner.info.kv_offers[0].descriptors[0].decode(), "token": token, "tags": report.tags}

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atom_cluster.config.scheduler import SchedulerConfig
+from atom_cluster.config.simulation import SimulationConfig
 from atom_cluster.engine.protocols import EngineOutput, RunnerInfo
 from atom_cluster.messages.transfer import (
     ConnectPeer,
@@ -23,11 +24,20 @@ from atom_cluster.messages.transfer import (
     TicketRenew,
 )
 from atom_cluster.observability.memory import MemoryMetrics
-from atom_cluster.observability.metrics import KV_BAD_BLOCKS, KV_TRANSFER_BYTES, KV_TRANSFER_FAILURES, PREEMPTIONS
+from atom_cluster.observability.metrics import (
+    KV_BAD_BLOCKS,
+    KV_EXPOSED_S,
+    KV_PUBLISH_S,
+    KV_TRANSFER_BYTES,
+    KV_TRANSFER_FAILURES,
+    PREEMPTIONS,
+)
 from tests.engine.split import CLIENT, Split, make_split
 from tests.factories import TRANSFER, make_engine, make_message, make_prompt, make_runner, pool_of
 from tests.fakes import RecordingRunner
 
+STEP = SimulationConfig()
+"""What a step of the simulated device takes."""
 SLOW = 2e6
 """Bytes per second at which one simulated block takes 0.26 s."""
 
@@ -85,8 +95,8 @@ def test_blocks_are_published_while_the_rest_of_the_prompt_is_computed() -> None
     assert split.prefill.stats().num_running == 1
     split.network.settle()
     published = [message for message in split.network.messages(KvPublication) if isinstance(message, KvPublication)]
-    assert [message.first_block for message in published] == [*range(0, 20, 2), 19]
-    assert [message.first_token is None for message in published] == [True] * 10 + [False]
+    assert [message.first_block for message in published] == [*range(0, 20, 2)]
+    assert [message.first_token is None for message in published] == [True] * 9 + [False]
 
 
 def test_only_the_blocks_that_decode_lacks_are_published() -> None:
@@ -96,7 +106,7 @@ def test_only_the_blocks_that_decode_lacks_are_published() -> None:
     split.send("second", make_prompt(30), 4)
     split.network.settle()
     split.assert_right()
-    second = read_commands(split)[-3:]
+    second = read_commands(split)[-2:]
     orders = split.network.messages(PrefillOrder)
     assert isinstance(orders[-1], PrefillOrder)
     assert orders[-1].num_tokens_held == 16
@@ -580,7 +590,7 @@ def test_a_client_that_leaves_at_any_time_leaves_nothing_behind(num_turns: int, 
     for _ in range(num_turns):
         split.network.turn()
     split.cancel("r0")
-    split.decode.drop_client(CLIENT)
+    split.decode.drop_peer(CLIENT)
     split.network.step("decode")
     num_heard = len(split.answer("r0").tokens), len(split.answer("r1").tokens)
     split.network.settle(max_turns=200)
@@ -646,3 +656,38 @@ def test_cached_tokens_of_a_request_that_fell_back_are_those_found_where_it_ran(
     final = split.answer("second").final
     assert final is not None
     assert final.num_cached_tokens == computed_positions(split.decode_runner)[-2][0] == 16
+
+
+def test_a_first_token_does_not_wait_for_the_prompt_that_is_computed_behind_it() -> None:
+    split = make_split()
+    clock, told_s = split.network.clock, dict[str, float]()
+
+    def note(source: str, target: str, message: EngineOutput) -> EngineOutput:
+        if isinstance(message, KvPublication) and message.first_token is not None:
+            told_s[message.first_token.request_id] = clock.at_s
+        return message
+
+    split.network.alter = note
+    split.send("first", make_prompt(8, seed=1))
+    split.send("second", make_prompt(32, seed=2))
+    split.network.settle()
+    step_s = STEP.base_s + 8 * STEP.per_prefill_token_s
+    # The second prompt's first chunk is under way when the first prompt is computed.
+    assert told_s["first"] < 1.5 * step_s
+    assert told_s["second"] > 4 * step_s
+
+
+def test_what_the_transfer_costs_behind_the_last_chunk_is_measured_on_both_sides() -> None:
+    split = make_split(kv_bytes_per_s=10 * SLOW, prefill_budget=64)
+    split.send()
+    split.network.settle()
+    exposed = split.metrics.histogram(KV_EXPOSED_S)
+    published = split.prefill_metrics.histogram(KV_PUBLISH_S)
+    # All eight blocks came with the last publication, and are read one after the other. A turn takes 0.05 s.
+    assert (exposed.count, published.count) == (1, 1)
+    assert 8 * 0.026 < exposed.sum < 8 * 0.027 + 0.05
+    assert 0 <= published.sum < STEP.base_s
+    split.send("one token", make_prompt(30, seed=5), max_tokens=1)
+    split.network.settle()
+    assert split.metrics.histogram(KV_EXPOSED_S).count == 1, "its blocks were for nothing"
+    assert split.prefill_metrics.histogram(KV_PUBLISH_S).count == 2

@@ -83,7 +83,7 @@ async def test_a_prefill_that_is_already_gone_costs_no_answer(stage: Stage) -> N
 
 async def test_a_draining_prefill_sends_prompts_back(stage: Stage) -> None:
     prefill, decode, client = await start_pair(stage)
-    prefill.host.begin_drain()
+    prefill.host.begin_drain(5.0)
     send(client, (prefill, decode), "r", make_prompt(LONG))
     answer = await client.finished("r")
     assert (answer.reason, answer.tokens) == ("length", expected_tokens(make_prompt(LONG), 8))

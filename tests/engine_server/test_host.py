@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from atom_cluster.config.observability import ProfileConfig
@@ -14,7 +16,14 @@ from atom_cluster.config.scheduler import SchedulerConfig
 from atom_cluster.engine.local_runner import LocalRunner
 from atom_cluster.engine_server.host import EngineHost
 from atom_cluster.errors import AtomClusterError
-from atom_cluster.messages.cluster import CacheEvents, CacheSnapshot, ReplicaLoad, SnapshotRequest
+from atom_cluster.messages.cluster import (
+    CacheEvents,
+    CacheSnapshot,
+    ReplicaLoad,
+    SnapshotRequest,
+    StatusAnswer,
+    StatusRequest,
+)
 from atom_cluster.messages.profile import ProfileAnswer, StartProfile, StopProfile
 from atom_cluster.messages.requests import CancelRequest, SamplingParams
 from atom_cluster.messages.transfer import KvPlacement, PrefillFailed, PrefillOrder
@@ -24,7 +33,7 @@ from atom_cluster.runner.build import build_model_runner
 from atom_cluster.runner.options import RunnerOptions
 from tests.engine_server.conftest import Client, Stage, eventually, make_settings, make_slow_runner
 from tests.factories import expected_tokens, make_message, make_prompt
-from tests.fakes import FailingRunner, RecordingRunner
+from tests.fakes import Answer, FailingRunner, RecordingRunner
 from tests.tiny_models import tiny_model_dir
 
 
@@ -114,11 +123,40 @@ async def test_whoever_asks_for_a_snapshot_gets_events_and_load_from_then_on(sta
     assert not any(isinstance(message, (CacheEvents, CacheSnapshot, ReplicaLoad)) for message in client.received)
 
 
+async def test_its_status_is_told_whoever_asks_while_a_step_runs(stage: Stage) -> None:
+    engine, client = await stage.host(make_slow_runner(0.3)), await stage.client()
+    client.endpoint.send(engine.card.address, make_message("slow", max_tokens=3))
+    await eventually(lambda: engine.host.status().num_running == 1)
+    client.endpoint.send("engine", StatusRequest())
+    await eventually(lambda: any(isinstance(message, StatusAnswer) for message in client.received), timeout_s=0.2)
+    (answer,) = [message for message in client.received if isinstance(message, StatusAnswer)]
+    assert answer.epoch == engine.card.address.epoch
+    assert answer.status.num_running == 1 and answer.status.num_mismatches == 0
+    await client.finished("slow")
+
+
+async def test_a_draining_host_moves_what_it_cannot_finish_and_is_idle_in_time(stage: Stage) -> None:
+    engine, other, client = await stage.host(make_slow_runner(0.005)), await stage.host(), await stage.client()
+    client.endpoint.send(engine.card.address, make_message("r", max_tokens=2000))
+    await eventually(lambda: client.num_tokens("r") > 0)
+    began_s = time.monotonic()
+    engine.host.begin_drain(0.1)
+    moved = await client.finished("r")
+    await engine.idle()
+    assert 0.1 <= time.monotonic() - began_s < 5.0
+    assert moved.error_kind == "NotReady" and 0 < len(moved.tokens) < 2000
+    message = msgspec.structs.replace(make_message("r+", max_tokens=len(moved.tokens) + 5), emitted=tuple(moved.tokens))
+    client.answers["r+"] = Answer(tokens=list(moved.tokens))
+    client.endpoint.send(other.card.address, message)
+    answer = await client.finished("r+")
+    assert answer.tokens == expected_tokens(make_prompt(10), len(moved.tokens) + 5)
+
+
 async def test_a_draining_host_refuses_what_is_new_and_finishes_what_it_has(stage: Stage) -> None:
     engine, client = await stage.host(make_slow_runner(0.005)), await stage.client()
     client.endpoint.send(engine.card.address, make_message("old", max_tokens=50))
     await eventually(lambda: client.num_tokens("old") > 0)
-    engine.host.begin_drain()
+    engine.host.begin_drain(5.0)
     client.endpoint.send("engine", make_message("new"))
     client.endpoint.send("engine", order())
     refused = await client.finished("new")

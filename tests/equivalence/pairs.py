@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -25,6 +27,8 @@ from atom_cluster.units import Deadline
 from tests.equivalence.follower_process import run_follower
 from tests.equivalence.generation import Request
 
+Way = Literal["remote", "decode", "prefill"]
+"""Prefill computes the prompt and decode the output, or either computes both."""
 CLIENT = "client"
 BLOCK_SIZE = 8
 
@@ -86,18 +90,20 @@ class Pair:
                 peer=self.addresses[name],
             )
 
-    def generate(self, requests: list[Request], *, timeout_s: float = 20.0) -> list[list[int]]:
-        """Output tokens, all requests sent to decode at once."""
-        for number, (prompt, sampling) in enumerate(requests):
+    def generate(
+        self, requests: list[Request], *, ways: Sequence[Way] = ("remote",), timeout_s: float = 20.0
+    ) -> list[list[int]]:
+        """Output tokens, all requests sent at once, each in the next one of these ways."""
+        for number, ((prompt, sampling), way) in enumerate(zip(requests, itertools.cycle(ways), strict=False)):
             message = EngineRequest(
                 request_id=f"r{number}",
                 token_ids=tuple(prompt),
                 sampling=sampling,
                 eos_token_ids=(1,),
-                prefill=self.addresses["prefill"],
+                prefill=self.addresses["prefill"] if way == "remote" else None,
             )
             self.tokens[message.request_id] = []
-            self.cores["decode"].put(CLIENT, message)
+            self.cores["prefill" if way == "prefill" else "decode"].put(CLIENT, message)
         self.finish_reasons.clear()
         deadline = Deadline.after(timeout_s)
         has_work = [True]

@@ -68,6 +68,16 @@ def test_a_pair_gives_what_one_engine_gives(
     assert_kv_came_from_prefill(pair, model, mixed_requests())
 
 
+def test_it_makes_no_difference_which_engine_computes_prompt_and_output(
+    model: str, expected: list[list[int]], pairs: list[Pair]
+) -> None:
+    """Side by side, so that steps have prompts, chunks for the other engine and rows that decode in them."""
+    pair = Pair(tiny_model_dir(model), transport="shm", max_num_batched_tokens=20)
+    pairs.append(pair)
+    assert pair.generate(mixed_requests(), ways=("decode", "remote", "prefill")) == expected
+    assert pair.generate(mixed_requests(), ways=("prefill", "decode", "remote")) == expected
+
+
 def test_chunks_published_one_by_one_give_the_same(model: str, expected: list[list[int]], pairs: list[Pair]) -> None:
     pair = Pair(tiny_model_dir(model), transport="shm", max_num_batched_tokens=20)
     pairs.append(pair)

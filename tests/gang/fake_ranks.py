@@ -131,7 +131,7 @@ class FakeHost:
     def status(self) -> EngineStatus:
         return EngineStatus(num_running=self._num_steps, num_waiting=0, num_tickets=0, blocks_by_state={})
 
-    def begin_drain(self) -> None:
+    def begin_drain(self, timeout_s: float) -> None:
         self._is_draining = True
 
     def is_idle(self) -> bool:

@@ -88,7 +88,7 @@ async def test_a_gang_starts_serves_and_leaves_nothing_behind(group: PlacementGr
     while (await gang.check()).num_running < 3:
         assert time.monotonic() < deadline_s, "the engine makes no steps"
     assert not await gang.is_idle()
-    await gang.begin_drain()
+    await gang.begin_drain(5.0)
     assert await gang.is_idle()
     statuses = [await gang.ping(rank) for rank in range(2)]
     assert [status.rank for status in statuses] == [0, 1]

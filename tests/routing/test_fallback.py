@@ -43,7 +43,16 @@ def test_draining_and_excluded_replicas_are_not_chosen(placer: FallbackPlacer) -
         assert decision.decode is not None
         assert decision.decode.peer_id == "c"
     assert placer.decide(make_query(excluded=("b", "c")), members).reason == "none_eligible"
-    assert placer.decide(make_query(), [make_card("p", "prefill")]).reason == "no_engine"
+    assert placer.decide(make_query(), []).reason == "no_engine"
+
+
+def test_a_prefill_replica_serves_whole_requests_while_no_decode_replica_can(placer: FallbackPlacer) -> None:
+    members = [make_card("p", "prefill"), make_card("d", "decode", is_draining=True)]
+    decision = placer.decide(make_query(), members)
+    assert decision.decode == members[0].address and decision.prefill is None
+    placer = FallbackPlacer(Random(3), prefill_may_decode=False)
+    assert placer.decide(make_query(), members).reason == "none_eligible"
+    assert placer.decide(make_query(), members[:1]).reason == "no_engine"
 
 
 def test_open_requests_stay_even_on_both_sides(placer: FallbackPlacer) -> None:

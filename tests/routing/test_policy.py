@@ -7,13 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atom_cluster.config.routing import RoutingConfig
-from atom_cluster.messages.cluster import Role
+from atom_cluster.messages.cluster import EngineSpeed, Role
 from atom_cluster.routing.candidates import Candidate, CostModel
 from atom_cluster.routing.load_view import LoadEstimate
 from atom_cluster.routing.policy import REASONS, Choice, RoutingPolicy
+from atom_cluster.routing.prompt_place import PLACES
 from tests.routing.builders import BLOCK_SIZE, make_card, make_query
 
 _MIN_REMOTE_TOKENS = 16
+UNKNOWN = EngineSpeed()
 
 
 def _candidate(
@@ -26,14 +28,17 @@ def _candidate(
     free_blocks: int | None = None,
     fingerprint: str = "f",
     order: int = 0,
+    speed: EngineSpeed = UNKNOWN,
 ) -> Candidate:
-    load = LoadEstimate(num_requests=requests, num_waiting_tokens=tokens, num_free_blocks=free_blocks)
+    load = LoadEstimate(num_requests=requests, num_waiting_tokens=tokens, num_free_blocks=free_blocks, speed=speed)
     card = make_card(peer_id, role, fingerprint=fingerprint)
     return Candidate(card=card, load=load, cached_blocks=cached, placed_order=order)
 
 
 def _policy(**fields: object) -> RoutingPolicy:
-    return RoutingPolicy(RoutingConfig.model_validate(fields), min_remote_tokens=_MIN_REMOTE_TOKENS)
+    conditional = bool(fields.pop("conditional", True))
+    config = RoutingConfig.model_validate(fields)
+    return RoutingPolicy(config, min_remote_tokens=_MIN_REMOTE_TOKENS, conditional_prefill=conditional)
 
 
 def _choose(*candidates: Candidate, num_blocks: int = 100, **fields: object) -> Choice:
@@ -108,9 +113,44 @@ def test_a_unified_replica_gets_no_prefill_partner() -> None:
     assert (_ids(choice), choice.reason) == ((None, "u"), "load")
 
 
-def test_nobody_decodes_nobody_is_chosen() -> None:
-    assert _policy().choose(make_query(range(3)), [_candidate("p", "prefill")]) is None
+def test_while_nobody_decodes_prefill_replicas_serve_whole_requests() -> None:
+    choice = _choose(_candidate("p0", "prefill", tokens=900), _candidate("p1", "prefill"))
+    assert (_ids(choice), choice.reason, choice.place) == ((None, "p1"), "no_decode", "decode_away")
+    choice = _choose(_candidate("p0", "prefill", cached=90), _candidate("p1", "prefill"))
+    assert choice.decode.card.address.peer_id == "p0"
+    turns = _policy(policy="round_robin")
+    both = [_candidate("p0", "prefill"), _candidate("p1", "prefill")]
+    choices = [turns.choose(make_query(range(3)), both) for _ in range(4)]
+    assert [_ids(choice)[1] for choice in choices if choice] == ["p0", "p1", "p0", "p1"]
+    assert _choose(_candidate("p", "prefill"), _candidate("d", "decode", requests=500)).place != "decode_away"
+
+
+def test_nobody_may_decode_nobody_is_chosen() -> None:
+    assert _policy(prefill_may_decode=False).choose(make_query(range(3)), [_candidate("p", "prefill")]) is None
     assert _policy(policy="round_robin").choose(make_query(range(3)), []) is None
+
+
+SPEED = EngineSpeed(prompt_s=((100, 0.1), (1000, 1.0)), chunk_tokens=8192)
+
+
+@pytest.mark.parametrize("policy", ["prefix_and_load", "least_loaded", "round_robin"])
+def test_a_busy_prefill_replica_is_not_waited_for_longer_than_decode_takes(policy: str) -> None:
+    decode = _candidate("d", "decode", speed=SPEED)
+    idle, busy = _candidate("p", "prefill", speed=SPEED), _candidate("p", "prefill", tokens=900, speed=SPEED)
+    chosen = _choose(idle, decode, policy=policy)
+    assert (_ids(chosen), chosen.place, chosen.is_local) == (("p", "d"), "remote", False)
+    chosen = _choose(busy, decode, policy=policy)
+    assert (_ids(chosen), chosen.place, chosen.is_local) == ((None, "d"), "prefill_busy", True)
+    assert chosen.reason != "no_prefill"
+    chosen = _choose(busy, decode, policy=policy, conditional=False)
+    assert (_ids(chosen), chosen.place) == (("p", "d"), "remote")
+
+
+def test_where_both_have_the_prefix_is_taken_into_account() -> None:
+    busy = {"tokens": 300, "speed": SPEED}
+    decode = _candidate("d", "decode", speed=SPEED)
+    assert _choose(_candidate("p", "prefill", **busy), decode).place == "prefill_busy"  # type: ignore[arg-type]
+    assert _choose(_candidate("p", "prefill", cached=90, **busy), decode).place == "remote"  # type: ignore[arg-type]
 
 
 def test_a_replica_without_room_is_avoided() -> None:
@@ -154,11 +194,12 @@ _candidates = st.lists(
 @settings(max_examples=200, deadline=None)
 def test_any_choice_is_a_valid_pair_with_a_known_reason(candidates: list[Candidate], policy: str) -> None:
     choice = _policy(policy=policy).choose(make_query(range(50)), candidates)
-    assert (choice is None) == all(candidate.card.role == "prefill" for candidate in candidates)
+    assert (choice is None) == (not candidates)
     if choice is None:
         return
-    assert choice.reason in REASONS
-    assert choice.decode.card.role != "prefill"
+    assert choice.reason in REASONS and choice.place in PLACES
+    is_decode_away = all(candidate.card.role == "prefill" for candidate in candidates)
+    assert (choice.decode.card.role == "prefill") == is_decode_away == (choice.place == "decode_away")
     if choice.prefill is None:
         assert choice.is_local
     else:
@@ -175,7 +216,8 @@ def test_a_replica_out_of_bounds_never_wins_by_its_cache(candidates: list[Candid
     if choice is None or choice.decode.counted_blocks == 0:
         return
     costs = CostModel(query, RoutingConfig().output_token_weight)
-    loads = [costs.queued(candidate) for candidate in candidates if candidate.card.role != "prefill"]
+    decoders = [candidate for candidate in candidates if candidate.card.role != "prefill"]
+    loads = [costs.queued(candidate) for candidate in decoders or candidates]
     bound = 1.5 * sum(loads) / len(loads) + costs.own_load(choice.decode)
     assert costs.queued(choice.decode) <= bound
 

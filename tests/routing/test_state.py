@@ -6,9 +6,22 @@ import msgspec
 import pytest
 
 from atom_cluster.config.routing import RoutingConfig
-from atom_cluster.messages.cluster import CacheEvents, MemberCard, PeerAddress, RequestDone, RouteDecision
+from atom_cluster.messages.cluster import (
+    CacheEvents,
+    EngineSpeed,
+    MemberCard,
+    PeerAddress,
+    RequestDone,
+    RouteDecision,
+)
 from atom_cluster.observability.memory import MemoryMetrics
-from atom_cluster.observability.metrics import ROUTER_DECISIONS, ROUTER_INDEX_BLOCKS, ROUTER_MEMBERS, ROUTER_SNAPSHOTS
+from atom_cluster.observability.metrics import (
+    ROUTER_DECISIONS,
+    ROUTER_INDEX_BLOCKS,
+    ROUTER_MEMBERS,
+    ROUTER_PLACES,
+    ROUTER_SNAPSHOTS,
+)
 from atom_cluster.routing.state import SNAPSHOT_RETRY_S, RouterState
 from tests.routing.builders import CacheModel, make_card, make_load, make_query
 
@@ -67,7 +80,8 @@ def test_silent_members_are_left_out_and_not_chosen(state: RouterState, metrics:
 def test_draining_and_excluded_engines_are_not_chosen(state: RouterState) -> None:
     assert state.decide(make_query(), source="i", now_s=0.0).reason == "no_engine"
     state.announce(make_card("p", "prefill"), 0.0)
-    assert state.decide(make_query(), source="i", now_s=0.0).reason == "no_engine"
+    assert state.decide(make_query(), source="i", now_s=0.0).reason == "no_decode"
+    state.withdraw("p")
     state.announce(make_card("a", "decode"), 0.0)
     state.announce(make_card("b", "decode"), 0.0)
     state.announce(make_card("b", "decode", is_draining=True), 0.1)
@@ -138,6 +152,24 @@ def test_prefill_work_is_counted_on_prefill_and_the_request_on_decode(state: Rou
     decode, prefill = state.engine_views(0.0)
     assert (decode.load.num_requests, decode.load.num_waiting_tokens) == (1, 0)
     assert (prefill.load.num_requests, prefill.load.num_waiting_tokens) == (0, 170)
+
+
+def test_prompts_of_a_burst_go_where_those_before_them_leave_room(state: RouterState, metrics: MemoryMetrics) -> None:
+    """Between two reports of the engines: placements count at once, on the side that they went to."""
+    speed = EngineSpeed(prompt_s=((1000, 1.0),), chunk_tokens=8192)
+    for peer_id, role in (("p", "prefill"), ("d", "decode")):
+        state.announce(make_card(peer_id, role), 0.0)  # type: ignore[arg-type]
+        state.apply(msgspec.structs.replace(make_load(peer_id), speed=speed), 0.0)
+    decisions = [
+        state.decide(make_query(query_id=number, num_tokens=170), source="i", now_s=0.0) for number in range(10)
+    ]
+    is_local = [decision.prefill is None for decision in decisions]
+    assert is_local == [False, True] * 5
+    assert {decision.reason for decision in decisions} == {"load"}
+    decode, prefill = state.engine_views(0.0)
+    assert (decode.load.num_waiting_tokens, prefill.load.num_waiting_tokens) == (5 * 170, 5 * 170)
+    assert metrics.value(ROUTER_PLACES, place="remote") == 5
+    assert metrics.value(ROUTER_PLACES, place="prefill_busy") == 5
 
 
 def test_a_new_engine_is_asked_for_a_snapshot_until_it_answers(state: RouterState) -> None:

@@ -15,7 +15,7 @@ from atom_cluster.config.serving import ServingConfig
 from atom_cluster.link.auth import ClusterKey
 from atom_cluster.link.codec import Message
 from atom_cluster.link.endpoint import Endpoint
-from atom_cluster.messages.cluster import MemberCard, Membership, PeerAddress, RouteDecision, RouteQuery
+from atom_cluster.messages.cluster import MemberCard, Membership, PeerAddress, Role, RouteDecision, RouteQuery
 from atom_cluster.messages.requests import EngineRequest, RequestError, SamplingParams, TokenBatch, TokenDelta
 from atom_cluster.observability.memory import MemoryMetrics
 from atom_cluster.serving.cluster_client import ClusterClient
@@ -30,7 +30,15 @@ TIMEOUT_S = 5.0
 class Peer:
     """An endpoint with a script: `answer` is called with each message."""
 
-    def __init__(self, peer_id: str, answer: Callable[[Peer, str, Message], None], *, epoch: int = 1) -> None:
+    def __init__(
+        self,
+        peer_id: str,
+        answer: Callable[[Peer, str, Message], None],
+        *,
+        epoch: int = 1,
+        role: Role = "unified",
+    ) -> None:
+        self.role: Role = role
         self.received: list[Message] = []
         self._answer = answer
         self.endpoint = Endpoint(
@@ -49,7 +57,7 @@ class Peer:
 
     def card(self) -> MemberCard:
         return MemberCard(
-            address=self.endpoint.address, kind="engine", role="unified", fingerprint="f", num_blocks=9, block_size=4
+            address=self.endpoint.address, kind="engine", role=self.role, fingerprint="f", num_blocks=9, block_size=4
         )
 
 
@@ -96,6 +104,12 @@ refuse = say_an_error("NotReady")
 def say_one_token_and_fail(peer: Peer, source: str, message: Message) -> None:
     say_one_token(peer, source, message)
     say_an_error("EngineLost")(peer, source, message)
+
+
+def say_one_token_and_drain(peer: Peer, source: str, message: Message) -> None:
+    """An engine that drains, and is out of time."""
+    say_one_token(peer, source, message)
+    refuse(peer, source, message)
 
 
 def skip_a_token(peer: Peer, source: str, message: Message) -> None:
@@ -160,8 +174,8 @@ class Cluster:
                 decision = RouteDecision(query_id=message.query_id, decode=self.order.pop(0), reason="load")
                 peer.endpoint.send(source, decision)
 
-    async def add(self, peer_id: str, answer: Callable[[Peer, str, Message], None]) -> Peer:
-        engine = Peer(peer_id, answer)
+    async def add(self, peer_id: str, answer: Callable[[Peer, str, Message], None], *, role: Role = "unified") -> Peer:
+        engine = Peer(peer_id, answer, role=role)
         await engine.endpoint.start()
         self.engines.append(engine)
         self.announce()

@@ -29,6 +29,7 @@ from tests.serving.scripted import (
     say,
     say_an_error,
     say_one_token,
+    say_one_token_and_drain,
     say_one_token_and_fail,
     skip_a_token,
 )
@@ -71,6 +72,14 @@ async def test_without_any_engine_the_request_is_refused(cluster: Cluster) -> No
         await cluster.generate()
 
 
+async def test_a_new_ingress_waits_for_the_engines_of_a_cluster_that_was_there_before(cluster: Cluster) -> None:
+    cluster.client.has_had_engines = True
+    running = asyncio.create_task(cluster.generate())
+    await eventually(lambda: cluster.client.has_open_requests)
+    await cluster.add("late", count_up)
+    assert await running == [0, 1, 2, 3, 4]
+
+
 @pytest.mark.parametrize("bad", [refuse, ignore])
 async def test_a_request_without_a_token_moves_to_another_engine(
     cluster: Cluster, bad: Callable[[Peer, str, Message], None]
@@ -103,6 +112,31 @@ async def test_a_request_goes_on_with_another_engine_behind_the_tokens_it_has(
     # What later engines find cached is what earlier ones computed for this very request.
     assert {delta.num_cached_tokens for delta in deltas} == {4}
     assert cluster.metrics.value(REQUESTS_REPLAYED) == 1
+
+
+async def test_a_request_may_move_any_number_of_times(cluster: Cluster) -> None:
+    """Each of them says its one token; an engine that drains is not one that was lost over the request."""
+    draining = [await cluster.add(f"e{number}", say_one_token_and_drain) for number in range(MAX_PLACEMENTS + 2)]
+    last = await cluster.add("last", count_up)
+    cluster.order = [engine.endpoint.address for engine in (*draining, last)]
+    assert await cluster.generate(max_tokens=10) == list(range(10))
+    emitted = [engine.received for engine in (*draining, last)]
+    requests = [message for received in emitted for message in received if isinstance(message, EngineRequest)]
+    assert [len(message.emitted) for message in requests] == list(range(MAX_PLACEMENTS + 3))
+    assert not any(isinstance(message, CancelRequest) for received in emitted for message in received)
+    assert cluster.metrics.value(REQUESTS_REPLAYED) == MAX_PLACEMENTS + 2
+
+
+async def test_a_prefill_engine_takes_over_when_the_only_decode_engine_is_lost(cluster: Cluster) -> None:
+    decode = await cluster.add("decode", say_one_token, role="decode")
+    prefill = await cluster.add("prefill", count_up, role="prefill")
+    deltas = [delta async for delta in cut_after_first_token(cluster, "decode")]
+    assert [token for delta in deltas for token in delta.token_ids] == [0, 1, 2, 3, 4]
+    (first,) = [message for message in decode.received if isinstance(message, EngineRequest)]
+    (second,) = [message for message in prefill.received if isinstance(message, EngineRequest)]
+    assert first.prefill == prefill.endpoint.address
+    assert (second.prefill, second.emitted) == (None, (0,))
+    await cluster.client.check_ready()
 
 
 async def cut_after_first_token(cluster: Cluster, peer_id: str, request_id: str = "r") -> AsyncIterator[TokenDelta]:

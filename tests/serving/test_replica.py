@@ -46,7 +46,8 @@ class FakeGang:
             raise self.failure
         return BUSY
 
-    async def begin_drain(self) -> None:
+    async def begin_drain(self, timeout_s: float) -> None:
+        self.drain_timeout_s = timeout_s
         self.events.append("begin_drain")
 
     async def is_idle(self) -> bool:
@@ -150,6 +151,7 @@ async def test_a_replica_told_to_stop_says_so_finishes_its_requests_and_leaves(
     gang.num_busy_polls = 2
     await replica.leave()
     assert gang.events == ["begin_drain", "is_idle", "is_idle", "is_idle", "stop"]
+    assert gang.drain_timeout_s == pytest.approx(4.0), "time to move what is left is kept"
     assert router_handle.cards[-1].is_draining
     assert router_handle.withdrawn == [engine_card().address]
 
