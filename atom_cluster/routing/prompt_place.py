@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from atom_cluster.messages.cluster import EngineSpeed
 from atom_cluster.observability.estimates import Points, seconds_of
 
-DISTURBANCE = 0.1
+DISTURBANCE = 0.2
 """A second by which a row's next token is late, in seconds of waiting for a first token. A stall of a stream that has
 begun is a small part of its time; the wait for its first token is all that its reader sees. At least one row counts: a
 decode replica that is idle now may not be so when a long prompt is half computed."""
