@@ -36,6 +36,7 @@ from atom_cluster.messages.cluster import (
     RouteQuery,
 )
 from atom_cluster.messages.requests import CancelRequest, EngineRequest, SamplingParams, TokenBatch, TokenDelta
+from atom_cluster.messages.steps import StepPlan, StepResult
 from atom_cluster.observability.logging import setup_logging
 from atom_cluster.observability.memory import MemoryMetrics
 from atom_cluster.observability.metrics import ROUTER_PLACES
@@ -109,15 +110,16 @@ def _work(name: str, options: RunnerOptions, pipe: Connection) -> None:
         pipe.send(RuntimeError(f"{type(exc).__name__}: {exc}"))
         return
     pipe.send(runner.info)
-    host, metrics = None, MemoryMetrics()
+    host, metrics, kept = None, MemoryMetrics(), _Kept(runner)
     try:
         while True:
             command, *arguments = pipe.recv()
             if command == "serve":
                 if host is not None:
                     host.close()
-                metrics = MemoryMetrics()
-                host = EngineHost(runner=cast("StepRunner", _Kept(runner)), settings=arguments[0], metrics=metrics)
+                    kept.settle()
+                metrics, kept = MemoryMetrics(), _Kept(runner)
+                host = EngineHost(runner=cast("StepRunner", kept), settings=arguments[0], metrics=metrics)
                 pipe.send(host.start())
             else:
                 pipe.send(_numbers(metrics))
@@ -133,8 +135,26 @@ class _Kept:
     """A runner that outlives its engine host."""
 
     def __init__(self, runner: LocalRunner) -> None:
-        self.info, self.submit = runner.info, runner.submit
-        self.collect, self.poll_kv = runner.collect, runner.poll_kv
+        self.info, self.poll_kv = runner.info, runner.poll_kv
+        self._runner = runner
+        self._num_in_flight = 0
+
+    def submit(self, plan: StepPlan) -> None:
+        """See `StepRunner`."""
+        self._runner.submit(plan)
+        self._num_in_flight += 1
+
+    def collect(self, timeout_s: float | None = None) -> StepResult | None:
+        """See `StepRunner`."""
+        result = self._runner.collect(timeout_s)
+        self._num_in_flight -= result is not None
+        return result
+
+    def settle(self) -> None:
+        """Take the results that the engine left behind: the next one would take them for its own."""
+        while self._num_in_flight:
+            self.collect()
+        self.poll_kv()
 
     def close(self) -> None:
         """It goes on."""

@@ -55,9 +55,9 @@ def build_cluster(config: ClusterConfig) -> Application:
         max_ongoing_requests=_MAX_OPEN_HTTP_REQUESTS,
         health_check_period_s=serving.health_check_period_s,
         health_check_timeout_s=serving.health_check_timeout_s,
-        # Nobody else holds the connections of its clients. It takes no device: it may stay, and another one can always
-        # be started before it is stopped.
-        graceful_shutdown_timeout_s=serving.request_timeout_s,
+        # Nobody else holds the connections of its clients; but one that stands still holds them, too, for so long.
+        graceful_shutdown_timeout_s=serving.drain_timeout_s,
+        # It takes no device: another one can always be started before it is stopped.
         max_surge_percent=100,
         logging_config=_logging(decided),
         ray_actor_options=_LIGHT,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from atom_cluster import __version__
+from atom_cluster.config.env import default_variable
 from atom_cluster.errors import AtomClusterError
 from atom_cluster.tools.demo_model import demo_model_dir, get_demo_model
 
@@ -38,6 +39,10 @@ def _run(options: argparse.Namespace) -> int:
 
         print(analyze_trace(options.file, options.output))
     elif options.command == "drill":
+        if options.config is not None:
+            # Ray protects a new cluster so by itself, but who connects to one by its address has to say it. There may
+            # be other clusters on this host. Ray reads this when it is imported.
+            default_variable("RAY_AUTH_MODE", "token")
         # Needs Ray, which is slow to import.
         from atom_cluster.tools.drill.run import drill
 
@@ -46,6 +51,7 @@ def _run(options: argparse.Namespace) -> int:
             url=options.url,
             config=options.config,
             num_clients=options.clients,
+            num_samples=options.samples,
             output=options.output,
             report=_print_now,
         )
@@ -71,11 +77,12 @@ def _parser() -> argparse.ArgumentParser:
     trace.add_argument("file", type=Path, metavar="TRACE", help="a trace that a rank has written, .json or .gz")
     trace.add_argument("--output", type=Path, metavar="DIR", help="directory for the files; default: beside the trace")
     drill = commands.add_parser("drill", help="faults on purpose, under load: are the promises of reliability kept?")
-    drill.add_argument("scenarios", nargs="+", metavar="SCENARIO", help="by name, or `all`")
+    drill.add_argument("scenarios", nargs="+", metavar="SCENARIO", help="by name, `cancel`, or `all`")
     where = drill.add_mutually_exclusive_group(required=True)
     where.add_argument("--url", help="of a cluster that runs on the Ray cluster of this host")
     where.add_argument("--config", type=Path, metavar="FILE", help="Serve YAML of a cluster to start for each group")
     drill.add_argument("--clients", type=int, default=100, help="that ask at the same time")
+    drill.add_argument("--samples", type=int, default=50, help="of `cancel`, for each phase, streaming and not")
     drill.add_argument("--output", type=Path, metavar="FILE", help="write the results as JSON")
     demo = commands.add_parser("get-demo-model", help="fetch the small model that the quick start serves")
     demo.add_argument("--force", action="store_true", help="make it anew even if it is there")

@@ -5,6 +5,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,7 +13,7 @@ from atom_cluster.config.transfer import KvTransferConfig
 from atom_cluster.engine_server.settings import EngineHostSettings
 from atom_cluster.messages.cluster import MemberCard, RouteDecision
 from atom_cluster.messages.requests import SamplingParams
-from benchmarks import disaggregation
+from benchmarks import disaggregation, engines
 from benchmarks.disaggregation import parse_arguments
 from benchmarks.disaggregation_report import Results
 from benchmarks.engines import Answer, EngineProcess, FrontEnd, new_secret
@@ -123,6 +124,23 @@ def test_an_engine_keeps_its_model_when_its_role_changes(engine: EngineProcess) 
     assert [answer.record.num_output_tokens for answer in answers] == [4, 4]
     assert engine.numbers()["atom_generation_tokens_total"] == 4.0
     assert engine.serve(SETTINGS).address.epoch != first.address.epoch
+
+
+def test_what_an_engine_left_in_flight_is_not_the_next_ones() -> None:
+    steps: list[str] = []
+    runner = SimpleNamespace(
+        info=None,
+        poll_kv=list,
+        submit=lambda plan: steps.append(plan),
+        collect=lambda timeout_s: steps.pop(0) if steps else None,
+    )
+    kept = engines._Kept(runner)  # type: ignore[arg-type]
+    for plan in ("first", "second", "third"):
+        kept.submit(plan)  # type: ignore[arg-type]
+    assert kept.collect(0.0) == "first"
+    kept.settle()
+    assert steps == []
+    assert kept.collect(0.0) is None
 
 
 def test_a_request_that_is_cut_has_what_came_so_far_and_ends_at_the_engine(engine: EngineProcess) -> None:

@@ -19,6 +19,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster
         directory / "cluster.yaml",
         scheduler={"max_waiting_requests": 128, "max_num_requests": 64},
         api={"max_body_bytes": 4 * 1024 * 1024},
+        # All prompts of any length go to prefill, so that tests know what they test.
+        kv_transfer={"conditional_prefill": False},
+        # Less than answers take, so that some of them move when their replica is stopped.
+        serving={"drain_timeout_s": 1.0},
         observability={"profile": {"directory": str(directory / "traces")}},
     )
     with serve_run(config, directory) as running:

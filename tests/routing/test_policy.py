@@ -147,7 +147,7 @@ def test_a_busy_prefill_replica_is_not_waited_for_longer_than_decode_takes(polic
 
 
 def test_where_both_have_the_prefix_is_taken_into_account() -> None:
-    busy = {"tokens": 300, "speed": SPEED}
+    busy = {"tokens": 400, "speed": SPEED}
     decode = _candidate("d", "decode", speed=SPEED)
     assert _choose(_candidate("p", "prefill", **busy), decode).place == "prefill_busy"  # type: ignore[arg-type]
     assert _choose(_candidate("p", "prefill", cached=90, **busy), decode).place == "remote"  # type: ignore[arg-type]

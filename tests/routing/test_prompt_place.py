@@ -47,13 +47,13 @@ def test_a_handoff_that_takes_longer_than_the_prompt_is_not_worth_it() -> None:
 
 
 def test_a_queue_sends_prompts_to_the_other_side() -> None:
-    assert compare(side(), side(waiting=40)).place == "remote"
-    assert compare(side(), side(waiting=60)).place == "prefill_busy"
+    assert compare(side(), side(waiting=90)).place == "remote"
+    assert compare(side(), side(waiting=110)).place == "prefill_busy"
     assert compare(side(waiting=60), side(waiting=60)).place == "remote"
 
 
 def test_more_rows_bear_a_longer_queue_at_prefill() -> None:
-    for rows, bearable in ((1, 50), (10, 500), (100, 5000)):
+    for rows, bearable in ((1, 100), (10, 1000), (100, 10000)):
         assert compare(side(decoding=rows), side(waiting=bearable - 10)).place == "remote"
         assert compare(side(decoding=rows), side(waiting=bearable + 10)).place == "prefill_busy"
 

@@ -5,21 +5,31 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from atom_cluster.config.cluster import ClusterConfig
 from atom_cluster.errors import ConfigError
 from atom_cluster.tools.__main__ import main
 from atom_cluster.tools.drill import load as load_module
+from atom_cluster.tools.drill import run
 from atom_cluster.tools.drill.cluster import DrillError, RunningCluster
 from atom_cluster.tools.drill.load import Load, Outcome
 from atom_cluster.tools.drill.run import Result, drill
-from atom_cluster.tools.drill.scenarios import SCENARIOS, chosen
+from atom_cluster.tools.drill.scenarios import SCENARIOS, Scene, chosen
 
 NUM_CLIENTS = 4
+REPO = Path(__file__).resolve().parents[2]
+
+
+class ManyAtOnce(ThreadingHTTPServer):
+    request_queue_size = 64
 
 
 class Server:
@@ -42,7 +52,7 @@ class Server:
             def log_message(self, *arguments: object) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = ManyAtOnce(("127.0.0.1", 0), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever)
         self._thread.start()
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -176,17 +186,64 @@ def test_what_breaks_a_promise() -> None:
     assert not replace(kept, left_behind=1).holds
     assert not replace(kept, problem="not within 60 s").holds
     assert replace(kept, scenario=chosen(["ingress-killed"])[0], outcome=Outcome(broken=["x"])).holds
+    assert replace(kept, outcome=Outcome(num_refused=3)).holds
+    assert not replace(kept, scenario=chosen(["rolling-upgrade"])[0], outcome=Outcome(num_refused=1)).holds
 
 
 def test_scenarios_have_names_of_their_own_and_unknown_ones_are_named() -> None:
     assert len({scenario.name for scenario in SCENARIOS}) == len(SCENARIOS) == len(chosen(["all"]))
     with pytest.raises(ConfigError, match="no-such.*prefill-killed"):
-        drill(["no-such"], url="http://127.0.0.1:1", config=None, num_clients=1, output=None, report=print)
+        drill(
+            ["no-such"], url="http://127.0.0.1:1", config=None, num_clients=1, num_samples=1, output=None, report=print
+        )
     with pytest.raises(ConfigError, match="blocks-corrupted"):
-        drill(["blocks-corrupted"], url="http://127.0.0.1:1", config=None, num_clients=1, output=None, report=print)
+        drill(
+            ["blocks-corrupted"],
+            url="http://127.0.0.1:1",
+            config=None,
+            num_clients=1,
+            num_samples=1,
+            output=None,
+            report=print,
+        )
 
 
 def test_the_command_wants_a_cluster(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["drill", "all"])
     assert "--url" in capsys.readouterr().err
+
+
+def test_a_cluster_that_is_started_sends_all_prompts_to_prefill_whatever_else_a_scenario_needs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started: list[dict[str, Any]] = []
+
+    @contextmanager
+    def serve_run(config: Path, directory: Path) -> Iterator[RunningCluster]:
+        started.append(yaml.safe_load(config.read_text())["applications"][0]["args"])
+        yield RunningCluster("http://127.0.0.1:1")
+
+    monkeypatch.setattr(run, "serve_run", serve_run)
+    for name in ("hostile-peers", "rolling-upgrade", "messages-lost"):
+        (scenario,) = chosen([name])
+        with run._cluster(None, REPO / "configs" / "smollm2_cpu.yaml", dict(scenario.needs)):
+            pass
+    for args in started:
+        assert args["kv_transfer"]["conditional_prefill"] is False and args["cache"]["prefix_caching"] is False
+        ClusterConfig.model_validate(args)
+    assert [args["kv_transfer"].get("transport") for args in started] == ["tcp", None, None]
+    assert started[1]["cache"]["num_blocks"] == 256 and started[2]["kv_transfer"]["lease_s"] == 3.0
+
+
+def test_a_configured_fault_that_never_strikes_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = RunningCluster("http://127.0.0.1:1")
+    counted = {"atom_kv_bad_blocks_total": 0.0}
+    monkeypatch.setattr(cluster, "metric", lambda name: counted[name])
+    monkeypatch.setattr("atom_cluster.tools.drill.scenarios.RECOVERY_TIMEOUT_S", 0.05)
+    scene = Scene(cluster, None, None, b"")  # type: ignore[arg-type]
+    (scenario,) = chosen(["blocks-corrupted"])
+    with pytest.raises(DrillError, match="atom_kv_bad_blocks_total"):
+        scenario.disturb(scene)
+    counted["atom_kv_bad_blocks_total"] = 3.0
+    assert scenario.disturb(scene) == [] and scene.notes == counted

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -36,10 +38,11 @@ class DrillError(AtomClusterError):
 class RunningCluster:
     """A cluster that answers at `url`."""
 
-    def __init__(self, url: str, log: Path | None = None) -> None:
-        """log: what `serve run` writes to, shown when something goes wrong."""
+    def __init__(self, url: str, log: Path | None = None, *, ray_address: str = "auto") -> None:
+        """log: what `serve run` writes to, shown when something goes wrong. ray_address: of its Ray cluster."""
         self.url = url.rstrip("/")
         self.log = log
+        self.ray_address = ray_address
 
     def get(self, path: str, *, timeout_s: float = 60.0) -> Any:
         """Decoded JSON of a GET, or the text when it is no JSON. Raises OSError when there is no answer."""
@@ -152,6 +155,8 @@ def serve_run(config: Path, directory: Path, *, working_dir: Path | None = None)
     roles = {role for role in ("prefill", "decode", "unified") if role in args}
     log = directory / "serve.log"
     default_variable("RAY_USAGE_STATS_ENABLED", "0")
+    # Lines that look alike would come as one, with a count.
+    default_variable("RAY_DEDUP_LOGS", "0")
     with log.open("w") as output:
         process = subprocess.Popen(
             [str(Path(sys.executable).with_name("serve")), "run", str(config)],
@@ -171,9 +176,21 @@ def serve_run(config: Path, directory: Path, *, working_dir: Path | None = None)
         cluster.wait_until(
             lambda: {replica["role"] for replica in cluster.replicas()} == roles, what=f"replicas of {sorted(roles)}"
         )
+        cluster.ray_address = ray_address_of(process.pid)
         yield cluster
     finally:
         stop(process)
+
+
+def ray_address_of(pid: int) -> str:
+    """Of the Ray cluster that a process has started: there may be others on this host. `auto` if it started none."""
+    for directory in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended while we looked
+            parent = int((directory / "stat").read_text().rpartition(")")[2].split()[1])
+            found = re.search(rb"--gcs-address=([^\0]+)", (directory / "cmdline").read_bytes())
+            if parent == pid and found:
+                return found[1].decode()
+    return "auto"
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:

@@ -27,11 +27,13 @@ class Process:
 class Processes:
     """The actors of the Ray cluster that this process is connected to."""
 
-    def __init__(self) -> None:
-        """Connects to the Ray cluster of this host unless there is a connection already."""
+    def __init__(self, ray_address: str) -> None:
+        """Connects to the Ray cluster unless there is a connection already."""
         if not ray.is_initialized():
-            ray.init(address="auto", namespace="atom-drill", log_to_driver=False, logging_level="warning")
+            ray.init(address=ray_address, namespace="atom-drill", log_to_driver=False, logging_level="warning")
         self._own_node = ray.get_runtime_context().get_node_id()
+        self.host: str = ray.util.get_node_ip_address()
+        """This node's address in the cluster."""
 
     @staticmethod
     def disconnect() -> None:

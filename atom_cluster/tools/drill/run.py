@@ -7,17 +7,27 @@ import json
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from atom_cluster.errors import ConfigError
+from atom_cluster.serving.secret import cluster_secret
+from atom_cluster.tools.drill import cancel
 from atom_cluster.tools.drill.cluster import DrillError, RunningCluster, serve_run, with_args
 from atom_cluster.tools.drill.load import Load, Outcome
 from atom_cluster.tools.drill.processes import Process, Processes
-from atom_cluster.tools.drill.scenarios import SCENARIOS, Scenario, chosen
+from atom_cluster.tools.drill.record import Record
+from atom_cluster.tools.drill.scenarios import SCENARIOS, Scenario, Scene, chosen
+from atom_cluster.tools.drill.watch import EngineWatch
 
+_ALWAYS: dict[str, dict[str, object]] = {
+    "kv_transfer": {"conditional_prefill": False},
+    "cache": {"prefix_caching": False},
+}
+"""Of clusters that a drill starts: every prompt goes to prefill, or faults between engines would hurt nobody."""
 _ENDING_TIMEOUT_S = 60.0
 """What is stopped and replaced has to be gone by then."""
 
@@ -36,6 +46,8 @@ class Result:
     """Why the scenario could not be finished."""
     left_behind: int = 0
     """Processes that were stopped, replaced, and not ended."""
+    notes: Mapping[str, float] = field(default_factory=dict)
+    """What else is worth telling."""
 
     @property
     def holds(self) -> bool:
@@ -48,7 +60,12 @@ class Result:
             or self.num_leaked
             or self.left_behind
             or (outcome.broken and not self.scenario.may_break_streams)
+            or (outcome.num_refused and not self.scenario.may_refuse)
         )
+
+
+CANCEL = "cancel"
+"""Beside the scenarios: how soon engines are free of requests whose clients leave."""
 
 
 def drill(
@@ -57,83 +74,132 @@ def drill(
     url: str | None,
     config: Path | None,
     num_clients: int,
+    num_samples: int,
     output: Path | None,
     report: Callable[[str], None],
 ) -> bool:
     """Run scenarios; whether all promises held. Raises `ConfigError` for an unknown scenario or an unsuitable cluster.
 
     url: a cluster that runs, whose Ray this host belongs to; scenarios that need a configuration of their own are
-    refused. config: of the clusters to start, otherwise. output: a file for the results as JSON.
+    refused. config: of the clusters to start, otherwise. num_samples: of `cancel`, for each phase, streaming and not.
+    output: a file for the results as JSON.
     """
+    does_cancel = CANCEL in names or list(names) == ["all"]
     try:
-        scenarios = chosen(list(names))
+        scenarios = chosen([name for name in names if name != CANCEL])
     except KeyError as exc:
-        known = ", ".join(["all", *(scenario.name for scenario in SCENARIOS)])
+        known = ", ".join(["all", *(scenario.name for scenario in SCENARIOS), CANCEL])
         raise ConfigError(f"there is no scenario {exc.args[0]!r}; there are {known}") from exc
-    if url is not None and (special := [scenario.name for scenario in scenarios if scenario.needs]):
+    special = [scenario.name for scenario in scenarios if scenario.needs] + [CANCEL] * does_cancel
+    if url is not None and special:
         raise ConfigError(
             f"--url: {', '.join(special)}: a cluster of their own has to be started for these, see --config"
         )
+    record = Record(output, names=names, num_clients=num_clients)
+    holds = _run_scenarios(scenarios, url=url, config=config, num_clients=num_clients, record=record, report=report)
+    if does_cancel:
+        holds = _run_cancel(config, num_samples=num_samples, record=record, report=report) and holds
+    return holds
+
+
+def _run_scenarios(
+    scenarios: Sequence[Scenario],
+    *,
+    url: str | None,
+    config: Path | None,
+    num_clients: int,
+    record: Record,
+    report: Callable[[str], None],
+) -> bool:
     results: list[Result] = []
-    report(_HEADER)
+    if scenarios:
+        report(_HEADER)
     for needs, group in groupby(scenarios, key=lambda scenario: json.dumps(scenario.needs)):
-        with _cluster(url, config, json.loads(needs)) as cluster:
-            processes = Processes()
+        with _cluster(url, config, json.loads(needs)) as cluster, _connected(cluster) as scene:
             load = Load(cluster, num_clients=num_clients)
             for scenario in group:
-                results.append(_run(scenario, cluster, processes, load))
+                results.append(_run(scenario, scene, load))
                 report(_line(results[-1]))
-                if output is not None:
-                    # Each time: a drill takes long, and may be interrupted.
-                    output.write_text(json.dumps([_as_json(result) for result in results], indent=1) + "\n")
+                record.add("scenarios", _as_json(results[-1]))
     for result in results:
+        if result.notes:
+            report(f"{result.scenario.name}: " + ", ".join(f"{name} {value}" for name, value in result.notes.items()))
         for text in (result.problem, *result.outcome.lost[:3], *result.outcome.wrong[:3], *result.outcome.broken[:3]):
             if text:
                 report(f"{result.scenario.name}: {text}")
     return all(result.holds for result in results)
 
 
+def _run_cancel(config: Path | None, *, num_samples: int, record: Record, report: Callable[[str], None]) -> bool:
+    holds = True
+    report(cancel.HEADER)
+    with _cluster(None, config, cancel.NEEDS) as cluster, _connected(cluster) as scene:
+        canceller = cancel.Canceller(cluster, scene.watch)
+        for phase in cancel.PHASES:
+            for is_streaming in (True, False):
+                times = canceller.times(phase, is_streaming=is_streaming, num_samples=num_samples)
+                holds = holds and times.holds
+                report(cancel.line_of(times))
+                record.add("cancel", cancel.as_json(times))
+    return holds
+
+
 @contextlib.contextmanager
-def _cluster(url: str | None, config: Path | None, needs: dict[str, object]) -> Iterator[RunningCluster]:
+def _cluster(url: str | None, config: Path | None, needs: dict[str, Any]) -> Iterator[RunningCluster]:
     if url is not None:
         yield RunningCluster(url)
         return
     if config is None:
         raise ConfigError("give --url of a running cluster, or --config of one to start")
     with tempfile.TemporaryDirectory(prefix="atom-drill-") as directory:
-        own = with_args(config, Path(directory) / "cluster.yaml", **needs)
+        always = {name: {**section, **needs.get(name, {})} for name, section in _ALWAYS.items()}
+        own = with_args(config, Path(directory) / "cluster.yaml", **(needs | always))
         with serve_run(own, Path(directory)) as cluster:
-            try:
-                yield cluster
-            finally:
-                Processes.disconnect()
+            yield cluster
 
 
-def _run(scenario: Scenario, cluster: RunningCluster, processes: Processes, load: Load) -> Result:
+@contextlib.contextmanager
+def _connected(cluster: RunningCluster) -> Iterator[Scene]:
+    """A scene, with connections to the cluster's Ray and to its engines."""
+    processes = Processes(cluster.ray_address)
+    try:
+        secret = cluster_secret()
+        watch = EngineWatch(secret=secret, host=processes.host)
+        try:
+            yield Scene(cluster, processes, watch, secret)
+        finally:
+            watch.close()
+    finally:
+        Processes.disconnect()
+
+
+def _run(scenario: Scenario, scene: Scene, load: Load) -> Result:
+    scene.notes = {}
     victims: list[Process] = []
     recovery_s = 0.0
 
     def disturb() -> None:
         nonlocal recovery_s
         began_s = time.monotonic()
-        victims.extend(scenario.disturb(cluster, processes))
+        victims.extend(scenario.disturb(scene))
         recovery_s = time.monotonic() - began_s if victims else 0.0
 
     outcome, problem, num_leaked = Outcome(), "", 0
     try:
         load.run_while(disturb, outcome)
-        cluster.wait_until_idle()
+        scene.cluster.wait_until_idle()
     except DrillError as exc:
         problem = str(exc)
         with contextlib.suppress(DrillError):
-            num_leaked = cluster.num_held()
+            num_leaked = scene.cluster.num_held()
     return Result(
         scenario=scenario,
         outcome=outcome,
         recovery_s=recovery_s,
         num_leaked=num_leaked,
         problem=problem,
-        left_behind=sum(_is_left_behind(processes, victim) for victim in victims),
+        left_behind=sum(_is_left_behind(scene.processes, victim) for victim in victims),
+        notes=scene.notes,
     )
 
 
@@ -180,4 +246,5 @@ def _as_json(result: Result) -> dict[str, object]:
         "recovery_s": result.recovery_s,
         "longest_s": outcome.longest_s,
         "problem": result.problem,
+        **({"notes": dict(result.notes)} if result.notes else {}),
     }

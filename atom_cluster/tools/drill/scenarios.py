@@ -9,8 +9,25 @@ from typing import Any
 
 from atom_cluster.tools.drill.cluster import RunningCluster
 from atom_cluster.tools.drill.processes import Process, Processes
+from atom_cluster.tools.drill.siege import besiege
+from atom_cluster.tools.drill.upgrade import NEEDS as UPGRADE_NEEDS
+from atom_cluster.tools.drill.upgrade import upgrade
+from atom_cluster.tools.drill.watch import EngineWatch
 
 RECOVERY_TIMEOUT_S = 150.0
+
+
+@dataclass(slots=True)
+class Scene:
+    """What a scenario works with."""
+
+    cluster: RunningCluster
+    processes: Processes
+    watch: EngineWatch
+    secret: bytes = field(repr=False)
+    """The cluster's."""
+    notes: dict[str, float] = field(default_factory=dict)
+    """What else is worth telling of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,18 +36,21 @@ class Scenario:
 
     name: str
     what: str
-    disturb: Callable[[RunningCluster, Processes], list[Process]]
+    disturb: Callable[[Scene], list[Process]]
     """Does it, and returns when the cluster is whole again; the processes it was done to."""
     needs: Mapping[str, Any] = field(default_factory=dict)
     """Parts of the configuration that a cluster must be started with; nothing: any cluster will do."""
     may_break_streams: bool = False
     """Answers that pass through the process that dies break; nobody else holds their connections."""
+    may_refuse: bool = True
+    """Whether clients may have to ask again."""
 
 
-def _engine(role: str, number: signal.Signals) -> Callable[[RunningCluster, Processes], list[Process]]:
+def _engine(role: str, number: signal.Signals) -> Callable[[Scene], list[Process]]:
     """To rank 0 of an engine of a role."""
 
-    def disturb(cluster: RunningCluster, processes: Processes) -> list[Process]:
+    def disturb(scene: Scene) -> list[Process]:
+        cluster, processes = scene.cluster, scene.processes
         before = cluster.replicas()
         pid = next(replica["pid"] for replica in before if replica["role"] == role)
         victim = next(rank for rank in processes.ranks() if rank.pid == pid)
@@ -41,10 +61,11 @@ def _engine(role: str, number: signal.Signals) -> Callable[[RunningCluster, Proc
     return disturb
 
 
-def _follower(number: signal.Signals) -> Callable[[RunningCluster, Processes], list[Process]]:
+def _follower(number: signal.Signals) -> Callable[[Scene], list[Process]]:
     """To a rank of some engine's gang that is not the first."""
 
-    def disturb(cluster: RunningCluster, processes: Processes) -> list[Process]:
+    def disturb(scene: Scene) -> list[Process]:
+        cluster, processes = scene.cluster, scene.processes
         before = cluster.replicas()
         firsts = {replica["pid"] for replica in before}
         victim = next(rank for rank in processes.ranks() if rank.pid not in firsts)
@@ -55,8 +76,9 @@ def _follower(number: signal.Signals) -> Callable[[RunningCluster, Processes], l
     return disturb
 
 
-def _router(number: signal.Signals) -> Callable[[RunningCluster, Processes], list[Process]]:
-    def disturb(cluster: RunningCluster, processes: Processes) -> list[Process]:
+def _router(number: signal.Signals) -> Callable[[Scene], list[Process]]:
+    def disturb(scene: Scene) -> list[Process]:
+        cluster, processes = scene.cluster, scene.processes
         before = cluster.page()["router"]["peer_id"]
         (victim,) = processes.of_deployment("Router")
         processes.send(victim, number)
@@ -70,8 +92,9 @@ def _router(number: signal.Signals) -> Callable[[RunningCluster, Processes], lis
     return disturb
 
 
-def _ingress(number: signal.Signals) -> Callable[[RunningCluster, Processes], list[Process]]:
-    def disturb(cluster: RunningCluster, processes: Processes) -> list[Process]:
+def _ingress(number: signal.Signals) -> Callable[[Scene], list[Process]]:
+    def disturb(scene: Scene) -> list[Process]:
+        cluster, processes = scene.cluster, scene.processes
         before = {ingress["id"] for ingress in cluster.page()["ingresses"]}
         victim = processes.of_deployment("Ingress")[0]
         processes.send(victim, number)
@@ -85,8 +108,34 @@ def _ingress(number: signal.Signals) -> Callable[[RunningCluster, Processes], li
     return disturb
 
 
-def _nothing(cluster: RunningCluster, processes: Processes) -> list[Process]:
+def _nothing(scene: Scene) -> list[Process]:
     """The configuration disturbs enough."""
+    return []
+
+
+def _until_counted(metric: str) -> Callable[[Scene], list[Process]]:
+    """The configuration disturbs enough; this waits until engines say that it did."""
+
+    def disturb(scene: Scene) -> list[Process]:
+        cluster = scene.cluster
+        cluster.wait_until(lambda: cluster.metric(metric) > 0, what=f"{metric} counts", timeout_s=RECOVERY_TIMEOUT_S)
+        scene.notes[metric] = cluster.metric(metric)
+        return []
+
+    return disturb
+
+
+def _upgrade(scene: Scene) -> list[Process]:
+    """Another version takes the place of this one, replica by replica."""
+    scene.notes |= upgrade(scene.cluster, scene.watch)
+    return []
+
+
+def _hostile_peers(scene: Scene) -> list[Process]:
+    """All attacks on all listeners."""
+    pids = {int(process["pid"]) for process in (*scene.cluster.replicas(), *scene.cluster.page()["ingresses"])}
+    pids |= {process.pid for process in scene.processes.of_deployment("Router")}
+    scene.notes |= besiege(scene.cluster, pids, scene.secret)
     return []
 
 
@@ -106,6 +155,8 @@ def _wait_until_replaced(cluster: RunningCluster, before: list[dict[str, Any]]) 
 
 _GANG = {"prefill": {"parallel": {"tensor": 3}}, "decode": {"parallel": {"tensor": 3}}}
 """The model of the quick start has 9 heads and 3 KV heads."""
+_ALL_REMOTE = {"conditional_prefill": False}
+"""What is to go wrong between two engines would else be avoided: slow handoffs make prompts stay at decode."""
 _SHORT_WAITS = {"prefill_timeout_s": 3.0, "lease_s": 3.0}
 
 
@@ -142,26 +193,40 @@ SCENARIOS = (
     Scenario(
         name="blocks-corrupted",
         what="one of four reads brings a damaged block",
-        disturb=_nothing,
-        needs={"faults": {"corrupt_reads": 0.25}},
+        disturb=_until_counted("atom_kv_bad_blocks_total"),
+        needs={"faults": {"corrupt_reads": 0.25}, "kv_transfer": _ALL_REMOTE},
     ),
     Scenario(
         name="messages-lost",
         what="one of twenty messages between prefill and decode vanishes",
-        disturb=_nothing,
-        needs={"faults": {"lose_messages": 0.05}, "kv_transfer": _SHORT_WAITS},
+        disturb=_until_counted("atom_kv_transfer_failures_total"),
+        needs={"faults": {"lose_messages": 0.05}, "kv_transfer": {**_ALL_REMOTE, **_SHORT_WAITS}},
     ),
     Scenario(
         name="messages-repeated",
         what="one of five messages between prefill and decode comes twice",
         disturb=_nothing,
-        needs={"faults": {"repeat_messages": 0.2}},
+        needs={"faults": {"repeat_messages": 0.2}, "kv_transfer": _ALL_REMOTE},
     ),
     Scenario(
         name="network-slow",
         what="messages between prefill and decode take up to 0.3 s, reads half a second longer",
         disturb=_nothing,
-        needs={"faults": {"delay_messages_s": 0.3, "delay_reads_s": 0.5}},
+        needs={"faults": {"delay_messages_s": 0.3, "delay_reads_s": 0.5}, "kv_transfer": _ALL_REMOTE},
+    ),
+    Scenario(
+        name="hostile-peers",
+        what="noise, halves, flipped bytes, wrong secrets, giants and silence at every listener",
+        disturb=_hostile_peers,
+        needs={"kv_transfer": {"transport": "tcp", **_ALL_REMOTE}},
+        may_refuse=False,
+    ),
+    Scenario(
+        name="rolling-upgrade",
+        what="another version is deployed: its blocks mean something else",
+        disturb=_upgrade,
+        needs=UPGRADE_NEEDS,
+        may_refuse=False,
     ),
 )
 
