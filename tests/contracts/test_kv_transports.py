@@ -57,6 +57,8 @@ def large(name: str) -> tuple[int, ...]:
 
 @contextmanager
 def exporter_here(name: str) -> Iterator[Exporter]:
+    if name == "nixl/cuda":
+        pytest.skip("UCX reaches GPU memory of other processes only")
     with rank_here(name, seed=7) as rank:
         yield Exporter(rank.descriptor, rank.regions, None)
 
