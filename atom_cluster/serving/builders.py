@@ -27,6 +27,8 @@ from atom_cluster.serving.router import Router
 
 logger = logging.getLogger(__name__)
 
+_INGRESS_GRACE_S = 60.0
+"""An ingress that is to stop has at least so long for its answers."""
 _MAX_OPEN_HTTP_REQUESTS = 4096
 """Per ingress. Engines bound their queues themselves and answer 503; Serve's own default of a few would hold back."""
 _LIGHT = {"num_cpus": HEAD_CPUS}
@@ -55,8 +57,9 @@ def build_cluster(config: ClusterConfig) -> Application:
         max_ongoing_requests=_MAX_OPEN_HTTP_REQUESTS,
         health_check_period_s=serving.health_check_period_s,
         health_check_timeout_s=serving.health_check_timeout_s,
-        # Nobody else holds the connections of its clients; but one that stands still holds them, too, for so long.
-        graceful_shutdown_timeout_s=serving.drain_timeout_s,
+        # Nobody else holds the connections of its clients, who may have to wait for engines that are replaced together
+        # with it; but one that stands still holds them, too, for so long.
+        graceful_shutdown_timeout_s=max(_INGRESS_GRACE_S, serving.drain_timeout_s),
         # It takes no device: another one can always be started before it is stopped.
         max_surge_percent=100,
         logging_config=_logging(decided),

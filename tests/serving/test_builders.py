@@ -87,7 +87,7 @@ def test_timeouts_and_log_level_are_those_of_the_configuration(model_dir: Path) 
     assert engine.health_check_period_s == 3.5
     # A replica that drains as long as it may has to stop its gang after that.
     assert engine.graceful_shutdown_timeout_s > 20
-    assert (ingress.graceful_shutdown_timeout_s, ingress.max_surge_percent) == (20, 100)
+    assert (ingress.graceful_shutdown_timeout_s, ingress.max_surge_percent) == (60, 100)
     assert engine.max_surge_percent == 0
     for deployment in deployments.values():
         logging = deployment.logging_config
