@@ -89,8 +89,8 @@ def _log_deaths(followers: list[SpawnProcess]) -> None:
         for sentinel in multiprocessing.connection.wait(running):
             follower = running.pop(cast("int", sentinel))
             follower.join()
-            if follower.exitcode:
-                _log.error("%s ended with status %d", follower.name, follower.exitcode)
+            if follower.exitcode != 0:  # None while another thread is about to note it: it has ended all the same
+                _log.error("%s ended with status %s", follower.name, follower.exitcode)
 
 
 def _follow(options: RunnerOptions, address: ShmAddress) -> None:

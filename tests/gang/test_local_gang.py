@@ -24,8 +24,8 @@ def test_any_follower_that_dies_is_told_of_whichever_lives_on(caplog: pytest.Log
     for follower in followers:
         follower.start()
     threading.Thread(target=_log_deaths, args=(followers,), daemon=True).start()
-    followers[1].join(30)
-    deadline_s = time.monotonic() + 5
+    # Not joined here: whichever of two threads asks the system first is the one that learns the status.
+    deadline_s = time.monotonic() + 60
     while not caplog.text and time.monotonic() < deadline_s:
         time.sleep(0.01)
     assert "rank-2 ended with status 3" in caplog.text
