@@ -20,7 +20,7 @@ FIELDS: Mapping[OpFamily, tuple[str, ...]] = {
     "quantized_linear": ("prepare_quantized_linear",),
     "rotary": ("rotary",),
     "routing": ("route",),
-    "sampling": ("adjust", "sample", "race", "accept"),
+    "sampling": ("adjust", "mask", "sample", "race", "accept"),
     "sparse_index": ("plan_index",),
     "step_inputs": ("place_tokens",),
     "streams": ("connect_streams", "write_streams", "join_streams"),

@@ -1,4 +1,4 @@
-"""Contract of choosing tokens: adjusting logits, drawing one token per row, and accepting what was drawn into its row.
+"""Contract of choosing tokens: adjusting and masking logits, drawing one token per row, accepting it into its row.
 
 Everything that a row asks for lies in a table on the device (`SamplingTensors`), so a batch is one call, whatever its
 rows ask for, and nothing waits. A row's token is argmax of z / e in logarithms, z its logits divided by temperature
@@ -6,7 +6,7 @@ and e exponential noise, which is a pure function of (seed, output position, tok
 definition. Of tokens that tie, the one with the lowest id wins. Knows no requests and no models.
 
 Shape suffixes: N rows of the table, S rows that sample (or samples of them), V vocabulary or this rank's part of it,
-P samples, E endings.
+P samples, E endings, B biases, M masks of W words.
 """
 
 from __future__ import annotations
@@ -52,9 +52,10 @@ class Column(IntEnum):
     FREQUENCY = 9
     PRESENCE = 10
     NUM_ENDINGS = 11
+    NUM_BIASES = 12
 
 
-NUM_COLUMNS = 12
+NUM_COLUMNS = 13
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,9 @@ class SamplingTensors:
     """[N, NUM_COLUMNS] int32, see `Column`. A row of zeros is greedy."""
     endings: torch.Tensor
     """[N, E] int32: token ids that end a row's output, `NUM_ENDINGS` of them; any number may be outside of V."""
+    biases: torch.Tensor
+    """[N, B, 2] int32: a token id and the bits of the float32 that is added to its logit, `NUM_BIASES` of them, each
+    token at most once; ids may be outside of V. B is 0 until a row has any."""
 
 
 class SampleTokens(Protocol):
@@ -119,7 +123,7 @@ def winners(key_S: torch.Tensor) -> torch.Tensor:
 
 
 class AdjustLogits(Protocol):
-    """Penalties, and endings masked before `min_tokens`."""
+    """Penalties, biases, and endings masked before `min_tokens`."""
 
     def __call__(
         self,
@@ -133,7 +137,21 @@ class AdjustLogits(Protocol):
 
         First endings get -inf; then logits of all tokens that the row has are divided (if positive) or multiplied by
         the repetition penalty; then those of its output lose the frequency penalty per occurrence, and the presence
-        penalty.
+        penalty; last, biases are added.
+        """
+        ...
+
+
+class MaskLogits(Protocol):
+    """Leaves of some samples only the tokens that may come next."""
+
+    def __call__(
+        self, logits_SV: torch.Tensor, masks_MW: torch.Tensor, index_S: torch.Tensor, *, first_token_id: int
+    ) -> torch.Tensor:
+        """[S, V] float32, new memory: -inf where the sample's mask has no bit, or none for the token.
+
+        masks_MW: int32; token t is bit t % 32, from the lowest, of word t // 32. index_S: int64, the mask of each
+        sample, or -1 for a sample that has none and keeps all. V are the tokens from `first_token_id` on.
         """
         ...
 

@@ -21,7 +21,7 @@ from atom_cluster.ops.moe import PrepareExperts, RouteTokens
 from atom_cluster.ops.norm import AddRmsNorm, RmsNorm
 from atom_cluster.ops.quantized import PrepareQuantizedExperts, PrepareQuantizedLinear
 from atom_cluster.ops.rotary import Rotary
-from atom_cluster.ops.sampling import AcceptTokens, AdjustLogits, RaceTokens, SampleTokens
+from atom_cluster.ops.sampling import AcceptTokens, AdjustLogits, MaskLogits, RaceTokens, SampleTokens
 from atom_cluster.ops.sparse_index import PlanIndex
 from atom_cluster.ops.step_inputs import PlaceTokens
 from atom_cluster.ops.streams import ConnectStreams, JoinStreams, WriteStreams
@@ -56,6 +56,7 @@ class OpTable:
     plan_gated_delta: PlanGatedDelta
     gated_rms_norm: GatedRmsNorm
     adjust: AdjustLogits
+    mask: MaskLogits
     sample: SampleTokens
     race: RaceTokens
     accept: AcceptTokens

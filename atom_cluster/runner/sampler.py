@@ -2,16 +2,17 @@
 
 Nothing is kept between steps, and nothing waits for the device: what rows ask for lies there (`SamplingTable`).
 
-Order, the same as vLLM's: log probabilities are taken from the raw logits; then end tokens are masked while
-`min_tokens` is not reached, penalties, temperature, min-p, top-k, top-p, draw. (Transformers differs in one point: its
-min-p comes last.) The draw is the exponential race (argmax of p / e, e exponential; the same as Gumbel-max): exact, and
-insensitive to tiny differences of logits between batch shapes unless two tokens nearly tie. Greedy rows never see
-noise; batches of plain greedy rows cost one argmax. Knows no model, no blocks and no stop conditions.
+Order, almost vLLM's: log probabilities are taken from the raw logits; then end tokens are masked while
+`min_tokens` is not reached, penalties, biases, masks of grammars, temperature, min-p, top-k, top-p, draw. (vLLM adds
+biases before penalties; Transformers has min-p last.) The draw is the exponential race (argmax of p / e, e exponential;
+the same as Gumbel-max): exact, and insensitive to tiny differences of logits between batch shapes unless two tokens
+nearly tie. Greedy rows never see noise; batches of plain greedy rows cost one argmax. Knows no model, no blocks and no
+stop conditions.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -21,7 +22,7 @@ from atom_cluster.ops.sampling import Draw, SamplingTensors, winners
 from atom_cluster.ops.table import OpTable
 from atom_cluster.parallel.collectives import all_reduce_max
 from atom_cluster.runner.row_state import RowTable
-from atom_cluster.runner.sampling_table import adjusts, draw_of, is_plain
+from atom_cluster.runner.sampling_table import adjusts, draw_of, needs_all_logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,21 @@ class Samples:
         return max((draw_of(sampling) for sampling in self.samplings), default=Draw.GREEDY)
 
 
+@dataclass(frozen=True, slots=True)
+class TokenMasks:
+    """Tokens that samples may choose from. M masks of W words; S samples, those that stand for no request included."""
+
+    words: torch.Tensor
+    """[M, W] int32 on the device: see `ops.sampling.MaskLogits`."""
+    index: torch.Tensor
+    """[S] int64 on the device: each sample's mask, -1 for none."""
+
+    def apply(self, logits: Logits, ops: OpTable) -> Logits:
+        """Each rank masks its own part."""
+        part = ops.mask(logits.part, self.words, self.index, first_token_id=logits.first_token_id)
+        return replace(logits, part=part)
+
+
 def choose(
     logits: Logits,
     row_S: torch.Tensor,
@@ -95,16 +111,21 @@ def choose(
     return ops.sample(logits.gather(), row_S, position_S, params, draw=draw)
 
 
-def sample(logits: Logits, samples: Samples, *, table: RowTable, ops: OpTable) -> SampledBatch:
+def sample(
+    logits: Logits, samples: Samples, *, table: RowTable, ops: OpTable, masks: TokenMasks | None = None
+) -> SampledBatch:
     """One token per sample, equal on all ranks, which call this together. Logits stay as they are."""
     params = table.sampling.tensors
-    if all(is_plain(sampling) for sampling in samples.samplings):
+    if not any(needs_all_logits(sampling) for sampling in samples.samplings):
+        allowed = logits if masks is None else masks.apply(logits, ops)
         return SampledBatch(
-            choose(logits, samples.row, samples.position, params, draw=samples.draw, ops=ops), logprobs=None
+            choose(allowed, samples.row, samples.position, params, draw=samples.draw, ops=ops), logprobs=None
         )
     logits_SV = chosen_from_SV = logits.gather()
     if any(adjusts(sampling) for sampling in samples.samplings):
         chosen_from_SV = ops.adjust(logits_SV, samples.row, samples.position, params, table.tokens)
+    if masks is not None:
+        chosen_from_SV = ops.mask(chosen_from_SV, masks.words, masks.index, first_token_id=0)
     token_ids = ops.sample(chosen_from_SV, samples.row, samples.position, params, draw=samples.draw)
     logprobs, count = None, len(samples.samplings)
     if logits.group.rank == 0 and any(sampling.logprobs is not None for sampling in samples.samplings):

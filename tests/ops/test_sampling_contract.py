@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -189,6 +190,48 @@ def test_samples_of_one_row_are_adjusted_by_the_tokens_before_each(ops: OpTable)
         for token in seen[10:]:
             expected[token] -= sampling.frequency_penalty
         torch.testing.assert_close(found[i], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_biases_come_behind_penalties(ops: OpTable) -> None:
+    rows = [
+        SamplingParams(logit_bias=((2, -100.0), (0, 1.5), (4000, 7.0))),
+        SamplingParams(),
+        SamplingParams(repetition_penalty=2.0, logit_bias=((0, 10.0), (-3, 1.0))),
+        SamplingParams(min_tokens=9, logit_bias=((1, 100.0),)),
+        SamplingParams(logit_bias=tuple((token_id, float(token_id)) for token_id in range(300))),
+    ]
+    params = tensors_of(rows, num_prompt_tokens=2, endings=[(1,)] * 5)
+    logits = random_logits(5, 400)
+    tokens = torch.zeros(5, 7, dtype=torch.int32)
+    found = ops.adjust(logits, torch.arange(5), torch.full((5,), 3), params, tokens)
+    expected = logits.clone()
+    expected[0, 2] -= 100.0
+    expected[0, 0] += 1.5
+    expected[2, 0] = 10.0 + (logits[2, 0] / 2 if logits[2, 0] > 0 else logits[2, 0] * 2)
+    expected[3, 1] = float("-inf")
+    expected[4, :300] += torch.arange(300.0)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cut", [0, 37, VOCAB - 1])
+def test_a_mask_leaves_the_tokens_whose_bit_is_set(ops: OpTable, dtype: torch.dtype, cut: int) -> None:
+    is_allowed = torch.rand(3, VOCAB, generator=torch.Generator().manual_seed(5)) < 0.4
+    is_allowed[2] = False
+    masks = np.packbits(is_allowed.numpy(), axis=1, bitorder="little")
+    # 600 is no multiple of 32: the last word is cut short, so its tokens have no bit.
+    words = torch.from_numpy(masks[:, : VOCAB // 32 * 4].copy()).view(torch.int32)
+    is_allowed[:, VOCAB // 32 * 32 :] = False
+    index = torch.tensor([2, -1, 0, 1, -1, 0])
+    logits = random_logits(6, VOCAB + 8)[:, :VOCAB].to(dtype)
+    before = logits.clone()
+    parts = [ops.mask(logits[:, :cut], words, index, first_token_id=0)] if cut else []
+    found = torch.cat([*parts, ops.mask(logits[:, cut:], words, index, first_token_id=cut)], dim=1)
+    keeps = is_allowed[index.clamp(min=0)] | (index == -1)[:, None]
+    assert found.dtype == torch.float32
+    assert torch.equal(found, before.float().masked_fill(~keeps, float("-inf")))
+    assert torch.equal(logits, before)
+    assert ops.mask(logits[:0], words, index[:0], first_token_id=0).shape == (0, VOCAB)
 
 
 def test_drafts_are_kept_up_to_the_first_wrong_one(ops: OpTable) -> None:

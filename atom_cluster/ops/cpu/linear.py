@@ -28,6 +28,7 @@ class PackedLinear:
     def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> None:
         bias = None if bias_O is None else bias_O.float()
         self._packed = torch.ops.quantized.linear_prepack_fp16(weight_OI.float(), bias)
+        self.num_packed_bytes = 2 * weight_OI.numel()
 
     def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
         """[T, in] float32 -> [T, out] float32."""

@@ -33,7 +33,7 @@ def adjust(
     params: SamplingTensors,
     tokens: torch.Tensor,
 ) -> torch.Tensor:
-    """See `ops.sampling.AdjustLogits`. Only logits of tokens that a row has are touched."""
+    """See `ops.sampling.AdjustLogits`. Only logits of tokens that a row has or names are touched."""
     logits_SV = logits_SV.to(torch.float32, copy=True)
     values_SC = params.values[row_S]
     floats_SC = values_SC.view(torch.float32)
@@ -51,6 +51,9 @@ def adjust(
             frequency=floats_C[Column.FREQUENCY],
             presence=floats_C[Column.PRESENCE],
         )
+        biases = params.biases[row, : values_C[Column.NUM_BIASES]]
+        biases = biases[(biases[:, 0] >= 0) & (biases[:, 0] < len(logits_V))]
+        logits_V[biases[:, 0].to(torch.int64)] += biases[:, 1].contiguous().view(torch.float32)
     return logits_SV
 
 

@@ -14,7 +14,7 @@ from atom_cluster.ops.torch_ref.quantized import prepare_quantized_linear
 from atom_cluster.ops.torch_ref.quantized_moe import prepare_quantized_experts
 from atom_cluster.ops.torch_ref.rotary import rotary
 from atom_cluster.ops.torch_ref.routing import route
-from atom_cluster.ops.torch_ref.sampling import accept, adjust, race, sample
+from atom_cluster.ops.torch_ref.sampling import accept, adjust, mask, race, sample
 from atom_cluster.ops.torch_ref.sparse_index import plan_index
 from atom_cluster.ops.torch_ref.step_inputs import place_tokens
 from atom_cluster.ops.torch_ref.streams import connect_streams, join_streams, write_streams
@@ -28,6 +28,7 @@ __all__ = [
     "gelu_tanh_and_mul",
     "join_streams",
     "look_up",
+    "mask",
     "place_tokens",
     "plan_attention",
     "plan_compressed_attention",

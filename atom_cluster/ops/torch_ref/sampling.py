@@ -66,7 +66,24 @@ def adjust(
     repeated_SV = torch.where(logits_SV > 0, logits_SV / factor_S1, logits_SV * factor_S1)
     logits_SV = torch.where(is_seen_SV & (factor_S1 != 1.0), repeated_SV, logits_SV)
     lost_SV = floats_SC[:, Column.FREQUENCY, None] * counts_SV
-    return torch.where(counts_SV > 0, logits_SV - lost_SV - floats_SC[:, Column.PRESENCE, None], logits_SV)
+    logits_SV = torch.where(counts_SV > 0, logits_SV - lost_SV - floats_SC[:, Column.PRESENCE, None], logits_SV)
+
+    biases_SB2 = params.biases[row_S]
+    ids_SB, bias_SB = biases_SB2[..., 0].to(torch.int64), biases_SB2[..., 1].contiguous().view(torch.float32)
+    index_B = torch.arange(ids_SB.shape[1], device=ids_SB.device)
+    is_bias_SB = (index_B < values_SC[:, Column.NUM_BIASES, None]) & (ids_SB >= 0) & (ids_SB < vocab_size)
+    return logits_SV.scatter_add(1, ids_SB.clamp(0, vocab_size - 1), bias_SB.masked_fill(~is_bias_SB, 0.0))
+
+
+def mask(
+    logits_SV: torch.Tensor, masks_MW: torch.Tensor, index_S: torch.Tensor, *, first_token_id: int
+) -> torch.Tensor:
+    """See `ops.sampling.MaskLogits`."""
+    token_V = torch.arange(first_token_id, first_token_id + logits_SV.shape[1], device=logits_SV.device)
+    num_words = masks_MW.shape[1]
+    words_SV = masks_MW[index_S.clamp(min=0)][:, (token_V // 32).clamp(max=num_words - 1)]
+    is_set_SV = ((words_SV >> (token_V % 32).to(torch.int32)) & 1).to(torch.bool) & (token_V < 32 * num_words)
+    return logits_SV.to(torch.float32).masked_fill(~is_set_SV & (index_S[:, None] >= 0), float("-inf"))
 
 
 def accept(token_ids_P: torch.Tensor, rows: DrawnRows, tables: RowTables) -> torch.Tensor:

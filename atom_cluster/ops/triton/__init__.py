@@ -16,6 +16,7 @@ from atom_cluster.ops.triton.routing import route
 from atom_cluster.ops.triton.sampling import race, sample
 from atom_cluster.ops.triton.sampling_accept import accept
 from atom_cluster.ops.triton.sampling_adjust import adjust
+from atom_cluster.ops.triton.sampling_mask import mask
 from atom_cluster.ops.triton.sparse_index import plan_index
 from atom_cluster.ops.triton.step_inputs import place_tokens
 from atom_cluster.ops.triton.streams import connect_streams, join_streams, write_streams
@@ -30,6 +31,7 @@ __all__ = [
     "gelu_tanh_and_mul",
     "join_streams",
     "look_up",
+    "mask",
     "place_tokens",
     "plan_attention",
     "plan_compressed_attention",

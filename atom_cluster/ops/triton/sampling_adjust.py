@@ -1,4 +1,5 @@
-"""Penalties and masked endings: tokens are counted into a table of the vocabulary, then all logits pass by it."""
+"""Penalties and masked endings: tokens are counted into a table of the vocabulary, then all logits pass by it; biases,
+of which there are few, come behind."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ _REPETITION = tl.constexpr(int(Column.REPETITION))
 _FREQUENCY = tl.constexpr(int(Column.FREQUENCY))
 _PRESENCE = tl.constexpr(int(Column.PRESENCE))
 _NUM_ENDINGS = tl.constexpr(int(Column.NUM_ENDINGS))
+_NUM_BIASES = tl.constexpr(int(Column.NUM_BIASES))
 
 # A count has the number of times that a token is in the output, and two flags.
 _TIMES = tl.constexpr((1 << 29) - 1)
@@ -62,6 +64,10 @@ def adjust(
         BLOCK=_BLOCK,
         num_warps=4,
     )
+    if params.biases.shape[1]:
+        _bias_kernel[(num_samples,)](
+            row_S, params.values, params.biases, params.biases.stride(0), out_SV, vocab_size, BLOCK=256, num_warps=4
+        )
     return out_SV
 
 
@@ -118,3 +124,19 @@ def _adjust_kernel(logits_ptr, stride, row_ptr, values_ptr, count_ptr, out_ptr, 
     logit = tl.where((num_output | (count & _IN_PROMPT)) > 0, repeated, logit)
     logit = tl.where(num_output > 0, logit - frequency * num_output.to(tl.float32) - presence, logit)
     tl.store(out_ptr + sample * vocab_size + index, logit, is_inside)
+
+
+@triton.jit
+def _bias_kernel(row_ptr, values_ptr, biases_ptr, biases_stride, out_ptr, vocab_size, BLOCK: tl.constexpr):
+    sample = tl.program_id(0).to(tl.int64)
+    row = tl.load(row_ptr + sample)
+    num_biases = tl.load(values_ptr + row * _COLUMNS + _NUM_BIASES)
+    biases_ptr += row * biases_stride
+    out_ptr += sample * vocab_size
+    for first in range(0, num_biases, BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        token_id = tl.load(biases_ptr + 2 * index, index < num_biases, other=-1)
+        bias = tl.load(biases_ptr + 2 * index + 1, index < num_biases, other=0).to(tl.float32, bitcast=True)
+        is_inside = (token_id >= 0) & (token_id < vocab_size)
+        logit = tl.load(out_ptr + token_id, is_inside, other=0.0)
+        tl.store(out_ptr + token_id, logit + bias, is_inside)

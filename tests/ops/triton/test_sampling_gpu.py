@@ -8,7 +8,7 @@ import torch
 from atom_cluster.messages.requests import SamplingParams
 from atom_cluster.ops import torch_ref
 from atom_cluster.ops import triton as kernels
-from atom_cluster.ops.sampling import Draw, DrawnRows, SamplingTensors, winners
+from atom_cluster.ops.sampling import NUM_COLUMNS, Draw, DrawnRows, SamplingTensors, winners
 from atom_cluster.ops.step_inputs import RowTables
 from tests.ops.sampling_rows import expected_scores, is_winner, samplings, tensors_of
 
@@ -110,6 +110,7 @@ def test_penalties_and_endings(num_rows: int, vocab_size: int) -> None:
             presence_penalty=[0.0, 1.5][i % 2],
             frequency_penalty=[0.0, -0.2, 0.5, 0.1][i % 4],
             min_tokens=[0, 10_000][i // 2 % 2],
+            logit_bias=tuple((j * 3, 1.0 + j) for j in range(300 * (i % 2))),
         )
         for i in range(num_rows)
     ]
@@ -155,11 +156,23 @@ def test_drafts(num_rows: int, max_drafts: int) -> None:
     assert torch.equal(pairs[0][2], pairs[1][2])
 
 
+@pytest.mark.parametrize("first_token_id", [0, 70_000])
+def test_masks(first_token_id: int) -> None:
+    generator = torch.Generator().manual_seed(6)
+    words = torch.randint(-(2**31), 2**31, (40, 4700), generator=generator).to(torch.int32).cuda()
+    index = torch.randint(-1, 40, (256,), generator=generator).cuda()
+    logits = random_logits("smooth", 256, 81_000, seed=8)
+    poison()
+    found = kernels.mask(logits, words, index, first_token_id=first_token_id)
+    assert torch.equal(found, torch_ref.mask(logits, words, index, first_token_id=first_token_id))
+
+
 def test_no_rows() -> None:
     nothing = torch.empty(0, dtype=torch.int64, device="cuda")
     params = SamplingTensors(
-        values=torch.zeros(1, 12, dtype=torch.int32, device="cuda"),
+        values=torch.zeros(1, NUM_COLUMNS, dtype=torch.int32, device="cuda"),
         endings=torch.zeros(1, 8, dtype=torch.int32, device="cuda"),
+        biases=torch.zeros(1, 0, 2, dtype=torch.int32, device="cuda"),
     )
     for draw in Draw:
         assert len(kernels.sample(torch.empty(0, 1000, device="cuda"), nothing, nothing, params, draw=draw)) == 0
