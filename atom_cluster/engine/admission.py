@@ -24,9 +24,12 @@ def make_request(
     validate_sampling(sampling)
     if sampling.seed is None or sampling.n != 1:
         raise InvalidRequest("an engine needs an integer seed and n == 1", param="seed")
+    if sampling.grammar is not None and not (message.eos_token_ids or sampling.stop_token_ids):
+        raise InvalidRequest("the model has no end token, which an output with a grammar needs", param="grammar")
     max_tokens = _check_lengths(message, info)
     return Request(
         request_id=message.request_id,
+        client_request_id=message.client_request_id,
         client=client,
         tokens=[*message.token_ids, *message.emitted],
         num_prompt=len(message.token_ids),

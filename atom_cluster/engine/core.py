@@ -3,7 +3,7 @@
 A turn of the loop takes in what arrived, fills the next step, hands it to the runner, and applies the result of an
 earlier one. With asynchronous scheduling two plans are in flight: the runner always has the next one when it finishes
 one, and the tokens that a result brings were counted, without being known, when the step after it was planned. Tokens
-go out in one message per client and turn. Knows nothing of tensors, sockets, HTTP or Ray.
+go out in one message per client and turn, first tokens from prefill before that. Knows nothing of tensors, HTTP or Ray.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from atom_cluster.engine.prefill_side import PrefillSide
 from atom_cluster.engine.profiling import ProfileDesk
 from atom_cluster.engine.protocols import EngineInput, Outbox, StepRunner
 from atom_cluster.engine.replies import Replies
-from atom_cluster.engine.reporting import CacheReporter, count_admissions, count_prefix
+from atom_cluster.engine.reporting import CacheReporter, count_prefix, queue_details, take_status
 from atom_cluster.engine.request import Phase, Request
-from atom_cluster.engine.results import NewTokens, append_tokens, confirm_row, end_before_first
+from atom_cluster.engine.results import NewTokens, append_tokens, confirm_row, end_before_first, failure_of
 from atom_cluster.engine.scheduler import ScheduledRow, Scheduler
 from atom_cluster.engine.speculation import DraftStatistics
 from atom_cluster.engine.speed import SpeedMeter
+from atom_cluster.engine.step_meter import StepMeter
 from atom_cluster.errors import AtomClusterError, EngineLost, InvalidRequest, Overloaded, RequestTimeout
 from atom_cluster.kv_cache.block_manager import BlockManager
 from atom_cluster.kv_cache.prefix_hash import fingerprint_of, seed_of
@@ -53,7 +54,7 @@ from atom_cluster.messages.transfer import (
     TicketRelease,
     TicketRenew,
 )
-from atom_cluster.observability.metrics import PROMPT_TOKENS, STEP_S, STEP_TOKENS, MetricSink
+from atom_cluster.observability.metrics import PROMPT_TOKENS, MetricSink
 
 _KV_POLL_S = 0.0002
 """How often an otherwise idle engine looks for the end of KV reads and checksums."""
@@ -113,6 +114,7 @@ class EngineCore:
             max_drafts=info.max_drafts,
         )
         self._speed = SpeedMeter(scheduler, block_size=info.block_size, clock=clock)
+        self._meter = StepMeter(metrics, clock)
         self.drafts = DraftStatistics(metrics)
         self._replies = Replies(outbox, metrics, clock)
         self._reporter = CacheReporter(
@@ -145,12 +147,13 @@ class EngineCore:
             command=self._kv_commands.append,
             emit_first=self._emit_remote,
             note_handoff=self._speed.note_handoff,
+            errors=self._replies.errors,
             metrics=metrics,
             clock=clock,
         )
         self._draining = Draining()
         self._profile = ProfileDesk(refusal=info.profile_refusal, replica=peer.peer_id, outbox=outbox)
-        self._inbox = Inbox()
+        self._inbox = Inbox(clock)
         self._requests: dict[str, Request] = {}
         self._deadlines: list[tuple[float, int, Request]] = []
         self._in_flight: deque[_InFlight] = deque()
@@ -208,8 +211,8 @@ class EngineCore:
 
     def _turn(self, items: list[Item]) -> bool:
         """Take in, plan, collect; whether anything happened that the next turn may build upon."""
-        for source, message in items:
-            self._handle(source, message)
+        for item in items:
+            self._handle(*item)
         if items:
             # Who asks while the step below runs must not find an engine without the requests it has just taken in.
             self._stats = self._take_stats()
@@ -222,6 +225,7 @@ class EngineCore:
         self._report()
         is_result_due = bool(self._in_flight) and (len(self._in_flight) >= self._depth or not is_planned)
         if is_result_due:
+            self._replies.flush()  # a first token from prefill is not to wait for this engine's step
             self._collect()
         return bool(items or reports or is_planned or is_result_due)
 
@@ -233,6 +237,7 @@ class EngineCore:
             self._stats,
             self._scheduler.count_waiting_tokens,
             lambda: self._speed.speed(has_decoding=self._scheduler.is_decoding),
+            lambda: queue_details(self._scheduler, self._prefill, self._decode),
         )
 
     def _patience(self, wait_s: float) -> float:
@@ -246,14 +251,9 @@ class EngineCore:
         return min(wait_s, _BLOCKED_WAIT_S) if self._has_work() else wait_s
 
     def _has_work(self) -> bool:
-        return bool(
-            self._in_flight
-            or self._requests
-            or self._kv_commands
-            or self._profile.has_command
-            or len(self._prefill.tickets)
-            or len(self._decode.tickets)
-        )
+        has_tickets = len(self._prefill.tickets) + len(self._decode.tickets)
+        has_command = self._kv_commands or self._profile.has_command
+        return bool(self._in_flight or self._requests or has_command or has_tickets)
 
     def _plan(self) -> bool:
         step = self._scheduler.schedule(prompt_limit=self._speed.prompt_limit())
@@ -274,7 +274,7 @@ class EngineCore:
         self._kv_commands.clear()
         self._runner.submit(plan)
         self._in_flight.append(_InFlight(plan, step.rows))
-        count_admissions(step, self._metrics)
+        self._meter.submitted(step)
         return True
 
     def _collect(self) -> None:
@@ -288,9 +288,8 @@ class EngineCore:
         flight = self._in_flight.popleft()
         if result.step_id != flight.plan.step_id:
             raise AssertionError(f"step {flight.plan.step_id} was submitted, {result.step_id} came back")
+        self._meter.collected(flight.rows, result)
         if flight.plan.rows:
-            self._metrics.observe(STEP_S, result.run_s)
-            self._metrics.observe(STEP_TOKENS, flight.plan.num_tokens)
             self._scheduler.note_step_time(sum(row.num_prompt_tokens for row in flight.rows), result.run_s)
             self._speed.note_step(flight.rows, result.run_s)
         sampled = iter(result.sampled)
@@ -307,12 +306,15 @@ class EngineCore:
     def _apply(self, row: ScheduledRow, sampled: SampledTokens | None) -> None:
         request = row.request
         request.num_in_flight -= 1
+        request.marks.num_steps += 1
         if sampled is not None:
             request.num_sampling -= 1
             if row.num_drafts:
                 self.drafts.note(row.num_drafts, len(sampled.token_ids) - 1)
         if request.is_done:
             return  # ended while the plan was in flight; what it sampled is nobody's
+        if (failure := failure_of(sampled)) is not None:
+            return self._fail(request, failure)
         confirm_row(row, sampled)
         new = None if sampled is None else self._append(request, sampled)
         self._blocks.confirm(request.table, request.tokens, request.num_confirmed)
@@ -349,17 +351,17 @@ class EngineCore:
 
     # --- messages
 
-    def _handle(self, source: str, message: EngineInput | Lost | SnapshotWanted | DrainWanted) -> None:
+    def _handle(self, source: str, message: EngineInput | Lost | SnapshotWanted | DrainWanted, came_s: float) -> None:
         if isinstance(message, EngineRequest):
-            self._add_request(source, message)
+            self._add_request(source, message, came_s)
         elif isinstance(message, CancelRequest):
             self._cancel(source, message.request_id)
         elif isinstance(message, PrefillOrder):
-            self._add_order(source, message)
+            self._add_order(source, message, came_s)
         elif isinstance(message, PrefillAccepted):
             self._decode.on_accepted(source, message)
         elif isinstance(message, KvPublication):
-            self._decode.on_publication(source, message)
+            self._decode.on_publication(source, message, arrived_s=came_s)
         elif isinstance(message, PrefillFailed):
             self._decode.on_failed(source, message)
         elif isinstance(message, TicketRenew):
@@ -385,9 +387,9 @@ class EngineCore:
         else:
             self._decode.on_read(report)
 
-    def _add_request(self, client: str, message: EngineRequest) -> None:
+    def _add_request(self, client: str, message: EngineRequest, came_s: float) -> None:
         try:
-            request = self._admit(client, message)
+            request = self._admit(client, message, came_s)
         except AtomClusterError as exc:
             self._replies.refuse(client, message.request_id, exc)
             return
@@ -403,22 +405,20 @@ class EngineCore:
         else:
             self._scheduler.add(request)
 
-    def _admit(self, client: str, message: EngineRequest) -> Request:
+    def _admit(self, client: str, message: EngineRequest, came_s: float) -> Request:
         self._draining.refuse_new()
         if message.request_id in self._requests:
             raise InvalidRequest(f"request id {message.request_id!r} is in use", param="request_id")
         self._scheduler.check_room(num_elsewhere=self._decode.num_queued)
-        return make_request(message, client=client, info=self._info, order=next(self._orders), now_s=self._clock())
+        return make_request(message, client=client, info=self._info, order=next(self._orders), now_s=came_s)
 
-    def _add_order(self, peer_id: str, order: PrefillOrder) -> None:
+    def _add_order(self, peer_id: str, order: PrefillOrder, came_s: float) -> None:
         try:
             self._draining.refuse_new()
             self._prefill.check(order)
             self._scheduler.check_room()
-            request = make_request(
-                order, client=peer_id, info=self._info, order=next(self._orders), now_s=self._clock()
-            )
-            self._prefill.open(order, peer_id=peer_id, request=request, now_s=request.arrived_s)
+            request = make_request(order, client=peer_id, info=self._info, order=next(self._orders), now_s=came_s)
+            self._prefill.open(order, peer_id=peer_id, request=request, now_s=self._clock())
         except AtomClusterError as exc:
             self._prefill.refuse(order, peer_id=peer_id, error=exc)
             return
@@ -439,6 +439,13 @@ class EngineCore:
             self._decode.cancel(request)
         else:
             self._retire(request)
+
+    def _fail(self, request: Request, error: AtomClusterError) -> None:
+        """A request cannot go on. Others are none the worse."""
+        if request.ticket_id is not None:
+            return self._prefill.give_up(request, error)
+        self._abort(request)
+        self._replies.error(request, error)
 
     def _drop(self, peer_id: str) -> None:
         for request in [request for request in self._requests.values() if request.client == peer_id]:
@@ -471,8 +478,7 @@ class EngineCore:
         while self._deadlines and self._deadlines[0][0] <= now_s:
             _, _, request = heapq.heappop(self._deadlines)
             if self._requests.get(request.request_id) is request:
-                self._abort(request)
-                self._replies.error(request, RequestTimeout("the request did not finish within its deadline"))
+                self._fail(request, RequestTimeout("the request did not finish within its deadline"))
 
     def _fail_everything(self, error: AtomClusterError) -> None:
         """The runner is unusable: tell everybody, so that nobody waits for an engine that will not answer."""
@@ -481,7 +487,7 @@ class EngineCore:
         self._profile.fail(str(error))
         for request in self._requests.values():
             self._replies.error(request, error)
-        for source, message in self._inbox.drain(0.0):
+        for source, message, _ in self._inbox.drain(0.0):
             if isinstance(message, EngineRequest):
                 self._replies.refuse(source, message.request_id, error)
             elif isinstance(message, PrefillOrder):
@@ -489,11 +495,4 @@ class EngineCore:
         self._replies.flush()
 
     def _take_stats(self) -> EngineStatus:
-        return EngineStatus(
-            num_running=self._scheduler.num_running,
-            num_waiting=self._scheduler.num_waiting + self._decode.num_queued,
-            num_tickets=len(self._prefill.tickets) + len(self._decode.tickets),
-            blocks_by_state=self._blocks.pool.counts_by_name(),
-            other_pages_by_state=self._blocks.other_counts(),
-            num_mismatches=self._prefill.num_mismatches + self._decode.num_mismatches,
-        )
+        return take_status(self._scheduler, self._blocks, self._prefill, self._decode, self._replies.errors)

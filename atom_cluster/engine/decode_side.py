@@ -40,11 +40,13 @@ from atom_cluster.observability.logging import get_logger
 from atom_cluster.observability.metrics import (
     KV_BAD_BLOCKS,
     KV_EXPOSED_S,
+    KV_READS,
     KV_TRANSFER_BYTES,
     KV_TRANSFER_FAILURES,
     KV_TRANSFER_S,
     MetricSink,
 )
+from atom_cluster.observability.recent_errors import RecentErrors
 
 Ticket = DecodeTicket[Request]
 
@@ -66,6 +68,7 @@ class DecodeSide:
         command: Callable[[KvCommand], None],
         emit_first: Callable[[Request, TokenDelta], None],
         note_handoff: Callable[[int, float], None],
+        errors: RecentErrors,
         metrics: MetricSink,
         clock: Callable[[], float],
     ) -> None:
@@ -80,6 +83,7 @@ class DecodeSide:
         self._command = command
         self._emit_first = emit_first
         self._note_handoff = note_handoff
+        self._errors = errors
         self._metrics = metrics
         self._clock = clock
         self._queue: list[tuple[Request, PeerAddress]] = []
@@ -123,6 +127,7 @@ class DecodeSide:
             return False
         now_s = self._clock()
         request.scheduled_s = now_s
+        request.marks.begin("remote_prefill", now_s)
         request.num_cached = num_held
         ticket = self.tickets.open(
             request,
@@ -138,6 +143,7 @@ class DecodeSide:
             PrefillOrder(
                 ticket_id=ticket.ticket_id,
                 request_id=request.request_id,
+                client_request_id=request.client_request_id,
                 token_ids=tuple(request.tokens[: request.num_prompt]),
                 sampling=request.sampling,
                 eos_token_ids=tuple(sorted(request.eos)),
@@ -159,6 +165,7 @@ class DecodeSide:
         """Prefill works on it; connect to its memory."""
         ticket = self.tickets.get(message.ticket_id, peer_id=source)
         if ticket is None:
+            self._let_go(source, message.ticket_id)
             return
         export = message.export
         try:
@@ -208,20 +215,28 @@ class DecodeSide:
             now_s=self._clock(),
         )
 
-    def on_publication(self, source: str, message: KvPublication) -> None:
-        """Blocks can be read; with the last of them comes the first token, which the client gets at once."""
+    def on_publication(self, source: str, message: KvPublication, *, arrived_s: float) -> None:
+        """Blocks can be read; with the last of them comes the first token, which the client gets at once. The message
+        came at `arrived_s`."""
         ticket = self.tickets.get(message.ticket_id, peer_id=source)
         if ticket is None:
+            self._let_go(source, message.ticket_id)
             return
-        self._guarded(ticket, lambda: self._take(ticket, message))
+        self._guarded(ticket, lambda: self._take(ticket, message, arrived_s))
 
-    def _take(self, ticket: Ticket, message: KvPublication) -> None:
+    def _let_go(self, source: str, ticket_id: str) -> None:
+        """Prefill works on a ticket that is over here: the release was lost, or overtaken. Else it would go on until
+        the lease ends."""
+        self._outbox.send(source, TicketRelease((ticket_id,)))
+
+    def _take(self, ticket: Ticket, message: KvPublication, arrived_s: float) -> None:
         if self._config.verify_blocks and message.block_ids and not message.tags:
             raise ProtocolError(f"ticket {ticket.ticket_id}: blocks came without the tags that were asked for")
         self.tickets.take(ticket, message, now_s=self._clock())
         self._start_read(ticket, message)
         if message.first_token is not None:
             ticket.request.drafts = message.drafts
+            ticket.request.marks.split(message.spans, arrived_s=arrived_s, now_s=self._clock())
             self._emit_first(ticket.request, message.first_token)
         if ticket.request.is_done:
             self._end(ticket, wants_fallback=False)
@@ -260,11 +275,11 @@ class DecodeSide:
 
     def on_read(self, report: ReadFinished) -> None:
         """A read is over."""
-        self._metrics.inc(KV_TRANSFER_BYTES, report.num_bytes)
-        self._metrics.observe(KV_TRANSFER_S, report.seconds)
+        self._count_read(report)
         ticket = self.tickets.finish_read(report, now_s=self._clock())
         if ticket is None:
             return
+        ticket.request.marks.note_read(report.seconds, report.num_bytes)
         if ticket.state is DecodeState.DRAINING:
             if not ticket.reads:
                 self._settle(ticket)
@@ -272,6 +287,14 @@ class DecodeSide:
             self._fall_back(ticket, "read_failed", report.error)
         elif ticket.is_complete:
             self._join(ticket)
+
+    def _count_read(self, report: ReadFinished) -> None:
+        transport = report.transport
+        outcome = "failed" if report.error is not None else "damaged" if report.bad_blocks else "ok"
+        self._metrics.inc(KV_READS, transport=transport, outcome=outcome)
+        self._metrics.inc(KV_TRANSFER_BYTES, report.num_bytes, transport=transport)
+        if report.error is None:
+            self._metrics.observe(KV_TRANSFER_S, report.seconds, transport=transport)
 
     # --- ends
 
@@ -288,7 +311,7 @@ class DecodeSide:
         if ticket.bad_pages:
             bad_pages = sorted(set(ticket.bad_pages))
             self._metrics.inc(KV_BAD_BLOCKS, len(bad_pages))
-            _logger.warning("%s: pages %s arrived damaged", request.request_id, bad_pages)
+            _logger.bind(**request.log_fields).warning("pages %s arrived damaged", bad_pages)
             request.drafts = ()
             good = self._between([column for _, column in bad_pages], request.num_initial)
             if self._blocks.has_other_groups:
@@ -313,7 +336,8 @@ class DecodeSide:
     def _fall_back(self, ticket: Ticket, reason: str, why: str) -> None:
         """Compute the prompt here instead."""
         self._metrics.inc(KV_TRANSFER_FAILURES, reason=reason)
-        _logger.warning("%s is prefilled here, %s: %s", ticket.request.request_id, reason, why)
+        self._errors.note(TransferError.__name__, f"prefilled here, {reason}: {why}")
+        _logger.bind(**ticket.request.log_fields).warning("the prompt is computed here, %s: %s", reason, why)
         self._end(ticket, wants_fallback=True)
 
     def _end(self, ticket: Ticket, *, wants_fallback: bool) -> None:

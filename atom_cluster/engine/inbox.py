@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import queue
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from atom_cluster.engine.protocols import EngineInput
@@ -27,14 +29,15 @@ class DrainWanted:
     timeout_s: float
 
 
-Item = tuple[str, EngineInput | Lost | SnapshotWanted | DrainWanted]
-"""Who sent it, and what."""
+Item = tuple[str, EngineInput | Lost | SnapshotWanted | DrainWanted, float]
+"""Who sent it, what, and when it came, on the engine's clock: the engine looks at it after the step under way."""
 
 
 @dataclass(slots=True)
 class Inbox:
     """Items in order of arrival."""
 
+    clock: Callable[[], float] = time.monotonic
     _items: queue.SimpleQueue[Item] = field(default_factory=queue.SimpleQueue)
 
     def __len__(self) -> int:
@@ -42,7 +45,7 @@ class Inbox:
 
     def put(self, source: str, message: EngineInput | Lost | SnapshotWanted | DrainWanted) -> None:
         """Add an item and wake up `drain`."""
-        self._items.put((source, message))
+        self._items.put((source, message, self.clock()))
 
     def drain(self, wait_s: float) -> list[Item]:
         """Everything that is there; waits for the first item if there is none."""

@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 
 def merge_rank_infos(infos: Sequence[RankInfo]) -> RunnerInfo:
-    """What the engine sees of a gang whose ranks, in order of rank, are these. `choices` are rank 0's."""
+    """What the engine sees of a gang whose ranks, in order of rank, are these. `choices` and `start` are rank 0's."""
     first = infos[0]
     offers = merge_offers([info.kv_descriptors for info in infos])
     return RunnerInfo(
@@ -48,6 +48,7 @@ def merge_rank_infos(infos: Sequence[RankInfo]) -> RunnerInfo:
         kv_transports=tuple(offer.transport for offer in offers),
         fingerprint_fields=first.fingerprint_fields,
         choices=first.choices,
+        start=first.start,
         profile_refusal=first.profile_refusal,
     )
 

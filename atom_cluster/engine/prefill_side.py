@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -26,10 +27,13 @@ from atom_cluster.messages.transfer import (
     PrefillOrder,
     TagBlocks,
 )
-from atom_cluster.observability.metrics import KV_PUBLISH_S, MetricSink
+from atom_cluster.observability.logging import get_logger
+from atom_cluster.observability.metrics import KV_LEASE_EXPIRIES, KV_PUBLISH_S, MetricSink
 from atom_cluster.units import ceil_div
 
 Ticket = PrefillTicket[Request]
+
+_logger = get_logger(__name__)
 
 
 class PrefillSide:
@@ -72,6 +76,8 @@ class PrefillSide:
         """Take an order whose request is about to be scheduled."""
         self.tickets.open(order, peer_id=peer_id, request=request, block_size=self._blocks.block_size, now_s=now_s)
         self._outbox.send(peer_id, PrefillAccepted(ticket_id=order.ticket_id, export=self._export))
+        if _logger.isEnabledFor(logging.DEBUG):
+            _logger.bind(**request.log_fields).debug("%d tokens ordered by %s", request.num_initial, peer_id)
 
     def refuse(self, order: PrefillOrder, *, peer_id: str, error: AtomClusterError) -> None:
         """Decline an order."""
@@ -96,6 +102,7 @@ class PrefillSide:
             num_cached_tokens=request.num_cached or 0,
         )
         ticket.first_token, ticket.drafts, ticket.computed_s = delta, request.drafts, self._clock()
+        request.marks.begin("publish", ticket.computed_s)
         self._scheduler.remove(request)
         self._blocks.trim(request.table)
         self._blocks.rename(request.table, "leased")
@@ -153,6 +160,7 @@ class PrefillSide:
     def expire(self, now_s: float) -> None:
         """End tickets that decode has not renewed."""
         for ticket in self.tickets.expired(now_s):
+            self._metrics.inc(KV_LEASE_EXPIRIES)
             self.close(ticket)
             error = TransferError(f"the lease of {ticket.order.lease_s} s was not renewed")
             self.announce_failure(ticket, error)
@@ -211,7 +219,7 @@ class PrefillSide:
                 publication,
                 first_token=ticket.first_token,
                 drafts=ticket.drafts,
-                computed_in_s=0.0 if ticket.computed_s is None else ticket.computed_s - ticket.opened_s,
+                spans=ticket.request.marks.timing(self._clock()).spans,
             )
             if ticket.computed_s is not None:
                 self._metrics.observe(KV_PUBLISH_S, self._clock() - ticket.computed_s)

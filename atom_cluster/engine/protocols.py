@@ -13,6 +13,7 @@ from atom_cluster.kv_cache.layout import PageGroup
 from atom_cluster.messages.cluster import CacheEvents, CacheSnapshot, PeerAddress, ReplicaLoad
 from atom_cluster.messages.profile import ProfileAnswer, StartProfile, StopProfile
 from atom_cluster.messages.requests import CancelRequest, EngineRequest, TokenBatch
+from atom_cluster.messages.start import StartFacts
 from atom_cluster.messages.steps import StepPlan, StepResult
 from atom_cluster.messages.transfer import (
     KvOffer,
@@ -83,6 +84,8 @@ class RunnerInfo:
     """Everything that must be equal for another engine's blocks to mean the same here."""
     choices: dict[str, str] = field(default_factory=dict)
     """What was chosen automatically and why, for the start-up log and /v1/cluster."""
+    start: StartFacts = StartFacts()
+    """Of rank 0."""
     profile_refusal: str = "this engine records no traces"
     """Why the runner takes no window commands; empty when it does."""
 

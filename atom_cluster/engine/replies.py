@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
+import msgspec
+
 from atom_cluster.engine.protocols import Outbox
-from atom_cluster.engine.request import Request
+from atom_cluster.engine.request import Phase, Request
 from atom_cluster.engine.results import NewTokens
 from atom_cluster.errors import AtomClusterError, InvalidRequest, NotReady, Overloaded
 from atom_cluster.messages.requests import (
     FinishReason,
     RequestError,
-    RequestTiming,
     TokenBatch,
     TokenDelta,
 )
+from atom_cluster.observability.logging import get_logger
 from atom_cluster.observability.metrics import (
     E2E_S,
     GENERATION_TOKENS,
     ITL_S,
     QUEUE_S,
+    REQUEST_ERRORS,
     REQUESTS_FINISHED,
     REQUESTS_MOVED,
     TTFT_S,
     MetricSink,
 )
+from atom_cluster.observability.recent_errors import RecentErrors
+
+_logger = get_logger(__name__)
 
 
 class Replies:
@@ -35,10 +42,13 @@ class Replies:
         self._metrics = metrics
         self._clock = clock
         self._deltas_by_client: dict[str, list[TokenDelta]] = {}
+        self.errors = RecentErrors()
+        """What went wrong here, of late."""
 
     def tokens(self, request: Request, new: NewTokens) -> None:
         """Tokens that the request's `tokens` already end with, and maybe its end."""
         now_s = self._clock()
+        is_first = request.first_token_s is None
         if request.first_token_s is None:
             request.first_token_s = now_s
             if not request.num_replayed:  # else its client has had the first token long since
@@ -47,6 +57,9 @@ class Replies:
         elif request.last_token_s is not None:
             self._metrics.observe(ITL_S, (now_s - request.last_token_s) / len(new.token_ids))
         request.last_token_s = now_s
+        timing = request.marks.timing(now_s) if is_first or new.finish_reason is not None else None
+        if request.phase is Phase.RUNNING:  # else it waits, for its blocks or for its turn
+            request.marks.begin("first_decode" if is_first else "decode", now_s)
         self._metrics.inc(GENERATION_TOKENS, len(new.token_ids))
         self._put(
             request,
@@ -57,7 +70,7 @@ class Replies:
                 logprobs=new.logprobs,
                 finish_reason=new.finish_reason,
                 num_cached_tokens=min(request.num_cached or 0, request.num_prompt),
-                timing=None if new.finish_reason is None else self._timing(request),
+                timing=timing,
             ),
         )
 
@@ -69,25 +82,32 @@ class Replies:
                 request_id=request.request_id,
                 first_index=request.num_output,
                 finish_reason=reason,
-                timing=self._timing(request),
+                timing=request.marks.timing(self._clock()),
             ),
         )
 
     def error(self, request: Request, error: AtomClusterError) -> None:
         """The request ends without its answer."""
-        self._put(request, error_delta(request.request_id, request.num_output, error))
+        self._note_error(error)
+        self._put(request, self._error_delta(request, error))
 
     def move(self, request: Request, error: NotReady) -> None:
         """The request is to go on with another engine, behind what its client has."""
         self._metrics.inc(REQUESTS_MOVED)
         deltas = self._deltas_by_client.setdefault(request.client, [])
-        deltas.append(error_delta(request.request_id, request.num_output, error))
+        deltas.append(self._error_delta(request, error))
 
     def refuse(self, client: str, request_id: str, error: AtomClusterError) -> None:
         """A request that never became one."""
+        self._note_error(error)
         if not isinstance(error, NotReady):
             self._metrics.inc(REQUESTS_FINISHED, reason="error")
         self._deltas_by_client.setdefault(client, []).append(error_delta(request_id, 0, error))
+
+    def _note_error(self, error: AtomClusterError) -> None:
+        self._metrics.inc(REQUEST_ERRORS, kind=type(error).__name__)
+        if not isinstance(error, InvalidRequest):
+            self.errors.note(type(error).__name__, str(error))
 
     def flush(self) -> None:
         """Send what was gathered."""
@@ -108,14 +128,12 @@ class Replies:
         """Count a request that ended, with or without a word to its client."""
         self._metrics.inc(REQUESTS_FINISHED, reason=reason)
         self._metrics.observe(E2E_S, self._clock() - request.arrived_s)
+        if _logger.isEnabledFor(logging.DEBUG):
+            _logger.bind(**request.log_fields).debug("ended with %d tokens: %s", request.num_output, reason)
 
-    def _timing(self, request: Request) -> RequestTiming:
-        scheduled_s = request.arrived_s if request.scheduled_s is None else request.scheduled_s
-        first_s = scheduled_s if request.first_token_s is None else request.first_token_s
-        last_s = first_s if request.last_token_s is None else request.last_token_s
-        return RequestTiming(
-            queue_s=scheduled_s - request.arrived_s, prefill_s=first_s - scheduled_s, decode_s=last_s - first_s
-        )
+    def _error_delta(self, request: Request, error: AtomClusterError) -> TokenDelta:
+        delta = error_delta(request.request_id, request.num_output, error)
+        return msgspec.structs.replace(delta, timing=request.marks.timing(self._clock()))
 
 
 def error_delta(request_id: str, first_index: int, error: AtomClusterError) -> TokenDelta:

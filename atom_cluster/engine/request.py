@@ -7,8 +7,10 @@ from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
 
+from atom_cluster.engine.marks import Marks
 from atom_cluster.kv_cache.block_manager import BlockTable
 from atom_cluster.messages.requests import SamplingParams
+from atom_cluster.messages.timing import SpanName
 
 
 class Phase(Enum):
@@ -42,6 +44,8 @@ class Request:
     """Number of arrival; equal priorities run in this order."""
     ticket_id: str | None = None
     """Set for a prefill order: the request is computed for another engine, and its blocks go there."""
+    client_request_id: str = ""
+    """What its client calls it, for logs."""
     num_replayed: int = 0
     """Output tokens known when it arrived: an engine that is gone gave them to the client."""
 
@@ -69,6 +73,17 @@ class Request:
     scheduled_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float | None = None
+    marks: Marks = field(init=False)
+    """Where its time went so far."""
+
+    def __post_init__(self) -> None:
+        """It waits from its arrival on."""
+        self.marks = Marks(self.arrived_s)
+
+    @property
+    def log_fields(self) -> dict[str, str]:
+        """What lines about it carry: its client's id and the engines'."""
+        return {"request_id": self.client_request_id or self.request_id, "id": self.request_id}
 
     @property
     def num_output(self) -> int:
@@ -94,6 +109,13 @@ class Request:
     def is_prefilling(self) -> bool:
         """Whether more than the newest token is to be computed."""
         return self.num_computed < len(self.tokens) - 1 or self.num_output == self.num_sampling == 0
+
+    @property
+    def span_in_row(self) -> SpanName:
+        """What its time is spent on while it has a row."""
+        if self.is_prefilling:
+            return "prefill"
+        return "decode" if self.num_new > 1 else "first_decode"
 
     @property
     def num_prompt_missing(self) -> int:

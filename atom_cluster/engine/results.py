@@ -11,6 +11,7 @@ from typing import NamedTuple
 from atom_cluster.engine.request import Phase, Request
 from atom_cluster.engine.scheduler import ScheduledRow
 from atom_cluster.engine.stopping import finish_reason
+from atom_cluster.errors import RequestFailed
 from atom_cluster.messages.requests import FinishReason, TokenLogprobs
 from atom_cluster.messages.steps import SampledTokens
 
@@ -56,6 +57,13 @@ def end_before_first(request: Request, *, max_model_len: int) -> FinishReason | 
         sampling=request.sampling,
         eos=request.eos,
     )
+
+
+def failure_of(sampled: SampledTokens | None) -> RequestFailed | None:
+    """Why a row cannot go on, if it cannot."""
+    if sampled is None or sampled.error is None:
+        return None
+    return RequestFailed(f"the output cannot be given the structure that was asked for: {sampled.error}")
 
 
 def confirm_row(row: ScheduledRow, sampled: SampledTokens | None) -> None:

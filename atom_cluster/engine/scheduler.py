@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import bisect
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -102,6 +103,10 @@ class Scheduler:
         """Requests without a row."""
         return len(self._waiting)
 
+    def waiting_by_reason(self) -> dict[str, int]:
+        """The same by why. Looks at every one."""
+        return dict(Counter(_why_waiting(request) for request in self._waiting))
+
     @property
     def num_running(self) -> int:
         """Requests with a row."""
@@ -140,6 +145,7 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request, with whatever it has computed and holds."""
         request.phase = Phase.WAITING
+        request.marks.begin("queue", self._clock())
         bisect.insort(self._waiting, request, key=lambda other: other.rank)
 
     def remove(self, request: Request) -> None:
@@ -263,7 +269,7 @@ class Scheduler:
                 return None
             if victim is request and request.num_in_flight:
                 return None  # what is in flight may move its windows on, and so give it pages
-            self._preempt(victim)
+            self._preempt(victim, "own_growth" if victim is request else "other_grows")
             if victim is request:
                 return None
         return new_pages
@@ -274,7 +280,7 @@ class Scheduler:
         running = [request for request in self._running if request.ticket_id is None and id(request) not in scheduled]
         return running + [request for request in self._waiting if request.table.block_ids]
 
-    def _preempt(self, request: Request) -> None:
+    def _preempt(self, request: Request, cause: str) -> None:
         # Plans in flight may still write to these blocks. But plans run in order, and reads from other engines begin
         # after the plans before them: whoever gets the blocks next writes later.
         self._blocks.release(request.table)
@@ -282,7 +288,7 @@ class Scheduler:
         request.in_place.clear()
         request.drafts = ()
         self._has_preempted = True
-        self._metrics.inc(PREEMPTIONS)
+        self._metrics.inc(PREEMPTIONS, cause=cause)
         if request.phase is Phase.RUNNING:
             self._running.remove(request)
             self._free_row(request)
@@ -379,7 +385,7 @@ class Scheduler:
             if request is on_behalf_of or self._blocks.has_room(missing):
                 return
             if request.table.block_ids:
-                self._preempt(request)
+                self._preempt(request, "admission")
 
     def _enter(self, request: Request) -> None:
         self._waiting.remove(request)
@@ -389,8 +395,10 @@ class Scheduler:
         request.residence += 1
         if request.num_cached is None:
             request.num_cached = request.num_computed
+        now_s = self._clock()
+        request.marks.begin(request.span_in_row, now_s)
         if request.scheduled_s is None:
-            request.scheduled_s = self._clock()
+            request.scheduled_s = now_s
         self._step.new_rows.append(
             NewRow(
                 row=request.row,
@@ -403,6 +411,12 @@ class Scheduler:
                 drafts=request.drafts,
             )
         )
+
+
+def _why_waiting(request: Request) -> str:
+    if request.residence:
+        return "preempted"
+    return "kv_arrived" if request.table.block_ids else "new"
 
 
 def _place_in_plan(row: RowStep | ScheduledRow) -> int:

@@ -3,7 +3,7 @@
 With it a whole cluster runs on a laptop. Each token is a pure function of the row's tokens so far, reached through what
 the row's KV blocks contain (`sim_memory`): the answer is the same on any replica, in any batch, by any split between
 prefill and decode, with any drafts, unless wrong KV was used. It never is an end-of-sequence token, so `max_tokens`
-decides lengths.
+decides lengths; but a row with a grammar gets what fits it, and ends as soon as it may.
 
 Time comes from a clock, which a test replaces to wait for nothing. Knows no model, no torch and no policy.
 """
@@ -21,6 +21,7 @@ import msgspec
 
 from atom_cluster.config.simulation import SimulationConfig
 from atom_cluster.engine.protocols import RunnerInfo
+from atom_cluster.engine.sim_grammar import SimulatedGrammar
 from atom_cluster.engine.sim_groups import GroupView, check_nobody_interferes, make_views
 from atom_cluster.engine.sim_memory import KvView, SimulatedMemory, mix
 from atom_cluster.engine.sim_transfer import TRANSPORT, SimulatedTransfers
@@ -29,6 +30,8 @@ from atom_cluster.kv_cache.layout import PageGroup
 from atom_cluster.messages.requests import SamplingParams, TokenLogprobs, TopLogprob
 from atom_cluster.messages.steps import NewRow, RowStep, SampledTokens, StepPlan, StepResult
 from atom_cluster.messages.transfer import KvCommand, KvOffer, KvReport, TagBlocks
+from atom_cluster.structured.compiler import GrammarCompiler
+from atom_cluster.structured.masks import MaskFiller
 
 _MAX_PLANS_IN_FLIGHT = 2
 _CHOICE = 0xC4CEB9FE1A85EC53
@@ -70,6 +73,7 @@ class _Row:
     sampling: SamplingParams
     eos_token_ids: frozenset[int]
     drafts: list[int] = field(default_factory=list)
+    grammar: SimulatedGrammar | None = None
 
 
 @dataclass(slots=True)
@@ -95,10 +99,14 @@ class SimulatedRunner:
         max_model_len: int,
         other_groups: tuple[PageGroup, ...] = (),
         max_drafts: int = 0,
+        grammars: GrammarCompiler | None = None,
         clock: Clock | None = None,
     ) -> None:
-        """Sizes of the device's memory and vocabulary are in `simulation`. Real time unless a clock is given."""
+        """Sizes of the device's memory and vocabulary are in `simulation`. grammars: for rows that have one; None: no
+        row may. Real time unless a clock is given."""
         self._simulation = simulation
+        self._grammars = grammars
+        self._mask_filler = MaskFiller()
         self._clock = clock or MonotonicClock()
         self._memory = SimulatedMemory(
             num_blocks=simulation.num_blocks,
@@ -225,7 +233,8 @@ class SimulatedRunner:
             ]
         )
         sampled = [token for step in steps if (token := self._run(step)) is not None]
-        return StepResult(step_id=plan.step_id, sampled=tuple(sampled), run_s=flight.ends_s - flight.begins_s)
+        run_s = flight.ends_s - flight.begins_s
+        return StepResult(step_id=plan.step_id, sampled=tuple(sampled), run_s=run_s, execution="simulated")
 
     def _free(self, row: int) -> None:
         freed = self._rows.pop(row, None)
@@ -241,7 +250,13 @@ class SimulatedRunner:
         for pages, page_ids in zip(others, new.pages[1:], strict=True):
             pages.enter(page_ids)
         self._rows[new.row] = _Row(
-            view, others, new.num_prompt_tokens, new.sampling, frozenset(new.eos_token_ids), list(new.drafts)
+            view,
+            others,
+            new.num_prompt_tokens,
+            new.sampling,
+            frozenset(new.eos_token_ids),
+            list(new.drafts),
+            None if new.sampling.grammar is None else SimulatedGrammar(new, self._grammars, self._mask_filler),
         )
 
     def _prepare(self, step: RowStep) -> None:
@@ -290,7 +305,8 @@ class SimulatedRunner:
         token_ids: list[int] = []
         for num_kept in range(step.num_drafts + 1):
             barred = _barred(row, num_known + num_kept)
-            token_ids.append(_choose(view.digests[num_known + num_kept - 1], barred, self._info.vocab_size))
+            token_id = _choose(view.digests[num_known + num_kept - 1], barred, self._info.vocab_size)
+            token_ids.append(token_id if row.grammar is None else row.grammar.choose(token_id))
             if num_kept < step.num_drafts and token_ids[-1] != row.drafts[num_kept]:
                 break
         for pages in row.others:
@@ -300,7 +316,11 @@ class SimulatedRunner:
         num_top = row.sampling.logprobs
         logprobs = [_made_up_logprobs(token_id, num_top or 0, self._info.vocab_size) for token_id in token_ids]
         return SampledTokens(
-            step.row, tuple(token_ids), None if num_top is None else tuple(logprobs), tuple(row.drafts)
+            step.row,
+            tuple(token_ids),
+            None if num_top is None else tuple(logprobs),
+            tuple(row.drafts),
+            None if row.grammar is None else row.grammar.error,
         )
 
     def _draft(self, row: _Row) -> list[int]:

@@ -147,6 +147,7 @@ class SimulatedTransfers:
             ),
             num_bytes=self._num_bytes(command),
             seconds=seconds,
+            transport=TRANSPORT,
         )
 
 
@@ -186,4 +187,4 @@ def _has_tag(content: BlockContent, tag: int | None, epoch: int) -> bool:
 
 
 def _failed(command: ReadBlocks, error: str, seconds: float) -> ReadFinished:
-    return ReadFinished(read_id=command.read_id, error=error, seconds=seconds)
+    return ReadFinished(read_id=command.read_id, error=error, seconds=seconds, transport=TRANSPORT)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from atom_cluster.observability.metrics import SPEC_ACCEPTED_TOKENS, SPEC_DRAFT_TOKENS, MetricSink
+from atom_cluster.observability.metrics import SPEC_ACCEPTED_LENGTH, SPEC_ACCEPTED_TOKENS, SPEC_DRAFT_TOKENS, MetricSink
 
 
 @dataclass(slots=True)
@@ -22,6 +22,7 @@ class DraftStatistics:
         missing = num_drafts - len(self.drafted)
         self.drafted += [0] * missing
         self.accepted += [0] * missing
+        self.metrics.observe(SPEC_ACCEPTED_LENGTH, 1 + num_accepted)
         for position in range(num_drafts):
             self.drafted[position] += 1
             self.metrics.inc(SPEC_DRAFT_TOKENS, position=str(position))

@@ -34,13 +34,25 @@ def validate_sampling(sampling: SamplingParams) -> None:
             raise InvalidRequest(f"{name} must be at least {least}, and is {value}", param=name)
     if "" in sampling.stop_strings:
         raise InvalidRequest("stop strings must not be empty", param="stop")
+    for token_id, bias in sampling.logit_bias:
+        if not -100 <= bias <= 100:
+            raise InvalidRequest(
+                f"the bias of token {token_id} must be in [-100, 100], and is {bias}", param="logit_bias"
+            )
+    if len({token_id for token_id, _ in sampling.logit_bias}) < len(sampling.logit_bias):
+        raise InvalidRequest("a token has at most one bias", param="logit_bias")
+    if sampling.grammar is not None and sampling.ignore_eos:
+        raise InvalidRequest("an output with a grammar ends where the grammar does", param="ignore_eos")
 
 
 def finish_reason(
     token_id: int, *, num_output: int, num_known: int, max_model_len: int, sampling: SamplingParams, eos: frozenset[int]
 ) -> FinishReason | None:
-    """Whether an output ends with this token, its `num_output`-th; `num_known` counts prompt and output together."""
-    if num_output >= sampling.min_tokens:
+    """Whether an output ends with this token, its `num_output`-th; `num_known` counts prompt and output together.
+
+    Before `min_tokens`, an output with a grammar gets an end token only where it can get nothing else.
+    """
+    if num_output >= sampling.min_tokens or sampling.grammar is not None:
         if token_id in sampling.stop_token_ids:
             return "stop"
         if token_id in eos and not sampling.ignore_eos:

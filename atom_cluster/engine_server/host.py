@@ -19,6 +19,7 @@ from typing import Any, TypeVar, get_args
 
 from atom_cluster.engine.core import EngineCore
 from atom_cluster.engine.protocols import ROUTER, EngineInput, EngineOutput, StepRunner
+from atom_cluster.engine.step_meter import record_start
 from atom_cluster.engine_server.faults import FaultyDelivery
 from atom_cluster.engine_server.outbox import Destination, LinkOutbox
 from atom_cluster.engine_server.settings import EngineHostSettings
@@ -37,7 +38,8 @@ from atom_cluster.messages.cluster import (
 from atom_cluster.messages.profile import ProfileAnswer, StartProfile, StopProfile
 from atom_cluster.messages.requests import EngineRequest, RequestError, TokenBatch, TokenDelta
 from atom_cluster.messages.transfer import PrefillFailed, PrefillOrder
-from atom_cluster.observability.metrics import MetricSink
+from atom_cluster.observability.metrics import BUILD_INFO, MetricSink
+from atom_cluster.observability.process import build_labels
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +72,8 @@ class EngineHost:
         settings, info = self._settings, self._runner.info
         self._loop_thread.start()
         self._closers.callback(self._stop_loop)
+        record_start(info.start, {**settings.choices, **info.choices}, self._metrics)
+        self._metrics.set(BUILD_INFO, 1, **build_labels(settings.model))
         address = self._on_loop(self._listen())
         self._engine_thread.start()
         self._closers.callback(self._stop_engine)
@@ -171,7 +175,7 @@ class EngineHost:
         elif isinstance(message, _INPUTS):
             self._core.put(source, message)
         else:
-            logger.warning("dropped a %s from %s", type(message).__name__, source)
+            self._endpoint.note_unexpected(source, message)
 
     def _reason_to_refuse(self) -> str | None:
         # A failed engine reads no message any more, and it takes a while until its gang has been replaced.

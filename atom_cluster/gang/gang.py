@@ -158,7 +158,7 @@ def _create(spec: GangSpec, rank: int, group: PlacementGroup, bundle_index: int)
         runtime_env=options,
         scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle_index),
     )
-    return actor.remote(rank, spec.name, spec.log_level)
+    return actor.remote(rank, spec.name, spec.log_level, spec.log_format)
 
 
 def _parts(spec: GangSpec, places: Sequence[Reservation]) -> list[object]:

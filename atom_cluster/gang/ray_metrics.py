@@ -14,9 +14,12 @@ from typing import Protocol
 
 from ray.util import metrics as ray_metrics
 
-from atom_cluster.observability.metrics import Metric
+from atom_cluster.observability.metrics import Metric, MetricSink
+from atom_cluster.observability.process import ProcessMeter
 
 _log = logging.getLogger(__name__)
+OBSERVED = "_observed"
+"""What stands behind the name of a histogram in that of the counter of its sum; Ray adds `_total`."""
 _Series = tuple[str, tuple[str, ...]]
 """Name of a metric, and its labels' values in the table's order."""
 
@@ -24,11 +27,23 @@ _Series = tuple[str, tuple[str, ...]]
 class RayMetrics:
     """See `observability.metrics.MetricSink`. Thread-safe; `close` flushes and ends the thread, and is idempotent.
 
-    Ray prefixes every name with `ray_`, and adds `_total` to counters by itself.
+    Ray prefixes every name with `ray_`, and adds `_total` to counters by itself. Of a histogram it keeps counts, and
+    takes each observation for the middle of its bucket, so that its sums are wrong; the right sum of a histogram is
+    exported beside it as a counter, whose name ends with `OBSERVED`. Whoever collects puts it in the other's place.
     """
 
-    def __init__(self, *, labels: Mapping[str, str], period_s: float = 1.0) -> None:
-        """Every series also gets these labels (replica, role), whose names no metric may use."""
+    def __init__(
+        self,
+        *,
+        labels: Mapping[str, str],
+        period_s: float = 1.0,
+        collect: Callable[[MetricSink], None] | None = None,
+    ) -> None:
+        """Every series also gets these labels (replica, role), whose names no metric may use.
+
+        `collect` is called once per period, to record what nobody does by himself; by default, what the process takes.
+        """
+        self._collect = ProcessMeter().record if collect is None else collect
         self._constant_labels = dict(labels)
         self._period_s = period_s
         self._lock = threading.Lock()
@@ -78,9 +93,11 @@ class RayMetrics:
         return metric.name, values
 
     def _flush(self) -> None:
+        self._collect(self)
         with self._lock:
             sums, self._sums = self._sums, defaultdict(float)
-            values, self._values = self._values, {}
+            # All of them, every time: Ray forgets a gauge that is not set again and again.
+            values = dict(self._values)
             observations, self._observations = self._observations, defaultdict(list)
         for series, total in sums.items():
             # Ray takes no zero increments.
@@ -98,8 +115,7 @@ class RayMetrics:
         if exporter is None:
             exporter = self._exporter_by_name[name] = _make_exporter(metric, self._constant_labels)
         labels = dict(zip(metric.labels, label_values))
-        for value in recorded:
-            exporter.record(value, labels)
+        exporter.record(recorded, labels)
 
     def _export_periodically(self) -> None:
         """Supervisor of the thread: a failing export is logged and ends the thread, never the engine."""
@@ -117,8 +133,8 @@ class RayMetrics:
 class _Exporter(Protocol):
     """One Ray metric, whatever its kind."""
 
-    def record(self, value: float, labels: dict[str, str]) -> None:
-        """Hand one recording to Ray."""
+    def record(self, values: list[float], labels: dict[str, str]) -> None:
+        """Hand recordings to Ray."""
         ...
 
 
@@ -129,8 +145,8 @@ class _Counter:
         )
         self._counter.set_default_tags(dict(constant_labels))
 
-    def record(self, value: float, labels: dict[str, str]) -> None:
-        self._counter.inc(value, labels)
+    def record(self, values: list[float], labels: dict[str, str]) -> None:
+        self._counter.inc(sum(values), labels)
 
 
 class _Gauge:
@@ -138,8 +154,8 @@ class _Gauge:
         self._gauge = ray_metrics.Gauge(metric.name, metric.help, (*constant_labels, *metric.labels))
         self._gauge.set_default_tags(dict(constant_labels))
 
-    def record(self, value: float, labels: dict[str, str]) -> None:
-        self._gauge.set(value, labels)
+    def record(self, values: list[float], labels: dict[str, str]) -> None:
+        self._gauge.set(values[-1], labels)
 
 
 class _Histogram:
@@ -148,9 +164,14 @@ class _Histogram:
             metric.name, metric.help, list(metric.buckets), (*constant_labels, *metric.labels)
         )
         self._histogram.set_default_tags(dict(constant_labels))
+        self._sum = ray_metrics.Counter(metric.name + OBSERVED, metric.help, (*constant_labels, *metric.labels))
+        self._sum.set_default_tags(dict(constant_labels))
 
-    def record(self, value: float, labels: dict[str, str]) -> None:
-        self._histogram.observe(value, labels)
+    def record(self, values: list[float], labels: dict[str, str]) -> None:
+        for value in values:
+            self._histogram.observe(value, labels)
+        if (total := sum(values)) > 0:
+            self._sum.inc(total, labels)
 
 
 def _make_exporter(metric: Metric, constant_labels: Mapping[str, str]) -> _Exporter:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from atom_cluster.gang.placement import Device
+from atom_cluster.observability.logging import LogFormat
 from atom_cluster.runner.options import RunnerOptions
 
 
@@ -45,6 +46,8 @@ class GangSpec:
     """Of the replica, for log lines."""
     log_level: str = "INFO"
     """Least severe level that ranks log."""
+    log_format: LogFormat = "text"
+    """How they write it."""
     device: Device = "cpu"
     resources_per_rank: dict[str, float] = field(default_factory=dict)
     start_timeout_s: float = 600.0

@@ -29,7 +29,7 @@ from atom_cluster.gang.rank_runner import RankRunner
 from atom_cluster.gang.spec import ModelRanks, SimulatedRank
 from atom_cluster.gang.step_clock import ClockedRunner, StepClock
 from atom_cluster.messages.cluster import EngineStatus, MemberCard
-from atom_cluster.observability.logging import setup_logging
+from atom_cluster.observability.logging import LogFormat, setup_logging
 from atom_cluster.runner.rank_info import RankInfo
 
 _log = logging.getLogger(__name__)
@@ -65,8 +65,8 @@ class WorkerStatus:
 class Worker:
     """See the module docstring. Owns the rank's runner, its end of the channel and, on rank 0, the engine host."""
 
-    def __init__(self, rank: int, replica: str, log_level: str) -> None:
-        setup_logging(log_level, replica=replica, rank=rank)
+    def __init__(self, rank: int, replica: str, log_level: str, log_format: LogFormat) -> None:
+        setup_logging(log_level, log_format, replica=replica, rank=rank)
         self._rank = rank
         self._node = ""
         self._phase: Phase = "new"

@@ -347,6 +347,7 @@ class KvAgent:
                 bad_blocks=self._bad_blocks(read),
                 num_bytes=read.num_bytes,
                 seconds=time.monotonic() - read.issued_s,
+                transport=self._transport_to(read.command.peer),
             )
         )
 
@@ -359,7 +360,13 @@ class KvAgent:
         return tuple(index for index, block in enumerate(read.command.local_block_ids) if block in bad)
 
     def _fail(self, command: ReadBlocks, issued_s: float, error: str) -> None:
-        self._report(ReadFinished(read_id=command.read_id, error=error, seconds=time.monotonic() - issued_s))
+        seconds, transport = time.monotonic() - issued_s, self._transport_to(command.peer)
+        self._report(ReadFinished(read_id=command.read_id, error=error, seconds=seconds, transport=transport))
+
+    def _transport_to(self, name: str) -> str:
+        peer = self._peers.get(name)
+        # `shm@1f3a`: of which host's memory it is says nothing here.
+        return "none" if peer is None or peer.transport is None else peer.transport.name.partition("@")[0]
 
     def _report(self, report: KvReport) -> None:
         self._reports.append(RankReport(rank=self._rank, report=report))

@@ -78,6 +78,7 @@ def _combine(reports: Mapping[int, Report]) -> Report:
         error=_errors(reads),
         num_bytes=sum(read.num_bytes for read in reads.values()),
         seconds=max(read.seconds for read in reads.values()),
+        transport=reads[min(reads)].transport,
     )
 
 

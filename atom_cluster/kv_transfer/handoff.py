@@ -40,7 +40,6 @@ class PrefillTicket(Generic[R]):
     peer_id: str
     """The decode engine."""
     request: R
-    opened_s: float
     expires_s: float
     unpublished: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
     """Pages about to be published, most of them being tagged: cache group and first column -> ids."""
@@ -54,6 +53,13 @@ class PrefillTicket(Generic[R]):
     """When the first token became known."""
     is_published: bool = False
     """The last publication is out; the blocks only wait to be read."""
+
+    @property
+    def state_name(self) -> str:
+        """computing, publishing (the prompt is computed, not all of it published) or published."""
+        if self.is_published:
+            return "published"
+        return "computing" if self.first_token is None else "publishing"
 
 
 class PrefillTickets(Generic[R]):
@@ -70,7 +76,7 @@ class PrefillTickets(Generic[R]):
         if order.ticket_id in self._tickets:
             raise ProtocolError(f"ticket {order.ticket_id} is open already")
         first = order.num_tokens_held // block_size
-        ticket = PrefillTicket(order, peer_id, request, now_s, now_s + order.lease_s, next_block=first)
+        ticket = PrefillTicket(order, peer_id, request, now_s + order.lease_s, next_block=first)
         self._tickets[order.ticket_id] = ticket
         return ticket
 
@@ -208,6 +214,10 @@ class DecodeTickets(Generic[R]):
         self._tickets[ticket.ticket_id] = ticket
         return ticket
 
+    def all(self) -> list[DecodeTicket[R]]:
+        """All open tickets."""
+        return list(self._tickets.values())
+
     def get(self, ticket_id: str, *, peer_id: str) -> DecodeTicket[R] | None:
         """An open ticket that this peer may speak for and that is not over already."""
         ticket = self._tickets.get(ticket_id)
@@ -250,7 +260,7 @@ class DecodeTickets(Generic[R]):
         ticket.next_block, ticket.awaited, ticket.progress_s = next_block, awaited, now_s
         if publication.first_token is not None:
             ticket.has_first_token, ticket.published_s = True, now_s
-            ticket.computed_in_s = publication.computed_in_s
+            ticket.computed_in_s = sum(span.seconds for span in publication.spans if span.name != "publish")
 
     def start_read(self, ticket: DecodeTicket[R], *, group: int, first_column: int) -> int:
         """The id of a read, about to be started, into columns of this engine from the first one on."""

@@ -18,6 +18,7 @@ from atom_cluster.messages.cluster import (
 )
 from atom_cluster.messages.profile import ProfileAnswer, StartProfile, StopProfile
 from atom_cluster.messages.requests import CancelRequest, EngineRequest, Ping, Pong, TokenBatch
+from atom_cluster.messages.timing import TimelineAnswer, TimelineQuery
 from atom_cluster.messages.transfer import (
     KvPublication,
     PrefillAccepted,
@@ -55,6 +56,8 @@ Message = (
     | StartProfile
     | StopProfile
     | ProfileAnswer
+    | TimelineQuery
+    | TimelineAnswer
 )
 """Everything that travels between processes of a cluster."""
 

@@ -126,6 +126,10 @@ class Endpoint:
             connection = known
         return self._send_on(connection, frame)
 
+    def note_unexpected(self, source: str, message: Message) -> None:
+        """A peer sent what nobody here takes: it is logged, however many there are of it in few lines."""
+        self._dropped.note(source, f"unexpected {type(message).__name__}")
+
     def connect(self, address: PeerAddress) -> None:
         """Open a connection if there is none, so that the peer is watched from now on."""
         self._connect(address)

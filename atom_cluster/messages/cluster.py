@@ -21,6 +21,19 @@ class PeerAddress(Struct, frozen=True, kw_only=True):
     """Random incarnation number; a restarted process has another one even on the same endpoint."""
 
 
+class ErrorNote(Struct, frozen=True, kw_only=True):
+    """Something that went wrong, for people to see."""
+
+    at_s: float
+    """Seconds since 1970, of the last time."""
+    kind: str
+    """Class name of the error."""
+    message: str
+    """Cut to 200 characters."""
+    count: int = 1
+    """How often it happened, one after another or between others."""
+
+
 class EngineStatus(Struct, frozen=True, kw_only=True):
     """An engine at one moment, for people, tests and autoscaling; the router's decisions use `ReplicaLoad`."""
 
@@ -35,6 +48,8 @@ class EngineStatus(Struct, frozen=True, kw_only=True):
     num_mismatches: int = 0
     """Handoffs refused, since the engine started, because the other side's blocks do not mean the same. The router
     pairs equal engines only, so that there should be none."""
+    recent_errors: tuple[ErrorNote, ...] = ()
+    """The last few, oldest first: failed requests and handoffs, not what clients did wrong."""
 
 
 class StatusRequest(Struct, frozen=True, tag="status_request"):
@@ -147,6 +162,8 @@ class RouteQuery(Struct, frozen=True, kw_only=True, tag="route_query"):
     expected_output_tokens: int
     excluded: tuple[str, ...] = ()
     """Engines that just failed this request."""
+    client_request_id: str = ""
+    """The id under which its client knows the request; for logs only."""
 
 
 class RouteDecision(Struct, frozen=True, kw_only=True, tag="route_decision"):

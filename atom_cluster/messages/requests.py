@@ -7,8 +7,25 @@ from typing import Literal
 from msgspec import Struct
 
 from atom_cluster.messages.cluster import PeerAddress
+from atom_cluster.messages.timing import RequestTiming
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+GrammarKind = Literal["json_schema", "json_object", "regex", "choice", "lark"]
+
+
+class GrammarSpec(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What an output has to look like. `atom_cluster.structured` compiles it where needed; equal specs are one."""
+
+    kind: GrammarKind
+    text: str = ""
+    """json_schema: the schema, as JSON. regex: an expression that the whole output matches. choice: a JSON array of
+    strings. lark: a context-free grammar in llguidance's dialect of Lark; names of special tokens in it, `<think>`,
+    stand for those tokens. json_object: empty."""
+    after: tuple[int, ...] = ()
+    """Token ids. The output is free up to and including the first place where these follow each other, and the grammar
+    applies behind it: for models that think first. Empty: the grammar applies from the first token on."""
 
 
 class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -49,6 +66,11 @@ class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """None: off. k >= 0: log probability of each sampled token and of the k most likely ones."""
     n: int = 1
     """Number of independent outputs."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, what is added to its logit), behind penalties and before temperature; each token at most once. Range
+    [-100, 100]."""
+    grammar: GrammarSpec | None = None
+    """What the output has to look like; it ends where the grammar does."""
 
 
 class EngineRequest(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="request"):
@@ -56,6 +78,8 @@ class EngineRequest(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="
 
     request_id: str
     """Not used before with this engine: a request that is placed again has another one each time."""
+    client_request_id: str = ""
+    """The id under which the client knows it, or the HTTP request that it is part of; for logs only."""
     token_ids: tuple[int, ...]
     """The prompt. Never empty."""
     emitted: tuple[int, ...] = ()
@@ -94,17 +118,6 @@ class TokenLogprobs(Struct, frozen=True, array_like=True):
     top: tuple[TopLogprob, ...] = ()
 
 
-class RequestTiming(Struct, frozen=True, kw_only=True):
-    """Where the time of a finished request went on the engine that answered it, in seconds."""
-
-    queue_s: float = 0.0
-    """From arrival to first being scheduled (or handed to prefill)."""
-    prefill_s: float = 0.0
-    """From first scheduled to first token."""
-    decode_s: float = 0.0
-    """From first token to the last."""
-
-
 class RequestError(Struct, frozen=True, kw_only=True):
     """Why a request ended with `finish_reason == "error"`. `kind` is a class name of `atom_cluster.errors`."""
 
@@ -129,7 +142,8 @@ class TokenDelta(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Prompt tokens whose KV was found in a prefix cache, on prefill or decode. Final in the last delta. Of a request
     that was placed again, those that the engine of its first token found."""
     timing: RequestTiming | None = None
-    """In the last delta."""
+    """From the request's arrival at the engine to this delta. In the one with its first token there, and in the last
+    one, unless the request was refused."""
 
 
 class TokenBatch(Struct, frozen=True, tag="tokens"):

@@ -20,6 +20,8 @@ overwritten by the row's next step, which starts behind the last kept token.
 
 from __future__ import annotations
 
+from typing import Literal
+
 from msgspec import Struct
 
 from atom_cluster.messages.profile import WindowCommand
@@ -93,6 +95,12 @@ class SampledTokens(Struct, frozen=True, array_like=True):
     logprobs: tuple[TokenLogprobs, ...] | None = None
     drafts: tuple[int, ...] = ()
     """What the runner drafted behind them, and keeps for the row's next step."""
+    error: str | None = None
+    """Why the row cannot go on, of which there is one reason: its grammar. Its tokens are not to be used."""
+
+
+Execution = Literal["eager", "graph", "pieces", "simulated"]
+"""Kernel by kernel; as a graph; as pieces of graphs with eager attention between; not at all."""
 
 
 class StepResult(Struct, frozen=True, kw_only=True):
@@ -103,3 +111,5 @@ class StepResult(Struct, frozen=True, kw_only=True):
     """One entry per row with `samples`, in plan order."""
     run_s: float = 0.0
     """Seconds the runner spent on the step, for metrics."""
+    execution: Execution = "eager"
+    """How rank 0 ran it, for metrics."""

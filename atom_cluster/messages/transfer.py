@@ -21,6 +21,7 @@ from msgspec import Struct
 
 from atom_cluster.messages.profile import WindowWritten
 from atom_cluster.messages.requests import SamplingParams, TokenDelta
+from atom_cluster.messages.timing import EngineSpan
 
 
 class KvPlacement(Struct, frozen=True, array_like=True):
@@ -64,6 +65,8 @@ class PrefillOrder(Struct, frozen=True, kw_only=True, tag="prefill_order"):
     ticket_id: str
     """Unique: `<decode epoch>/<request id>/<attempt>`."""
     request_id: str
+    client_request_id: str = ""
+    """As in `EngineRequest`."""
     token_ids: tuple[int, ...]
     sampling: SamplingParams
     eos_token_ids: tuple[int, ...]
@@ -109,8 +112,8 @@ class KvPublication(Struct, frozen=True, kw_only=True, tag="kv_publication"):
     """In the last publication only: the token sampled from the prompt, its logprobs, the count of cached tokens."""
     drafts: tuple[int, ...] = ()
     """In the last publication only: tokens drafted behind the first one."""
-    computed_in_s: float = 0.0
-    """In the last publication only: seconds from the order's arrival to the first token, on prefill's clock."""
+    spans: tuple[EngineSpan, ...] = ()
+    """In the last publication only: prefill's time from the order's arrival to this publication."""
 
 
 class PrefillFailed(Struct, frozen=True, kw_only=True, tag="prefill_failed"):
@@ -216,6 +219,8 @@ class ReadFinished(Struct, frozen=True, kw_only=True, tag="read_finished"):
     """Set when the read failed as a whole (peer gone, timeout); no block of it may be used."""
     num_bytes: int = 0
     seconds: float = 0.0
+    transport: str = "none"
+    """What rank 0 reads through; `none` if it is not connected to the peer."""
 
 
 KvReport = BlocksTagged | ReadFinished

@@ -10,6 +10,7 @@ import threading
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from atom_cluster.observability.metrics import Metric, MetricKind
 
@@ -73,17 +74,26 @@ class MemoryMetrics:
             histogram.sum += float(value)
 
     def value(self, metric: Metric, **labels: str) -> float:
-        """Current value of a counter or gauge; 0 if it was never recorded."""
+        """Sum of a counter's or gauge's series that have these labels, all if none are given; 0 if there are none.
+
+        Raises `ValueError` for a label that is not the metric's.
+        """
         with self._lock:
-            return self._family(metric).values.get(_label_values(metric, metric.kind, labels), 0.0)
+            return sum(value for _, value in _matching(metric, self._family(metric).values, labels))
 
     def histogram(self, metric: Metric, **labels: str) -> Histogram:
-        """A copy of a histogram's current state; empty if nothing was observed."""
+        """The same of a histogram's series: a copy; empty if nothing was observed."""
+        total = Histogram([0] * (len(metric.buckets) + 1))
         with self._lock:
-            found = self._family(metric).histograms.get(_label_values(metric, metric.kind, labels))
-            if found is None:
-                return Histogram([0] * (len(metric.buckets) + 1))
-            return Histogram(list(found.bucket_counts), found.sum)
+            for _, found in _matching(metric, self._family(metric).histograms, labels):
+                total.bucket_counts = [sum(counts) for counts in zip(total.bucket_counts, found.bucket_counts)]
+                total.sum += found.sum
+        return total
+
+    def series(self, metric: Metric) -> dict[LabelValues, float]:
+        """All series of a counter or gauge, by label values in the table's order."""
+        with self._lock:
+            return dict(self._family(metric).values)
 
     def _family(self, metric: Metric) -> _Family:
         family = self._family_by_name.get(metric.name)
@@ -111,6 +121,20 @@ def prometheus_text(sources: Iterable[tuple[Mapping[str, str], MemoryMetrics]]) 
         metric, lines = lines_by_name[name]
         parts += [f"# HELP {name} {metric.help}", f"# TYPE {name} {metric.kind}", *lines]
     return "".join(f"{line}\n" for line in parts)
+
+
+_V = TypeVar("_V")
+
+
+def _matching(
+    metric: Metric, series: Mapping[LabelValues, _V], labels: Mapping[str, str]
+) -> Iterable[tuple[LabelValues, _V]]:
+    if not labels.keys() <= set(metric.labels):
+        raise ValueError(f"{metric.name} has the labels {list(metric.labels)}, asked for {sorted(labels)}")
+    wanted = [labels.get(name) for name in metric.labels]
+    for key, value in series.items():
+        if all(want is None or want == have for want, have in zip(wanted, key)):
+            yield key, value
 
 
 def _label_values(metric: Metric, kind: MetricKind, labels: Mapping[str, str]) -> LabelValues:

@@ -26,9 +26,13 @@ from atom_cluster.messages.cluster import (
 from atom_cluster.observability.logging import get_logger
 from atom_cluster.observability.metrics import (
     ROUTER_DECISIONS,
+    ROUTER_EXPECTED_HITS,
+    ROUTER_IMBALANCE,
     ROUTER_INDEX_BLOCKS,
+    ROUTER_MEMBER_CHANGES,
     ROUTER_MEMBERS,
     ROUTER_PLACES,
+    ROUTER_PROMPT_TOKENS,
     ROUTER_SNAPSHOTS,
     MetricSink,
 )
@@ -99,10 +103,11 @@ class RouterState:
         peer_id = card.address.peer_id
         known = self._member_by_peer.get(peer_id)
         if known is not None and known.card.address.epoch != card.address.epoch:
-            self.withdraw(peer_id)
+            self.withdraw(peer_id, change="lost")
             known = None
         if known is None:
             _logger.info("%s joined, %s", peer_id, card.role or card.kind)
+            self._count_change(card, "joined")
             self._member_by_peer[peer_id] = _Member(card, now_s)
         else:
             known.card = card
@@ -110,7 +115,7 @@ class RouterState:
         if card.kind == "engine":
             self._index.track(peer_id, card.address.epoch)
         membership = self.membership(now_s)
-        self._set_gauges(membership)
+        self._set_gauges(membership, now_s)
         return membership
 
     def membership(self, now_s: float) -> Membership:
@@ -128,21 +133,34 @@ class RouterState:
         )
         for peer_id in gone:
             _logger.warning("%s was not heard from for %.1f s and is left out", peer_id, self._member_timeout_s)
-            self.withdraw(peer_id)
+            self.withdraw(peer_id, change="silent")
         return gone
 
-    def withdraw(self, peer_id: str) -> None:
-        """A member left or was lost; forget all about it. Unknown ones are ignored."""
-        self._member_by_peer.pop(peer_id, None)
+    def withdraw(self, peer_id: str, *, change: str = "left") -> None:
+        """A member left, was lost or is silent, as `change` says; forget all about it. Unknown ones are ignored."""
+        member = self._member_by_peer.pop(peer_id, None)
+        if member is not None:
+            self._count_change(member.card, change)
         self._index.forget(peer_id)
         self._loads.forget(peer_id)
         self._loads.drop_source(peer_id)
 
-    def _set_gauges(self, membership: Membership) -> None:
+    def _count_change(self, card: MemberCard, change: str) -> None:
+        self._metrics.inc(ROUTER_MEMBER_CHANGES, kind=card.role or card.kind, change=change)
+
+    def _set_gauges(self, membership: Membership, now_s: float) -> None:
         num_by_kind = Counter(card.role or card.kind for card in membership.members)
         for kind in ("ingress", "prefill", "decode", "unified"):
             self._metrics.set(ROUTER_MEMBERS, num_by_kind[kind], kind=kind)
         self._metrics.set(ROUTER_INDEX_BLOCKS, self._index.num_entries)
+        tokens_by_group: dict[str, list[float]] = {}
+        for card in membership.members:
+            if card.role is not None:
+                load = self._loads.estimate(card.address.peer_id, now_s)
+                tokens_by_group.setdefault(card.role, []).append(load.recent_tokens)
+        for group, tokens in tokens_by_group.items():
+            mean = sum(tokens) / len(tokens)
+            self._metrics.set(ROUTER_IMBALANCE, max(tokens) / mean if mean >= 1.0 else 1.0, group=group)
 
     # --- what engines report ------------------------------------------------------------------------------------------
 
@@ -210,6 +228,8 @@ class RouterState:
         self._loads.place((source, query.query_id), _legs(query, choice), now_s)
         self._metrics.inc(ROUTER_DECISIONS, reason=choice.reason)
         self._metrics.inc(ROUTER_PLACES, place=choice.place)
+        self._metrics.inc(ROUTER_PROMPT_TOKENS, query.num_tokens)
+        self._metrics.inc(ROUTER_EXPECTED_HITS, _expected_hits(query, choice))
         return RouteDecision(
             query_id=query.query_id,
             decode=choice.decode.card.address,
@@ -266,6 +286,13 @@ class RouterState:
             for card in self.membership(now_s).members
             if card.kind == "engine"
         )
+
+
+def _expected_hits(query: RouteQuery, choice: Choice) -> int:
+    """Tokens of the prompt that need not be computed by either side, as far as is known here."""
+    candidates = [choice.decode] if choice.is_local or choice.prefill is None else [choice.decode, choice.prefill]
+    tokens = max(candidate.cached_blocks * candidate.card.block_size for candidate in candidates)
+    return min(query.num_tokens, tokens)
 
 
 def _legs(query: RouteQuery, choice: Choice) -> list[Leg]:

@@ -34,6 +34,8 @@ from atom_cluster.runner.options import RunnerOptions
 from atom_cluster.runner.profiling import kv_budget_bytes
 from atom_cluster.runner.rank_info import NO_TRACES, RankInfo
 from atom_cluster.runner.row_state import slack
+from atom_cluster.runner.start_facts import start_facts
+from atom_cluster.structured.compiler import GrammarCompiler
 from atom_cluster.units import GiB
 
 
@@ -49,7 +51,7 @@ def build_model_runner(options: RunnerOptions) -> ModelRunner:
         torch.set_num_threads(options.num_threads)
     spec = read_spec(Path(options.model_dir))
     options = replace(options, max_model_len=_max_model_len(options.max_model_len, spec))
-    num_draft_layers = _num_draft_layers(options, spec)
+    num_draft_layers = num_loaded_draft_layers(options.num_drafts, spec)
     dtype, dtype_choice = _choose_dtype(options, spec, device)
     with ExitStack() as on_failure:
         groups = ProcessGroups.connect(
@@ -66,7 +68,7 @@ def build_model_runner(options: RunnerOptions) -> ModelRunner:
             groups=groups,
             dtype=dtype,
             device=device,
-            weight_dtype=_weight_dtype(dtype, spec),
+            weight_dtype=dummy_weight_dtype(dtype, spec),
             kv_dtype=None if options.kv_dtype == "auto" else str(ops.float8_dtype).removeprefix("torch."),
         )
         clock.note("join")
@@ -74,7 +76,7 @@ def build_model_runner(options: RunnerOptions) -> ModelRunner:
         clock.note("load")
         num_pages, blocks_choice = _num_pages(options, model, groups, ops, device)
         memory = allocate_kv_memory(model.kv_layout, num_pages=num_pages, block_size=options.block_size, device=device)
-        clock.note("size the cache")
+        clock.note("cache")
         agent, transfer_choice = _open_agent(options, memory, model.kv_layout)
         if agent is not None:
             on_failure.callback(agent.close)
@@ -100,12 +102,15 @@ def build_model_runner(options: RunnerOptions) -> ModelRunner:
             device=device,
             agent=agent,
             profile=options.profile,
+            grammars=GrammarCompiler.for_model(options.model_dir, model.vocab_size),
             graph_sizes=options.compilation.sizes(options.max_num_requests) if ops.is_capturable else (),
             piecewise_sizes=_piecewise_sizes(options) if ops.is_capturable else (),
         )
-        choices["graphs"] = _capture(runner, options, ops)
+        choices["graphs"], graph_bytes = _capture(runner, options, ops)
         clock.note("capture")
         choices["start"] = clock.describe()
+        start = start_facts(runner, model, memory, graph_bytes=graph_bytes, parts_s=clock.parts_s)
+        runner.info = replace(runner.info, start=start)
         on_failure.pop_all()
     return runner
 
@@ -115,17 +120,17 @@ class _PartClock:
 
     def __init__(self) -> None:
         self._last_s = time.perf_counter()
-        self._parts: list[str] = []
+        self.parts_s: dict[str, float] = {}
 
     def note(self, part: str) -> None:
         """This part is over, and the next one begins."""
         now_s = time.perf_counter()
-        self._parts.append(f"{part} {now_s - self._last_s:.1f} s")
+        self.parts_s[part] = now_s - self._last_s
         self._last_s = now_s
 
     def describe(self) -> str:
         """All parts, in order."""
-        return ", ".join(self._parts)
+        return ", ".join(f"{part} {seconds:.1f} s" for part, seconds in self.parts_s.items())
 
 
 def _piecewise_sizes(options: RunnerOptions) -> tuple[int, ...]:
@@ -133,20 +138,20 @@ def _piecewise_sizes(options: RunnerOptions) -> tuple[int, ...]:
     return options.compilation.piecewise_sizes(min(options.max_num_batched_tokens, options.max_model_len))
 
 
-def _capture(runner: ModelRunner, options: RunnerOptions, ops: OpTable) -> str:
-    """Capture graphs if that is to be done now; what there is of them, and why."""
+def _capture(runner: ModelRunner, options: RunnerOptions, ops: OpTable) -> tuple[str, int]:
+    """Capture graphs if that is to be done now; what there is of them, and why, and the bytes that took."""
     if options.compilation.graph_mode == "none":
-        return "none (configured)"
+        return "none (configured)", 0
     if not ops.is_capturable:
-        return "none: these ops cannot be captured"
+        return "none: these ops cannot be captured", 0
     if options.compilation.capture == "lazy":
-        return "captured when first needed (configured)"
+        return "captured when first needed (configured)", 0
     free_before = device_memory(runner.device).free_bytes
     problems = runner.capture_graphs()
-    taken = max(0, free_before - device_memory(runner.device).free_bytes) / GiB
+    num_bytes = max(0, free_before - device_memory(runner.device).free_bytes)
     parts = [f"{part.describe()}, in {part.capture_s:.1f} s" for part in (runner.graphs, runner.pieces) if part]
     parts += [f"{kind}: none: {problem}" for kind, problem in problems.items()]
-    return f"{'; '.join(parts)}; {taken:.2f} GiB"
+    return f"{'; '.join(parts)}; {num_bytes / GiB:.2f} GiB", num_bytes
 
 
 def _max_model_len(wanted: int | None, spec: ModelSpec) -> int:
@@ -155,14 +160,14 @@ def _max_model_len(wanted: int | None, spec: ModelSpec) -> int:
     return spec.max_positions if wanted is None else wanted
 
 
-def _num_draft_layers(options: RunnerOptions, spec: ModelSpec) -> int:
+def num_loaded_draft_layers(num_drafts: int, spec: ModelSpec) -> int:
     """How many of the checkpoint's drafting layers to load. Raises ConfigError when they are wanted and it has none."""
-    if options.num_drafts and not spec.num_draft_layers:
+    if num_drafts and not spec.num_draft_layers:
         raise ConfigError(
-            f"speculative: {options.num_drafts} tokens are to be drafted, but the checkpoint ({spec.architecture}) has "
+            f"speculative: {num_drafts} tokens are to be drafted, but the checkpoint ({spec.architecture}) has "
             "no layers for it"
         )
-    return min(options.num_drafts, spec.num_draft_layers)
+    return min(num_drafts, spec.num_draft_layers)
 
 
 def _choose_dtype(options: RunnerOptions, spec: ModelSpec, device: torch.device) -> tuple[torch.dtype, str]:
@@ -180,7 +185,7 @@ def _choose_dtype(options: RunnerOptions, spec: ModelSpec, device: torch.device)
     return dtype, f"{name} ({reason})"
 
 
-def _weight_dtype(dtype: torch.dtype, spec: ModelSpec) -> torch.dtype:
+def dummy_weight_dtype(dtype: torch.dtype, spec: ModelSpec) -> torch.dtype:
     """Dtype of dummy weights: as narrow as the checkpoint's would be. Real ones know their own."""
     stored: torch.dtype = getattr(torch, spec.checkpoint_dtype or "bfloat16")
     return stored if stored.itemsize < dtype.itemsize else dtype

@@ -77,6 +77,11 @@ class StepGraphs:
         self._captured: dict[int, _Captured] = {}
         self.capture_s = 0.0
 
+    @property
+    def num_captured(self) -> int:
+        """Sizes captured so far."""
+        return len(self._captured)
+
     def describe(self) -> str:
         """For the start-up log: `full: 35 sizes of decode steps, 1 to 256 rows`."""
         return f"full: {len(self._sizes)} sizes of decode steps, {self._sizes[0]} to {self._sizes[-1]} rows"

@@ -102,6 +102,24 @@ class KvSizing:
         )
 
 
+def left_for_kv(
+    *, total_bytes: int, memory_fraction: float, in_use_bytes: int, step_bytes: int, num_step_tokens: int
+) -> tuple[int, str]:
+    """Bytes left for KV on a GPU: its `memory_fraction`, less what is in use and what the largest step adds.
+
+    And the arithmetic in words. Negative when that is too much already.
+    """
+    budget_bytes = int(total_bytes * memory_fraction) - in_use_bytes - step_bytes
+    return budget_bytes, (
+        f"{memory_fraction} of {_gib(total_bytes)}, less {_gib(in_use_bytes)} in use by weights and others, "
+        f"less {_gib(step_bytes)} for a step of {num_step_tokens} tokens: {_gib(budget_bytes)}"
+    )
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / GiB:.2f} GiB"
+
+
 def other_groups(layout: KvLayout, num_pages: tuple[int, ...]) -> tuple[PageGroup, ...]:
     """The groups behind the first, with their pages."""
     return tuple(

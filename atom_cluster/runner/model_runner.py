@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from atom_cluster.config.observability import ProfileConfig
 from atom_cluster.kv_transfer.agent import KvAgent
-from atom_cluster.messages.steps import SampledTokens, StepPlan, StepResult
+from atom_cluster.messages.steps import Execution, SampledTokens, StepPlan, StepResult
 from atom_cluster.messages.transfer import RankReport
 from atom_cluster.models.protocol import CausalLM
 from atom_cluster.ops.sampling import Draw
@@ -28,16 +28,18 @@ from atom_cluster.ops.table import OpTable
 from atom_cluster.parallel.collectives import smallest
 from atom_cluster.parallel.groups import ProcessGroups
 from atom_cluster.runner.drafter import Drafter, LayerDrafter
+from atom_cluster.runner.grammar_rows import GrammarRows, PendingMasks
 from atom_cluster.runner.graphs import StepGraphs
 from atom_cluster.runner.inputs import InputBuilder
 from atom_cluster.runner.kv_memory import KvMemory
 from atom_cluster.runner.pieces import PiecewiseForward
 from atom_cluster.runner.rank_info import RankInfo
 from atom_cluster.runner.row_state import RowTable
-from atom_cluster.runner.sampler import LogprobTensors, Samples, choose, sample
+from atom_cluster.runner.sampler import LogprobTensors, Samples, TokenMasks, choose, sample
 from atom_cluster.runner.step_layout import SamplingStep, StepLayout, sampling_steps
 from atom_cluster.runner.step_profiler import LabelledDrafter, StepProfiler
 from atom_cluster.runner.step_program import Computed, Outcome, StepProgram
+from atom_cluster.structured.compiler import GrammarCompiler
 
 _log = logging.getLogger(__name__)
 
@@ -56,6 +58,8 @@ class _Sampled:
     """[S] drafts; None: there were none to keep."""
     drafts: torch.Tensor | None
     """[S, K]"""
+    errors: Mapping[int, str]
+    """By row, why it cannot go on."""
 
     def read(self) -> tuple[SampledTokens, ...]:
         """As the engine gets it. The device must have finished the step."""
@@ -69,16 +73,30 @@ class _Sampled:
             kept = slice(first, first + 1 + (0 if num_kept is None else num_kept[i]))
             own = () if logprobs is None else tuple(item for item in logprobs[kept] if item is not None)
             own_drafts = () if drafts is None else tuple(drafts[i])
-            found.append(SampledTokens(step.row, tuple(token_ids[kept]), own or None, own_drafts))
+            error = self.errors.get(step.row)
+            found.append(SampledTokens(step.row, tuple(token_ids[kept]), own or None, own_drafts, error))
             first += num_samples
         return tuple(found)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Chosen:
+    """What was chosen for a step's samples."""
+
+    token_ids: torch.Tensor
+    """[P], equal on all ranks."""
+    logprobs: LogprobTensors | None = None
+    """On the first rank."""
+    errors: Mapping[int, str] = field(default_factory=dict)
+    """By row, why it cannot go on."""
 
 
 class LaunchedStep:
     """A step whose work was issued. On GPUs it may still be running; `wait` is where the host waits for it."""
 
-    def __init__(self, plan: StepPlan, *, sampled: _Sampled | None, timer: _StepTimer) -> None:
+    def __init__(self, plan: StepPlan, *, sampled: _Sampled | None, execution: Execution, timer: _StepTimer) -> None:
         self._plan = plan
+        self._execution = execution
         self._sampled = sampled
         self._timer = timer
         timer.stop()
@@ -91,7 +109,7 @@ class LaunchedStep:
         """The result; empty `sampled` on ranks other than 0. May be called from another thread than `launch`."""
         run_s = self._timer.wait()
         sampled = () if self._sampled is None else self._sampled.read()
-        return StepResult(step_id=self._plan.step_id, sampled=sampled, run_s=run_s)
+        return StepResult(step_id=self._plan.step_id, sampled=sampled, run_s=run_s, execution=self._execution)
 
 
 class ModelRunner:
@@ -112,11 +130,12 @@ class ModelRunner:
         device: torch.device,
         agent: KvAgent | None = None,
         profile: ProfileConfig | None = None,
+        grammars: GrammarCompiler | None = None,
         graph_sizes: Sequence[int] = (),
         piecewise_sizes: Sequence[int] = (),
     ) -> None:
-        """graph_sizes: rows of the decode steps that run as graphs, ascending; none on CPUs. piecewise_sizes: tokens of
-        the steps with prompts that run in pieces."""
+        """grammars: for rows that have one; None: no row may. graph_sizes: rows of the decode steps that run as graphs,
+        ascending; none on CPUs. piecewise_sizes: tokens of the steps with prompts that run in pieces."""
         self.info = info
         self._groups = groups
         self._device = device
@@ -132,6 +151,9 @@ class ModelRunner:
             num_drafts=info.max_drafts,
             device=device,
         )
+        self._grammars: GrammarRows | None = None
+        if grammars is not None:
+            self._grammars = GrammarRows(compiler=grammars, num_drafts=info.max_drafts, device=device)
         self._inputs = InputBuilder(table=self._table, kv=memory.layers, place=ops.place_tokens, device=device)
         drafter: Drafter | None = None
         if info.max_drafts:
@@ -194,11 +216,20 @@ class ModelRunner:
     def _issue(self, plan: StepPlan) -> LaunchedStep:
         timer = _StepTimer(self._device)
         self._table.apply(plan)
+        if self._grammars is not None:
+            self._grammars.apply(plan)
         if self._agent is not None and plan.kv:
             # They are about blocks of earlier steps, and need not wait for this one.
             self._agent.execute(plan.kv)
+        execution = self._execution_of(plan)
         sampled = self._step(plan) if plan.rows else None
-        return LaunchedStep(plan, sampled=sampled, timer=timer)
+        return LaunchedStep(plan, sampled=sampled, execution=execution, timer=timer)
+
+    def _execution_of(self, plan: StepPlan) -> Execution:
+        """How the step will be run."""
+        if self.graphs is not None and self.graphs.takes(plan.rows):
+            return "graph"
+        return "pieces" if self.pieces is not None and self.pieces.takes(plan.num_tokens) else "eager"
 
     @torch.inference_mode()
     def capture_graphs(self) -> dict[str, str]:
@@ -215,6 +246,11 @@ class ModelRunner:
             if problem is not None:
                 self.pieces, problems["pieces"] = None, problem
         return problems
+
+    def warm_up_grammars(self) -> None:
+        """Do now what else the first request with a grammar waits for, and others with it."""
+        if self._grammars is not None:
+            self._grammars.warm_up()
 
     def _try_capture(self, capture: Callable[[], None]) -> str | None:
         """Why it failed, on this rank or another."""
@@ -240,35 +276,41 @@ class ModelRunner:
             self._agent.close()
             self._agent = None
         self._profiler.close()
+        if self._grammars is not None:
+            self._grammars.close()
         self.graphs = self.pieces = None  # before the groups, whose collectives they hold
         self._groups.close()
 
     def _step(self, plan: StepPlan) -> _Sampled | None:
         """Model, sampling and drafting; None on ranks other than 0 and when no row samples."""
         graphs = self.graphs
+        pending = None if self._grammars is None else self._grammars.read(plan.rows, self._table)
         if graphs is None or not graphs.takes(plan.rows):
             layout = self._inputs.lay_out(plan)
             computed = self._program.compute(layout, pieces=self.pieces)
-            token_ids, logprobs = self._choose(computed, layout.sampling)
-            outcome = self._program.finish(computed, token_ids, self._draw(layout.sampling))
-            return self._send(layout, layout.sampling, outcome, logprobs)
+            chosen = self._choose(computed, layout.sampling, pending)
+            outcome = self._program.finish(computed, chosen.token_ids, self._draw(layout.sampling))
+            return self._send(layout, layout.sampling, outcome, chosen)
         sampling = sampling_steps(plan.rows)
         draw = self._draw(sampling)
         # What only some requests ask for is no part of graphs.
         is_captured = all(self._table.get(step.row).is_plain for step in sampling)
         graphed = graphs.run(plan.rows, draw if is_captured else None)
         if graphed.outcome is not None:
-            return self._send(graphed.layout, sampling, graphed.outcome, None)
-        token_ids, logprobs = self._choose(graphed.computed, sampling)
-        return self._send(graphed.layout, sampling, self._program.finish(graphed.computed, token_ids, draw), logprobs)
+            return self._send(graphed.layout, sampling, graphed.outcome, _Chosen(token_ids=graphed.outcome.token_ids))
+        chosen = self._choose(graphed.computed, sampling, pending)
+        outcome = self._program.finish(graphed.computed, chosen.token_ids, draw)
+        return self._send(graphed.layout, sampling, outcome, chosen)
 
-    def _choose(
-        self, computed: Computed, sampling: Sequence[SamplingStep]
-    ) -> tuple[torch.Tensor, LogprobTensors | None]:
-        """Token ids [P] on every rank, and log probabilities on the first; rows behind `sampling` stand for none."""
+    def _choose(self, computed: Computed, sampling: Sequence[SamplingStep], pending: PendingMasks | None) -> _Chosen:
+        """Tokens for a step that was issued; rows behind `sampling` stand for none."""
         inputs = computed.inputs
         if computed.logits is None:
-            return torch.zeros_like(inputs.sample_position), None
+            return _Chosen(token_ids=torch.zeros_like(inputs.sample_position))
+        masks: TokenMasks | None = None
+        errors: Mapping[int, str] = {}
+        if pending is not None:
+            masks, errors = pending.wait([step.num_drafts + 1 for step in inputs.layout.sampling])
         samples = Samples(
             row=inputs.sample_row,
             position=inputs.sample_position,
@@ -278,8 +320,8 @@ class ModelRunner:
                 for _ in range(shape.num_drafts + 1)
             ),
         )
-        sampled = sample(computed.logits, samples, table=self._table, ops=self._ops)
-        return sampled.token_ids, sampled.logprobs
+        sampled = sample(computed.logits, samples, table=self._table, ops=self._ops, masks=masks)
+        return _Chosen(token_ids=sampled.token_ids, logprobs=sampled.logprobs, errors=errors)
 
     def _draw(self, sampling: Sequence[SamplingStep]) -> Draw:
         """What it takes to choose tokens for these rows."""
@@ -295,7 +337,7 @@ class ModelRunner:
         layout: StepLayout,
         sampling: tuple[SamplingStep, ...],
         outcome: Outcome,
-        logprobs: LogprobTensors | None,
+        chosen: _Chosen,
     ) -> _Sampled | None:
         """What `sampling` got, the first rows of the layout, on its way to the host without waiting for it."""
         if not sampling or self._groups.tensor.rank > 0:
@@ -305,7 +347,8 @@ class ModelRunner:
             sampling=sampling,
             num_samples=tuple(step.num_drafts + 1 for step in layout.sampling[: len(sampling)]),
             token_ids=outcome.token_ids.to("cpu", non_blocking=True),
-            logprobs=logprobs,
+            logprobs=chosen.logprobs,
+            errors=chosen.errors,
             num_kept=num_kept.to("cpu", non_blocking=True) if layout.max_drafts else None,
             drafts=None if drafts is None else drafts.to("cpu", non_blocking=True),
         )

@@ -217,6 +217,11 @@ class PiecewiseForward:
         self._recordings: dict[int, _Recording] = {}
         self.capture_s = 0.0
 
+    @property
+    def num_captured(self) -> int:
+        """Sizes recorded so far."""
+        return len(self._recordings)
+
     def describe(self) -> str:
         """For the start-up log."""
         return (

@@ -14,7 +14,7 @@ from atom_cluster.ops.table import OpTable
 from atom_cluster.parallel.groups import ProcessGroups
 from atom_cluster.platform.device import device_memory
 from atom_cluster.runner.kv_memory import allocate_kv_memory
-from atom_cluster.runner.kv_sizing import other_groups
+from atom_cluster.runner.kv_sizing import left_for_kv, other_groups
 from atom_cluster.runner.model_runner import ModelRunner
 from atom_cluster.runner.rank_info import RankInfo
 from atom_cluster.units import GiB, ceil_div
@@ -74,10 +74,12 @@ def kv_budget_bytes(
     del runner
     del kv_memory
     torch.cuda.empty_cache()
-    budget_bytes = int(memory.total_bytes * memory_fraction) - in_use_bytes - step_bytes
-    return budget_bytes, (
-        f"{memory_fraction} of {_gib(memory.total_bytes)}, less {_gib(in_use_bytes)} in use by weights and others, "
-        f"less {_gib(step_bytes)} for a step of {max_num_batched_tokens} tokens: {_gib(budget_bytes)}"
+    return left_for_kv(
+        total_bytes=memory.total_bytes,
+        memory_fraction=memory_fraction,
+        in_use_bytes=in_use_bytes,
+        step_bytes=step_bytes,
+        num_step_tokens=max_num_batched_tokens,
     )
 
 

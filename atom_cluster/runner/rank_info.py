@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from atom_cluster.kv_cache.layout import PageGroup
+from atom_cluster.messages.start import StartFacts
 
 NO_TRACES = "no directory for traces is configured: set observability.profile.directory"
 
@@ -13,7 +14,7 @@ NO_TRACES = "no directory for traces is configured: set observability.profile.di
 class RankInfo:
     """Facts known once a rank has loaded its model and allocated its KV memory.
 
-    Equal on all ranks of a gang except `rank`, `kv_descriptors` and `choices`.
+    Equal on all ranks of a gang except `rank`, `kv_descriptors`, `choices` and `start`.
     """
 
     num_blocks: int
@@ -33,5 +34,7 @@ class RankInfo:
     """How peers read this rank's KV memory, by transport, best first; input of `kv_transfer.combine.merge_offers`."""
     fingerprint_fields: dict[str, str] = field(default_factory=dict)
     choices: dict[str, str] = field(default_factory=dict)
+    start: StartFacts = StartFacts()
+    """Differs between ranks, as `choices` may."""
     profile_refusal: str = NO_TRACES
     """Why this rank takes no window commands; empty when it does."""

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import pytest
 
 from atom_cluster.config.scheduler import SchedulerConfig
+from atom_cluster.config.simulation import SimulationConfig
 from atom_cluster.config.transfer import KvTransferConfig
 from atom_cluster.observability.metrics import ROUTER_PLACES
+from benchmarks.goodput import read_trace
 from tests.engine.traffic import Arrival, Outcome, Told, Traffic, at_rate, outcome, read_sample
 
 TRANSFERS = {
@@ -108,3 +110,29 @@ def test_steps_that_decode_are_no_longer_than_configured() -> None:
         gaps[limit_s] = max(one.longest_gap_s for one in told[10:20])
     assert gaps[None] > 0.3
     assert gaps[0.03] < 0.035
+
+
+MEASURED = SimulationConfig(
+    base_s=0.0038,
+    per_prefill_token_s=2.5e-5,
+    per_decode_row_s=1e-5,
+    per_context_token_s=2.9e-8,
+    kv_bytes_per_s=3e11,
+    num_blocks=26_000,
+)
+"""A model of eight billion parameters on an H200, from what single prompts and batches that decode took there."""
+
+
+@pytest.mark.parametrize("rate", [44.0, 64.0])
+def test_a_pair_keeps_as_many_promises_as_two_engines_that_do_both(rate: float) -> None:
+    """Below what either can do, and above it: 2 s for the first token, 50 ms per token after it."""
+    arrivals = [Arrival(r.arrival_s, r.num_prompt_tokens, r.num_output_tokens) for r in read_trace()]
+    share = {}
+    for roles in (("prefill", "decode"), ("unified", "unified")):
+        traffic = Traffic(
+            layout=tuple((f"{role}-{index}", role) for index, role in enumerate(roles)),
+            device=MEASURED,
+            scheduler=SchedulerConfig(max_num_requests=384, max_num_batched_tokens=4096),
+        )
+        share[roles[0]] = outcome(traffic.run(at_rate(arrivals[: int(4 * rate)], rate)), ttft_s=2.0, itl_s=0.05).goodput
+    assert share["prefill"] >= share["unified"] > 0.7

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atom_cluster.engine.core import EngineCore
-from atom_cluster.engine.reporting import CacheReporter
+from atom_cluster.engine.reporting import CacheReporter, QueueDetails
 from atom_cluster.kv_cache.block_pool import BlockPool, Prefix
 from atom_cluster.messages.cluster import (
     CacheEvents,
@@ -19,12 +19,21 @@ from atom_cluster.messages.cluster import (
 )
 from atom_cluster.messages.steps import StepResult
 from atom_cluster.observability.memory import MemoryMetrics
-from atom_cluster.observability.metrics import KV_BLOCKS, REQUESTS_RUNNING, TICKETS_OPEN
+from atom_cluster.observability.metrics import (
+    KV_BLOCKS,
+    PREFIX_CACHE_BLOCKS,
+    PREFIX_CACHE_EVICTIONS,
+    REQUESTS_REMOTE,
+    REQUESTS_RUNNING,
+    REQUESTS_WAITING,
+    TICKETS_OPEN,
+)
 from atom_cluster.routing.prefix_index import PrefixIndex
 from tests.factories import make_engine, make_message, make_prompt, make_runner, pool_of
 from tests.fakes import ListOutbox, Network, VirtualClock
 
 PEER = PeerAddress(peer_id="engine", endpoint="tcp://127.0.0.1:1", epoch=1)
+NOBODY = QueueDetails(waiting_by_reason={}, num_remote=0, tickets_by_state={})
 IDLE = EngineStatus(num_running=0, num_waiting=0, num_tickets=0, blocks_by_state={"free": 4})
 
 
@@ -36,6 +45,7 @@ class Reports:
     outbox: ListOutbox = field(default_factory=ListOutbox)
     metrics: MemoryMetrics = field(default_factory=MemoryMetrics)
     clock: VirtualClock = field(default_factory=VirtualClock)
+    details: QueueDetails = NOBODY
 
     def __post_init__(self) -> None:
         self.reporter = CacheReporter(
@@ -48,7 +58,7 @@ class Reports:
         return names
 
     def report(self, status: EngineStatus = IDLE) -> list[str]:
-        self.reporter.report(status, lambda: 0, EngineSpeed)
+        self.reporter.report(status, lambda: 0, EngineSpeed, lambda: self.details)
         return self.sent()
 
 
@@ -89,12 +99,14 @@ def test_what_a_snapshot_told_is_told_to_be_gone_when_it_goes() -> None:
     reports.reporter.send_snapshot()
     reports.pool.release(block_ids, "running")
     reports.pool.acquire(1, "running")
-    reports.reporter.report(IDLE, lambda: 0, EngineSpeed)
+    reports.reporter.report(IDLE, lambda: 0, EngineSpeed, lambda: NOBODY)
     snapshot, events = reports.outbox.sent[0][1], reports.outbox.sent[1][1]
     assert isinstance(snapshot, CacheSnapshot)
     assert isinstance(events, CacheEvents)
     assert (snapshot.hashes, snapshot.next_seq) == ((5,), events.first_seq)
     assert (events.stored, events.removed) == ((), (5,))
+    assert reports.metrics.value(PREFIX_CACHE_EVICTIONS) == 1
+    assert reports.metrics.value(PREFIX_CACHE_BLOCKS) == 0
 
 
 def test_gauges_follow_even_what_is_no_load() -> None:
@@ -102,8 +114,11 @@ def test_gauges_follow_even_what_is_no_load() -> None:
     reports.report()
     reports.clock.sleep(0.2)
     leased = EngineStatus(num_running=0, num_waiting=0, num_tickets=3, blocks_by_state={"free": 1, "leased": 3})
+    reports.details = QueueDetails(waiting_by_reason={"new": 2}, num_remote=1, tickets_by_state={"published": 3})
     reports.report(leased)
-    assert reports.metrics.value(TICKETS_OPEN) == 3
+    assert reports.metrics.value(TICKETS_OPEN, state="published") == 3
+    assert reports.metrics.value(REQUESTS_WAITING, reason="new") == 2
+    assert reports.metrics.value(REQUESTS_REMOTE) == 1
     assert reports.metrics.value(KV_BLOCKS, state="leased") == 3
     assert reports.metrics.value(REQUESTS_RUNNING) == 0
 

@@ -165,16 +165,16 @@ def test_reads_share_the_link_one_after_another(pair: Pair) -> None:
     pair.clock.sleep(2.9)
     assert target.poll_kv() == []
     pair.clock.sleep(0.2)
-    assert target.poll_kv() == [ReadFinished(read_id=1, num_bytes=3 * 4 * 128 * 1024, seconds=3.0)]
+    assert target.poll_kv() == [ReadFinished(read_id=1, num_bytes=3 * 4 * 128 * 1024, seconds=3.0, transport="sim")]
     pair.clock.sleep(1)
-    assert target.poll_kv() == [ReadFinished(read_id=2, num_bytes=4 * 128 * 1024, seconds=4.0)]
+    assert target.poll_kv() == [ReadFinished(read_id=2, num_bytes=4 * 128 * 1024, seconds=4.0, transport="sim")]
 
 
 def test_a_read_that_would_take_too_long_ends_with_an_error_at_its_timeout_and_frees_the_link(pair: Pair) -> None:
     target = slow_target(pair)
     give(target, pair.connect(), read(read_id=1, timeout_s=2), read(read_id=2, remote=(5,), local=(50,)))
     pair.clock.sleep(2)
-    assert target.poll_kv() == [ReadFinished(read_id=1, error="timed out", seconds=2.0)]
+    assert target.poll_kv() == [ReadFinished(read_id=1, error="timed out", seconds=2.0, transport="sim")]
     pair.clock.sleep(1)
     (second,) = target.poll_kv()
     assert isinstance(second, ReadFinished)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from atom_cluster.config.scheduler import SchedulerConfig
 from atom_cluster.config.simulation import SimulationConfig
 from atom_cluster.engine.protocols import EngineOutput, RunnerInfo
+from atom_cluster.messages.requests import CancelRequest
 from atom_cluster.messages.transfer import (
     ConnectPeer,
     DropPeer,
@@ -437,6 +438,29 @@ def test_a_lost_message_costs_time_but_no_request_and_no_block(kind: type[Engine
     split.network.settle()
     assert count > which, "the message was to be lost"
     split.assert_right()
+    split.assert_clean()
+
+
+def test_prefill_is_told_again_that_nobody_waits_for_it() -> None:
+    """The first time was lost; it need not wait for the end of the lease."""
+    split = make_split(kv_bytes_per_s=SLOW)
+    lost: list[EngineOutput] = []
+
+    def lose_first(source: str, target: str, message: EngineOutput) -> EngineOutput | None:
+        if not isinstance(message, TicketRelease) or lost:
+            return message
+        lost.append(message)
+        return None
+
+    split.network.alter = lose_first
+    split.send("r", make_prompt(40, 1))
+    split.network.turn()
+    split.decode.put(CLIENT, CancelRequest("r"))
+    begun_s = split.network.clock.at_s
+    while split.decode.stats().num_tickets or split.prefill.stats().num_tickets:
+        split.network.turn()
+    assert lost and split.network.clock.at_s - begun_s < split.transfer.lease_s / 2
+    split.network.settle()
     split.assert_clean()
 
 

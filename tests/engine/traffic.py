@@ -1,4 +1,4 @@
-"""Two engines and a router under a recorded mix of requests, in simulated time: every device runs on its own.
+"""Engines and a router under a recorded mix of requests, in simulated time: every device runs on its own.
 
 Unlike in `tests.fakes.Network`, where engines take turns, a long step of one does not hold up another: each engine has
 a thread, of which one runs at a time, until it waits for its device or for a message. Then simulated time goes on to
@@ -104,9 +104,12 @@ class Told:
 
 @dataclass
 class Traffic:
-    """One prefill and one decode engine. `run` sends the requests and waits for all answers."""
+    """One prefill and one decode engine, unless told otherwise. `run` sends the requests and waits for all answers."""
 
     transfer: KvTransferConfig = KvTransferConfig()
+    layout: tuple[tuple[str, Role], ...] = (("prefill", "prefill"), ("decode", "decode"))
+    """Names and roles of the engines."""
+    device: SimulationConfig = DEVICE
     scheduler: SchedulerConfig = SchedulerConfig()
     router: RoutingConfig = RoutingConfig()
     clock: VirtualClock = field(default_factory=VirtualClock)
@@ -130,13 +133,17 @@ class Traffic:
             conditional_prefill=self.transfer.conditional_prefill,
             metrics=self.metrics,
         )
-        self.start("prefill", "prefill")
-        self.start("decode", "decode")
+        for name, role in self.layout:
+            self.start(name, role)
 
     def start(self, name: str, role: Role) -> None:
         actor = self._actors[name] = _Actor(self.clock)
         runner = SimulatedRunner(
-            simulation=DEVICE, block_size=BLOCK_SIZE, max_num_requests=256, max_model_len=16384, clock=actor
+            simulation=self.device,
+            block_size=BLOCK_SIZE,
+            max_num_requests=self.scheduler.max_num_requests,
+            max_model_len=16384,
+            clock=actor,
         )
         address = PeerAddress(peer_id=name, endpoint=f"tcp://{name}:1", epoch=1)
         engine = EngineCore(
@@ -155,7 +162,7 @@ class Traffic:
             kind="engine",
             role=role,
             fingerprint=engine.fingerprint,
-            num_blocks=DEVICE.num_blocks,
+            num_blocks=self.device.num_blocks,
             block_size=BLOCK_SIZE,
         )
         self._seed = seed_of(engine.fingerprint)
@@ -192,7 +199,7 @@ class Traffic:
     def send(self, arrival: Arrival) -> None:
         """As the ingress does."""
         number = len(self.told)
-        prompt = tuple(self._random.randrange(DEVICE.vocab_size) for _ in range(arrival.num_prompt_tokens))
+        prompt = tuple(self._random.randrange(self.device.vocab_size) for _ in range(arrival.num_prompt_tokens))
         query = RouteQuery(
             query_id=number,
             block_hashes=(hash_blocks(prompt, BLOCK_SIZE, self._seed),),

@@ -198,11 +198,16 @@ async def test_when_the_runner_fails_everybody_is_told(stage: Stage) -> None:
     await eventually(lambda: any(isinstance(message, PrefillFailed) for message in client.received))
 
 
-async def test_a_message_that_is_not_for_engines_is_dropped(stage: Stage) -> None:
+async def test_messages_that_are_not_for_engines_are_dropped_and_do_not_fill_the_log(
+    stage: Stage, caplog: pytest.LogCaptureFixture
+) -> None:
     engine, client = await stage.host(), await stage.client()
-    client.endpoint.send(engine.card.address, CacheSnapshot(peer_id="x", epoch=1, next_seq=0, hashes=()))
+    for _ in range(200):
+        client.endpoint.send(engine.card.address, CacheSnapshot(peer_id="x", epoch=1, next_seq=0, hashes=()))
     client.endpoint.send("engine", make_message())
     assert (await client.finished("r")).reason == "length"
+    lines = [record for record in caplog.records if "unexpected CacheSnapshot" in record.getMessage()]
+    assert len(lines) == 1
 
 
 def num_descriptors() -> int:

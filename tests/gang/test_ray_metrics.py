@@ -19,16 +19,19 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 class Recorder:
     def record(self) -> None:
         metrics = RayMetrics(labels={"replica": "r1", "role": "decode"}, period_s=0.1)
-        metrics.inc(PREEMPTIONS)
+        metrics.inc(PREEMPTIONS, cause="admission")
         metrics.inc(REQUESTS_FINISHED, 0.0, reason="abort")
         metrics.inc(REQUESTS_FINISHED, reason="stop")
         metrics.inc(REQUESTS_FINISHED, 2.0, reason="stop")
         metrics.set(KV_BLOCKS, 3, state="free")
         metrics.set(KV_BLOCKS, 7, state="free")
         for seconds in (0.0002, 0.02, 0.02):
-            metrics.observe(STEP_S, seconds)
-        metrics.close()
-        metrics.close()
+            metrics.observe(STEP_S, seconds, kind="decode")
+        self.metrics = metrics
+
+    def close(self) -> None:
+        self.metrics.close()
+        self.metrics.close()
 
 
 def samples() -> dict[tuple[str, str], float]:
@@ -65,12 +68,16 @@ def test_recordings_appear_on_rays_metrics_port() -> None:
         ("ray_atom_step_seconds_bucket", "0.01"): 1.0,
         ("ray_atom_step_seconds_bucket", "0.025"): 3.0,
         ("ray_atom_step_seconds_count", ""): 3.0,
+        # Ray's own sum takes each observation for the middle of its bucket.
+        ("ray_atom_step_seconds_observed_total", ""): pytest.approx(0.0402),
     }
     deadline_s = time.monotonic() + 30
     while True:
         found = samples()
         relevant = {key: found.get(key) for key in expected}
         if relevant == expected:
-            return
+            break
         assert time.monotonic() < deadline_s, found
         time.sleep(0.5)
+    assert found["ray_atom_process_resident_bytes", ""] > 2**20, "what a process takes is recorded by itself"
+    ray.get(recorder.close.remote())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import re
 from collections.abc import Iterator
@@ -55,6 +56,37 @@ def test_level_traceback_and_second_setup() -> None:
     assert first.getvalue() == ""
     assert "quiet" not in second.getvalue()
     assert second.getvalue().rstrip().endswith("RuntimeError: reason")
+
+
+def test_lines_for_machines_are_one_json_object_each_whatever_is_in_them() -> None:
+    stream = io.StringIO()
+    setup_logging("INFO", "json", stream=stream, replica="decode-1", rank=0)
+    logger = get_logger("atom_cluster.engine.core").bind(request_id="cmpl-7", message="not the message", share=0.5)
+    logger.info('a "quote",\na line and %s', "\u2028 \ud83d\ude00")
+    try:
+        raise RuntimeError("reason")
+    except RuntimeError:
+        logger.exception("failed")
+    first, second = map(json.loads, stream.getvalue().rstrip("\n").split("\n"))
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", first.pop("time"))
+    assert first == {
+        "level": "INFO",
+        "logger": "engine.core",
+        "message": 'a "quote",\na line and \u2028 \U0001f600',
+        "replica": "decode-1",
+        "rank": 0,
+        "request_id": "cmpl-7",
+        "share": 0.5,
+    }
+    assert second["exception"].endswith("RuntimeError: reason")
+
+
+def test_a_text_log_replaces_a_json_log() -> None:
+    stream = io.StringIO()
+    setup_logging("INFO", "json", stream=stream)
+    setup_logging("INFO", "text", stream=stream)
+    get_logger("atom_cluster.x").info("once")
+    assert stream.getvalue().count("once") == 1
 
 
 def test_other_loggers_and_the_root_logger_stay_as_they_are() -> None:

@@ -9,8 +9,10 @@ from atom_cluster.observability.memory import MemoryMetrics, prometheus_text
 from atom_cluster.observability.metrics import (
     ITL_S,
     KV_BLOCKS,
-    PREEMPTIONS,
+    KV_READS,
+    KV_TRANSFER_S,
     REQUESTS_FINISHED,
+    REQUESTS_MOVED,
     REQUESTS_RUNNING,
     MetricSink,
     NullMetrics,
@@ -28,7 +30,7 @@ def _samples(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
 def test_both_sinks_fulfil_the_protocol() -> None:
     sinks: list[MetricSink] = [NullMetrics(), MemoryMetrics()]
     for sink in sinks:
-        sink.inc(PREEMPTIONS)
+        sink.inc(REQUESTS_MOVED)
         sink.set(REQUESTS_RUNNING, 3)
         sink.observe(ITL_S, 0.2)
 
@@ -38,6 +40,7 @@ def test_counters_add_up_and_gauges_are_replaced() -> None:
     metrics.inc(REQUESTS_FINISHED, reason="stop")
     metrics.inc(REQUESTS_FINISHED, 2, reason="stop")
     metrics.inc(REQUESTS_FINISHED, reason="error")
+    assert metrics.value(REQUESTS_FINISHED) == 4
     metrics.set(KV_BLOCKS, 7, state="free")
     metrics.set(KV_BLOCKS, 5, state="free")
     assert metrics.value(REQUESTS_FINISHED, reason="stop") == 3
@@ -73,6 +76,20 @@ def test_a_recording_that_contradicts_the_table_is_refused() -> None:
     with pytest.raises(ValueError, match=r"has the labels \['reason'\], recorded with \[\]"):
         metrics.inc(REQUESTS_FINISHED)
     with pytest.raises(ValueError, match="recorded with"):
-        metrics.inc(PREEMPTIONS, reason="stop")
+        metrics.inc(REQUESTS_MOVED, reason="stop")
+    with pytest.raises(ValueError, match="asked for"):
+        metrics.value(REQUESTS_FINISHED, cause="stop")
     with pytest.raises(ValueError, match="cannot go down"):
-        metrics.inc(PREEMPTIONS, -1)
+        metrics.inc(REQUESTS_MOVED, -1)
+
+
+def test_what_is_asked_for_with_some_labels_is_the_sum_over_the_others() -> None:
+    metrics = MemoryMetrics()
+    for transport, outcome, count in (("shm", "ok", 3), ("shm", "failed", 1), ("tcp", "ok", 5)):
+        metrics.inc(KV_READS, count, transport=transport, outcome=outcome)
+        metrics.observe(KV_TRANSFER_S, 0.01 * count, transport=transport)
+    assert metrics.value(KV_READS, transport="shm") == 4
+    assert metrics.value(KV_READS, outcome="ok") == 8
+    assert metrics.histogram(KV_TRANSFER_S).count == 3
+    assert metrics.histogram(KV_TRANSFER_S, transport="shm").sum == pytest.approx(0.04)
+    assert metrics.series(KV_READS)["tcp", "ok"] == 5

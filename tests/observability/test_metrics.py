@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from atom_cluster.observability import metrics
-from atom_cluster.observability.metrics import ALL_METRICS, Metric
+from atom_cluster.observability.metrics import ALL_METRICS
+from atom_cluster.observability.metrics.kinds import Metric
 from atom_cluster.observability.metrics_page import metrics_page
 
 _SUFFIX_BY_UNIT = {"s": "_seconds", "bytes": "_bytes", "tokens": "_tokens", "blocks": "_blocks"}
@@ -31,6 +32,25 @@ def test_histograms_and_only_they_have_increasing_buckets(metric: Metric) -> Non
 def test_the_table_has_every_constant_once() -> None:
     constants = {name for name, value in vars(metrics).items() if isinstance(value, Metric)}
     assert len(constants) == len(ALL_METRICS) == len({metric.name for metric in ALL_METRICS})
+
+
+@pytest.mark.parametrize("metric", ALL_METRICS, ids=lambda metric: metric.name)
+def test_a_row_says_what_it_is_and_what_to_do(metric: Metric) -> None:
+    for text in (metric.help, metric.advice):
+        assert len(text) > 15 and text.endswith((".", "0.")) and "|" not in text and "\n" not in text
+
+
+def test_no_name_can_be_taken_for_a_part_of_a_histogram() -> None:
+    """Whoever collects from Ray replaces the sums of histograms, by name."""
+    for metric in ALL_METRICS:
+        if metric.kind != "histogram":
+            assert not metric.name.endswith(("_sum", "_count", "_bucket", "_observed_total"))
+
+
+def test_no_label_is_one_that_exporters_add_or_call_otherwise() -> None:
+    added = {"role", "replica", "le", "job", "instance", "metric", "value"}
+    for metric in ALL_METRICS:
+        assert not added & set(metric.labels)
 
 
 def test_the_documentation_page_is_current() -> None:

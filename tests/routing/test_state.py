@@ -17,9 +17,13 @@ from atom_cluster.messages.cluster import (
 from atom_cluster.observability.memory import MemoryMetrics
 from atom_cluster.observability.metrics import (
     ROUTER_DECISIONS,
+    ROUTER_EXPECTED_HITS,
+    ROUTER_IMBALANCE,
     ROUTER_INDEX_BLOCKS,
+    ROUTER_MEMBER_CHANGES,
     ROUTER_MEMBERS,
     ROUTER_PLACES,
+    ROUTER_PROMPT_TOKENS,
     ROUTER_SNAPSHOTS,
 )
 from atom_cluster.routing.state import SNAPSHOT_RETRY_S, RouterState
@@ -243,3 +247,38 @@ def test_a_restarted_router_decides_as_before_once_it_has_the_snapshots(metrics:
     for query_id, chain in enumerate(chains):
         query = make_query(chain, query_id=query_id)
         assert before.decide(query, source="i", now_s=1.0) == after.decide(query, source="i", now_s=1.0)
+
+
+def test_what_is_expected_to_be_cached_is_counted_for_what_engines_find(
+    state: RouterState, metrics: MemoryMetrics
+) -> None:
+    hashes = tuple(range(10))
+    state.announce(make_card("a"), 0.0)
+    block_size = make_card("a").block_size
+    state.apply(CacheModel("a", 100).use(hashes[:4]), 0.0)
+    state.decide(make_query(hashes, num_tokens=10 * block_size), source="i", now_s=0.0)
+    assert metrics.value(ROUTER_PROMPT_TOKENS) == 10 * block_size
+    assert metrics.value(ROUTER_EXPECTED_HITS) == 4 * block_size
+
+
+def test_members_that_come_and_go_are_counted_by_how(state: RouterState, metrics: MemoryMetrics) -> None:
+    state.announce(make_card("a", "decode"), 0.0)
+    state.announce(make_card("b", "decode"), 0.0)
+    state.announce(make_card("b", "decode", epoch=2), 0.1)
+    state.withdraw("b")
+    state.withdraw("b")
+    state.expire(100.0)
+    found = {
+        change: metrics.value(ROUTER_MEMBER_CHANGES, change=change) for change in ("joined", "lost", "left", "silent")
+    }
+    assert found == {"joined": 3, "lost": 1, "left": 1, "silent": 1}
+    assert metrics.value(ROUTER_MEMBER_CHANGES, kind="decode") == 6
+
+
+def test_imbalance_is_the_busiest_ones_share_of_the_mean(state: RouterState, metrics: MemoryMetrics) -> None:
+    for peer_id in ("a", "b"):
+        state.announce(make_card(peer_id), 0.0)
+    assert metrics.value(ROUTER_IMBALANCE, group="unified") == 1.0
+    state.decide(make_query(num_tokens=500), source="i", now_s=0.0)
+    state.announce(make_card("b"), 0.0)
+    assert metrics.value(ROUTER_IMBALANCE, group="unified") == pytest.approx(2.0)

@@ -23,6 +23,7 @@ from atom_cluster.runner.kv_memory import KvMemory, allocate_kv_memory
 from atom_cluster.runner.kv_sizing import other_groups
 from atom_cluster.runner.model_runner import ModelRunner
 from atom_cluster.runner.rank_info import RankInfo
+from atom_cluster.structured.compiler import GrammarCompiler
 
 VOCAB = 97
 BLOCK = 4
@@ -242,6 +243,7 @@ def make_runner(
     agent: KvAgent | None = None,
     max_drafts: int = 0,
     profile: ProfileConfig | None = None,
+    grammars: GrammarCompiler | None = None,
     graph_sizes: Sequence[int] = (),
 ) -> ModelRunner:
     model = model or ContextModel()
@@ -266,5 +268,6 @@ def make_runner(
         device=torch.device("cpu"),
         agent=agent,
         profile=profile,
+        grammars=grammars,
         graph_sizes=graph_sizes,
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from atom_cluster.messages.requests import SamplingParams
 from atom_cluster.messages.steps import NewRow, RowStep, SampledTokens, StepPlan
+from atom_cluster.structured.compiler import GrammarCompiler
 from tests.runner.context_model import BLOCK, GREEDY, MAX_MODEL_LEN, ContextModel, make_memory, make_runner
 
 NUM_PAGES = {"full": 60, "window": 40, "state": 40}
@@ -58,6 +59,7 @@ class RowDriver:
         seed: int = 0,
         num_rows: int = 3,
         has_chunks: bool = True,
+        grammars: GrammarCompiler | None = None,
         graph_sizes: Sequence[int] = (),
     ) -> None:
         self._groups = model.kv_layout.groups
@@ -69,7 +71,12 @@ class RowDriver:
         for region in memory.regions:
             region.blocks.fill_(0x47)  # finite in any dtype, and nothing that a model would have written
         self.runner = make_runner(
-            model=model, num_rows=num_rows, memory=memory, max_drafts=max_drafts, graph_sizes=graph_sizes
+            model=model,
+            num_rows=num_rows,
+            memory=memory,
+            max_drafts=max_drafts,
+            grammars=grammars,
+            graph_sizes=graph_sizes,
         )
         self._free = [self._random.sample(range(n), n) for n in num_pages]
         self._rows: list[Request | None] = [None] * num_rows

@@ -1,0 +1,34 @@
+"""What a process records of itself is what the system says."""
+
+from __future__ import annotations
+
+import os
+import platform
+
+import pytest
+
+import atom_cluster
+from atom_cluster.observability.memory import MemoryMetrics
+from atom_cluster.observability.metrics import BUILD_INFO, PROCESS_CPU_S, PROCESS_OPEN_FILES, PROCESS_RESIDENT
+from atom_cluster.observability.process import ProcessMeter, build_labels
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc")
+def test_memory_files_and_processor_time_follow_the_process() -> None:
+    metrics, meter = MemoryMetrics(), ProcessMeter()
+    meter.record(metrics)
+    before = {metric: metrics.value(metric) for metric in (PROCESS_RESIDENT, PROCESS_OPEN_FILES, PROCESS_CPU_S)}
+    block = bytearray(os.urandom(64 * 2**20))
+    with open(os.devnull) as _:
+        meter.record(metrics)
+    assert metrics.value(PROCESS_RESIDENT) - before[PROCESS_RESIDENT] > 0.9 * len(block)
+    assert metrics.value(PROCESS_OPEN_FILES) == before[PROCESS_OPEN_FILES] + 1
+    assert metrics.value(PROCESS_CPU_S) > before[PROCESS_CPU_S] > 0
+
+
+def test_a_build_is_known_by_bounded_labels() -> None:
+    metrics = MemoryMetrics()
+    metrics.set(BUILD_INFO, 1, **build_labels("m" * 1000))
+    ((version, python, model),) = metrics.series(BUILD_INFO)
+    assert (version, python) == (atom_cluster.__version__, platform.python_version())
+    assert len(model) == 120
