@@ -3,12 +3,17 @@
 AtomClusterError
 ├── InvalidRequest            400  the client sent something wrong; names the field
 │   ├── ContextLengthExceeded 400
+│   ├── Unauthorized          401  no API key, or one that is not valid
+│   ├── Forbidden             403  the API key may not do this
 │   ├── ProfileRefused        409  a profiler window is open already, or none is, or none can be
 │   ├── UnknownModel          404
+│   ├── UnknownRequest        404  no timeline of a request with this id is kept
 │   ├── RequestTooLarge       413  body over `api.max_body_bytes`
+│   ├── HeadersTooLarge       431  headers over `api.protection.max_headers` or `max_header_bytes`
 │   └── BodyTimeout           408  the body did not arrive within `api.body_timeout_s`
 ├── Overloaded                503  a bounded queue is full; carries Retry-After seconds
-├── NotReady                  503  no replica can take the request yet
+│   ├── NotReady              503  no replica can take the request yet
+│   └── RateLimited           429  the API key has used what it may
 ├── RequestFailed             500  the cluster lost the request and says why
 │   ├── EngineLost            500  the engine that ran it is gone; the ingress places it again, while it may
 │   └── RequestTimeout        504  the deadline of the request passed
@@ -52,6 +57,22 @@ class ContextLengthExceeded(InvalidRequest):
     code = "context_length_exceeded"
 
 
+class Unauthorized(InvalidRequest):
+    """There is no valid API key with the request."""
+
+    http_status = 401
+    error_type = "authentication_error"
+    code = "invalid_api_key"
+
+
+class Forbidden(InvalidRequest):
+    """The API key is valid and its role may not do this."""
+
+    http_status = 403
+    error_type = "permission_error"
+    code = "insufficient_permissions"
+
+
 class UnknownModel(InvalidRequest):
     """`model` names nothing that is served here."""
 
@@ -66,11 +87,25 @@ class ProfileRefused(InvalidRequest):
     code = "profile_refused"
 
 
+class UnknownRequest(InvalidRequest):
+    """No timeline of a request with this id is kept."""
+
+    http_status = 404
+    code = "request_not_found"
+
+
 class RequestTooLarge(InvalidRequest):
     """The HTTP body is larger than the configured limit."""
 
     http_status = 413
     code = "request_too_large"
+
+
+class HeadersTooLarge(InvalidRequest):
+    """The request has more headers, or larger ones, than the configured limit."""
+
+    http_status = 431
+    code = "headers_too_large"
 
 
 class BodyTimeout(InvalidRequest):
@@ -96,6 +131,18 @@ class NotReady(Overloaded):
     """No replica can take the request at the moment: starting, restarting or draining."""
 
     code = "not_ready"
+
+
+class RateLimited(Overloaded):
+    """A key has used what it may, or all clients together have. `limit` names the configured limit, if it is known."""
+
+    http_status = 429
+    error_type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, limit: str = "", retry_after_s: float = 1.0) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.limit = limit
 
 
 class RequestFailed(AtomClusterError):

@@ -47,6 +47,7 @@ from atom_cluster.messages.requests import (
 )
 from atom_cluster.observability.metrics import MetricSink, NullMetrics
 from atom_cluster.runner.options import RunnerOptions
+from atom_cluster.structured.compiler import GrammarCompiler
 
 __all__ = ["GenerationOutput", "LLMEngine", "StreamedOutput"]
 
@@ -138,6 +139,7 @@ class LLMEngine:
         self._open: dict[str, OutputBuilder] = {}
         self._outbox = _DeltaOutbox()
         self._runner = open_local_gang(options, tensor_parallel_size)
+        self._grammars = GrammarCompiler.for_model(model_dir, self._runner.info.vocab_size)
         self._core = EngineCore(
             runner=self._runner,
             outbox=self._outbox,
@@ -272,6 +274,7 @@ class LLMEngine:
     def close(self) -> None:
         """Drop open requests and stop the runner; idempotent. Model and KV memory go with this object."""
         self._open.clear()
+        self._grammars.close()
         self._runner.close()
 
     def __enter__(self) -> Self:
@@ -310,6 +313,8 @@ class LLMEngine:
             )
         if sampling.stop_strings and self._tokenizer is None:
             raise InvalidRequest("stop strings need a tokenizer, which the model does not have", param="stop_strings")
+        if sampling.grammar is not None:
+            self._grammars.submit(sampling.grammar).result()
         seed = self._seeds.getrandbits(63) if sampling.seed is None else sampling.seed
         resolved = replace(sampling, max_tokens=max_tokens, n=1, stop_strings=(), seed=seed)
         return [

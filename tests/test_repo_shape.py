@@ -120,8 +120,9 @@ def test_the_walk_has_all_stops_and_its_files_define_what_it_names() -> None:
         assert set(names) <= defined, f"stop {stop}"
 
 
-def test_tests_that_show_what_is_promised_exist() -> None:
-    rows = re.findall(r"^\|.*`tests/.*`.*\|$", (ROOT / "docs" / "reliability.md").read_text(), flags=re.MULTILINE)
+@pytest.mark.parametrize("name", ["reliability.md", "protection.md"])
+def test_tests_that_show_what_is_promised_exist(name: str) -> None:
+    rows = re.findall(r"^\|.*`tests/.*`.*\|$", (ROOT / "docs" / name).read_text(), flags=re.MULTILINE)
     assert len(rows) > 10
     for row in rows:
         defined = set().union(*(definitions(ROOT / file) for file in re.findall(r"`(tests/[^`]+)`", row)))

@@ -14,12 +14,16 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from atom_cluster.api import sse
+from atom_cluster.api.answer_times import AnswerTimes
+from atom_cluster.api.error_ledger import note_error
 from atom_cluster.api.error_responses import json_response
 from atom_cluster.api.formats import AnswerFormat
 from atom_cluster.api.generator import Generator
 from atom_cluster.api.outputs import ClientLeftError, Output, RunningOutputs
-from atom_cluster.api.wire import PromptTokensDetails, Usage
-from atom_cluster.observability.metrics import HTTP_TTFT_S, MetricSink
+from atom_cluster.api.protection.middleware import note_used
+from atom_cluster.api.request_record import note_finished, note_outputs
+from atom_cluster.api.wire import CompletionTokensDetails, PromptTokensDetails, Usage
+from atom_cluster.observability.metrics import MetricSink
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +35,6 @@ class AnswerPlan:
     """`n`: outputs i*n to i*n + n-1 belong to prompt i."""
     words: AnswerFormat
     is_streamed: bool
-    usage_in_stream: bool
     arrived_at_s: float
     """When the request arrived, on the monotonic clock."""
 
@@ -59,42 +62,51 @@ class Answer(Response):
         """Generate and send; returns without an answer when the client leaves."""
         plan = self._plan
         coalesce_s = self._coalesce_s if plan.is_streamed else 0.0
+        route = getattr(scope.get("route"), "path", "unknown")
+        times = AnswerTimes(plan.outputs, route=route, arrived_at_s=plan.arrived_at_s, metrics=self._metrics)
+        note_outputs(scope, plan.outputs, num_per_prompt=plan.num_outputs_per_prompt)
         async with RunningOutputs(self._generator, plan.outputs, coalesce_s=coalesce_s) as running:
             watch = asyncio.create_task(_report_disconnect(receive, running))
             try:
                 if plan.is_streamed:
-                    await self._send_stream(running, send)
+                    await self._send_stream(running, send, times)
+                    if running.error is not None:
+                        note_error(scope, running.error)
                 else:
                     await self._send_whole(running, scope, receive, send)
-            except ClientLeftError:
-                return
+                self._charge(scope)
+            except (ClientLeftError, asyncio.CancelledError) as exc:
+                # What was computed for a client is used, whether it was there to read it or not.
+                self._charge(scope)
+                if not isinstance(exc, ClientLeftError):
+                    raise
             finally:
                 watch.cancel()
-                self._record()
+                note_finished(scope, plan.outputs)
+                times.end(num_prompt_tokens=usage_of(plan).prompt_tokens)
 
     async def _send_whole(self, running: RunningOutputs, scope: Scope, receive: Receive, send: Send) -> None:
         news = await running.wait_until_done()
         body = self._plan.words.whole(news, usage_of(self._plan))
         await json_response(body)(scope, receive, send)
 
-    async def _send_stream(self, running: RunningOutputs, send: Send) -> None:
+    async def _send_stream(self, running: RunningOutputs, send: Send, times: AnswerTimes) -> None:
         plan = self._plan
-        usage = (lambda: usage_of(plan)) if plan.usage_in_stream else None
         has_started = False
         with _WriteLimit(self._write_timeout_s) as limit:
-            async for piece in sse.event_stream(running, plan.words, usage=usage):
+            async for piece in sse.event_stream(running, plan.words, usage=lambda: usage_of(plan)):
                 if not has_started:
                     await send({"type": "http.response.start", "status": 200, "headers": _raw(sse.HEADERS)})
                     has_started = True
                 limit.start()
+                times.write()
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
                 limit.stop()
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    def _record(self) -> None:
-        first_at_s = _first_token_at_s(self._plan)
-        if first_at_s is not None:
-            self._metrics.observe(HTTP_TTFT_S, first_at_s - self._plan.arrived_at_s)
+    def _charge(self, scope: Scope) -> None:
+        usage = usage_of(self._plan)
+        note_used(scope, num_prompt_tokens=usage.prompt_tokens, num_output_tokens=usage.completion_tokens)
 
 
 class _WriteLimit:
@@ -152,6 +164,9 @@ def usage_of(plan: AnswerPlan) -> Usage:
         total_tokens=num_prompt_tokens + num_output_tokens,
         prompt_tokens_details=PromptTokensDetails(
             cached_tokens=sum(min(output.num_cached_tokens for output in outputs) for outputs in prompts)
+        ),
+        completion_tokens_details=CompletionTokensDetails(
+            reasoning_tokens=sum(output.num_reasoning_tokens for output in plan.outputs)
         ),
         ttft_s=round(first_at_s - plan.arrived_at_s, 6),
         tpot_s=round(_mean_tpot_s(plan.outputs), 6),

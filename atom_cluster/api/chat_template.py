@@ -8,6 +8,7 @@ use (filters, globals, block trimming) is what Hugging Face documents for chat t
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
@@ -38,47 +40,66 @@ _ERRORS_OF_TEMPLATES = (
 """What a template that does not fit the messages raises: its own complaint, or a wrong operation on their values."""
 
 
-class ChatTemplate:
-    """One compiled template with the model's special tokens. Thread-safe."""
+_TESTS_CONTENT_FOR_NONE = re.compile(r"content['\"]?\]?\s+is\s+(not\s+)?none", re.IGNORECASE)
 
-    def __init__(self, source: str, *, special_tokens: Mapping[str, str]) -> None:
-        """Raises `ConfigError` when the template does not compile."""
-        try:
-            self._template = _environment().from_string(source)
-        except jinja2.TemplateSyntaxError as exc:
-            raise ConfigError(f"chat template, line {exc.lineno}: {exc.message}") from exc
+
+class ChatTemplate:
+    """A model's compiled template with its special tokens, and perhaps another one for tools. Thread-safe."""
+
+    def __init__(self, source: str, *, special_tokens: Mapping[str, str], tool_source: str | None = None) -> None:
+        """`tool_source`: the template for requests with tools, where a model has two.
+
+        Raises `ConfigError` when a template does not compile.
+        """
+        self._template = _compile(source)
+        self._tool_template = self._template if tool_source is None else _compile(tool_source)
         self._special_tokens = dict(special_tokens)
+        self.source = source if tool_source is None else tool_source
+        """What tells how the model writes reasoning and calls: the template for tools, where there are two."""
+        self.knows_tools = "tools" in jinja2.meta.find_undeclared_variables(_environment().parse(self.source))
+        """Whether the template shows a request's tools to the model."""
+        self.distinguishes_none = _TESTS_CONTENT_FOR_NONE.search(self.source) is not None
+        """Whether content that is none means something to the template."""
 
     @classmethod
-    def from_directory(cls, directory: str | Path, *, special_tokens: Mapping[str, str]) -> ChatTemplate | None:
-        """The template of a model directory; None when it has none.
+    def from_directory(
+        cls, directory: str | Path, *, special_tokens: Mapping[str, str], file: str | Path | None = None
+    ) -> ChatTemplate | None:
+        """The template in `file`, or else that of a model directory; None when it has none.
 
-        `chat_template.jinja` wins over `chat_template` in `tokenizer_config.json`, and that over the one in
-        `chat_template.json`; either is a template or named ones, of which `default` is taken. Raises `ConfigError`.
+        There, `chat_template.jinja` wins over `chat_template` in `tokenizer_config.json`, and that over the one in
+        `chat_template.json`; either is a template or named ones, of which `default` is taken, and `tool_use` for
+        requests with tools. Raises `ConfigError`.
         """
-        file = Path(directory) / "chat_template.jinja"
-        if file.is_file():
-            return cls(file.read_text(encoding="utf-8"), special_tokens=special_tokens)
+        own = Path(directory) / "chat_template.jinja"
+        if file is not None or own.is_file():
+            return cls(_read(Path(file or own)), special_tokens=special_tokens)
         for name in ("tokenizer_config.json", "chat_template.json"):
-            source = _configured_source(read_json(Path(directory) / name, default={}), name)
-            if source is not None:
-                return cls(source, special_tokens=special_tokens)
+            sources = _configured_sources(read_json(Path(directory) / name, default={}), name)
+            if "default" in sources:
+                return cls(sources["default"], special_tokens=special_tokens, tool_source=sources.get("tool_use"))
         return None
 
-    def render(self, messages: Sequence[Mapping[str, object]], *, variables: Mapping[str, object] | None = None) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        variables: Mapping[str, object] | None = None,
+    ) -> str:
         """Prompt text that ends where the assistant's answer begins.
 
-        `variables` are the request's `chat_template_kwargs`. Raises `InvalidRequest` when the template refuses the
-        messages or the variables.
+        `tools` are in OpenAI's form. `variables` are the request's `chat_template_kwargs`. Raises `InvalidRequest` when
+        the template refuses the messages or the variables.
         """
         variables = variables or {}
         if reserved := sorted(RESERVED_VARIABLES & variables.keys()):
             raise InvalidRequest(f"`{reserved[0]}` cannot be set here", param=f"chat_template_kwargs.{reserved[0]}")
         context = {**self._special_tokens, **variables}
         try:
-            return self._template.render(
+            return (self._tool_template if tools else self._template).render(
                 messages=[_as_templates_know_it(message) for message in messages],
-                tools=None,
+                tools=list(tools) if tools else None,
                 documents=None,
                 add_generation_prompt=True,
                 **context,
@@ -87,15 +108,31 @@ class ChatTemplate:
             raise InvalidRequest(f"the model's chat template refused the messages: {exc}", param="messages") from exc
 
 
-def _configured_source(config: dict[str, object], file_name: str) -> str | None:
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"chat template {file}: {exc}") from exc
+
+
+def _compile(source: str) -> jinja2.Template:
+    try:
+        return _environment().from_string(source)
+    except jinja2.TemplateSyntaxError as exc:
+        raise ConfigError(f"chat template, line {exc.lineno}: {exc.message}") from exc
+
+
+def _configured_sources(config: dict[str, object], file_name: str) -> dict[str, str]:
+    """Templates by name; the only one is the default."""
     value = config.get("chat_template")
     if isinstance(value, list):
         value = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
-    if isinstance(value, dict):
-        value = value.get("default")
-    if value is not None and not isinstance(value, str):
+    named = value if isinstance(value, dict) else {"default": value}
+    found = {name: named[name] for name in ("default", "tool_use") if named.get(name) is not None}
+    sources = {name: source for name, source in found.items() if isinstance(source, str)}
+    if sources.keys() != found.keys():
         raise ConfigError(f"{file_name}: `chat_template` is neither a template nor a list of named ones")
-    return value
+    return sources
 
 
 def _as_templates_know_it(message: Mapping[str, object]) -> dict[str, object]:

@@ -8,7 +8,9 @@ from typing import Protocol
 
 from msgspec import UNSET, Struct, UnsetType
 
+from atom_cluster.api.error_responses import error_body
 from atom_cluster.api.outputs import OutputNews, TokenScore
+from atom_cluster.api.pieces import Piece, ReasoningPiece, TextPiece, ToolCallBegun, calls_of, reasoning_of
 from atom_cluster.api.tokenizer import Tokenizer
 from atom_cluster.api.wire import (
     AssistantMessage,
@@ -20,8 +22,12 @@ from atom_cluster.api.wire import (
     ChatTokenLogprob,
     Completion,
     CompletionLogprobs,
+    FunctionCall,
+    FunctionCallDelta,
     MessageDelta,
     TextChoice,
+    ToolCall,
+    ToolCallDelta,
     TopChatLogprob,
     Usage,
     WireFinishReason,
@@ -49,16 +55,25 @@ class AnswerHeader:
 class AnswerFormat(Protocol):
     """How one endpoint words its answers."""
 
-    def opening(self, index: int) -> list[Struct]:
-        """Chunks before the first text of an output."""
+    @property
+    def is_typed(self) -> bool:
+        """Whether events are named by the `type` of their payload; else they have no names, and `[DONE]` is last."""
+        ...
+
+    def opening(self, index: int, usage: Usage) -> list[Struct]:
+        """Chunks before the first text of an output. `usage`: as it is now."""
         ...
 
     def chunks(self, news: OutputNews) -> list[Struct]:
         """Chunks that tell an output's news."""
         ...
 
-    def usage_chunk(self, usage: Usage) -> Struct:
-        """The last chunk of a stream whose client asked for usage."""
+    def closing(self, usage: Usage) -> list[Struct]:
+        """The last chunks of a stream that ended well."""
+        ...
+
+    def failure(self, error: BaseException) -> Struct:
+        """The last chunk of a stream that ends with an error."""
         ...
 
     def whole(self, news: Sequence[OutputNews], usage: Usage) -> Struct:
@@ -69,35 +84,51 @@ class AnswerFormat(Protocol):
 class ChatFormat:
     """Words of /v1/chat/completions."""
 
-    def __init__(self, header: AnswerHeader, tokenizer: Tokenizer) -> None:
+    is_typed = False
+
+    def __init__(self, header: AnswerHeader, tokenizer: Tokenizer, *, sends_reasoning: bool = True) -> None:
+        """`sends_reasoning` False: reasoning is left out of the answer."""
         self._header = header
         self._tokenizer = tokenizer
+        self._sends_reasoning = sends_reasoning
 
-    def opening(self, index: int) -> list[Struct]:
+    def opening(self, index: int, usage: Usage) -> list[Struct]:
         """The chunk that names the role."""
         return [self._chunk(index, MessageDelta(role="assistant", content=""))]
 
     def chunks(self, news: OutputNews) -> list[Struct]:
-        """Text first; the finish reason comes in a chunk of its own with an empty delta, as OpenAI sends it."""
+        """A chunk for each piece; the finish reason comes in one of its own with an empty delta, as OpenAI sends it.
+
+        Log probabilities of all of the news come with its first piece.
+        """
+        deltas = [_delta(piece) for piece in news.pieces if self._is_sent(piece)]
+        if not deltas and news.scores:
+            deltas.append(MessageDelta(content=""))
         chunks: list[Struct] = []
-        if news.text or news.scores:
-            chunks.append(self._chunk(news.index, MessageDelta(content=news.text), logprobs=self._logprobs(news)))
+        for position, delta in enumerate(deltas):
+            logprobs = self._logprobs(news.scores) if position == 0 else None
+            chunks.append(self._chunk(news.index, delta, logprobs=logprobs))
         if news.finish_reason is not None:
             chunks.append(self._chunk(news.index, MessageDelta(), finish_reason=news.finish_reason))
         return chunks
 
-    def usage_chunk(self, usage: Usage) -> Struct:
-        """See `AnswerFormat`."""
+    def closing(self, usage: Usage) -> list[Struct]:
+        """The chunk with usage, if the client asked for it."""
         header = self._header
-        return ChatCompletionChunk(id=header.id, created=header.created, model=header.model, choices=[], usage=usage)
+        chunk = ChatCompletionChunk(id=header.id, created=header.created, model=header.model, choices=[], usage=usage)
+        return [chunk] if header.usage_in_stream else []
+
+    def failure(self, error: BaseException) -> Struct:
+        """See `AnswerFormat`."""
+        return error_body(error)
 
     def whole(self, news: Sequence[OutputNews], usage: Usage) -> Struct:
         """See `AnswerFormat`."""
         choices = [
             ChatChoice(
                 index=entry.index,
-                message=AssistantMessage(role="assistant", content=entry.text),
-                logprobs=self._logprobs(entry),
+                message=self._message(entry),
+                logprobs=self._logprobs(entry.scores),
                 finish_reason=entry.finish_reason or "stop",
             )
             for entry in news
@@ -119,33 +150,38 @@ class ChatFormat:
             id=header.id, created=header.created, model=header.model, choices=[choice], usage=header.chunk_usage
         )
 
-    def _logprobs(self, news: OutputNews) -> ChatLogprobs | None:
+    def _message(self, news: OutputNews) -> AssistantMessage:
+        reasoning = reasoning_of(news.pieces) if self._sends_reasoning else ""
+        calls = [
+            ToolCall(id=call.call_id, function=FunctionCall(name=call.name, arguments=call.arguments))
+            for call in calls_of(news.pieces)
+        ]
+        return AssistantMessage(
+            role="assistant",
+            content=news.text or (None if calls else ""),
+            reasoning_content=reasoning or UNSET,
+            tool_calls=calls or UNSET,
+        )
+
+    def _is_sent(self, piece: Piece) -> bool:
+        return self._sends_reasoning or not isinstance(piece, ReasoningPiece)
+
+    def _logprobs(self, scores: Sequence[TokenScore]) -> ChatLogprobs | None:
         if not self._header.has_logprobs:
             return None
-        return ChatLogprobs(content=[self._token(score) for score in news.scores])
-
-    def _token(self, score: TokenScore) -> ChatTokenLogprob:
-        value = self._tokenizer.token_bytes(score.token_id)
-        return ChatTokenLogprob(
-            token=_token_text(value),
-            logprob=_finite(score.logprobs.logprob),
-            bytes=list(value),
-            top_logprobs=[
-                TopChatLogprob(token=_token_text(other), logprob=_finite(top.logprob), bytes=list(other))
-                for top in score.logprobs.top
-                for other in (self._tokenizer.token_bytes(top.token_id),)
-            ],
-        )
+        return ChatLogprobs(content=[token_logprobs(score, self._tokenizer) for score in scores])
 
 
 class CompletionFormat:
     """Words of /v1/completions."""
 
+    is_typed = False
+
     def __init__(self, header: AnswerHeader, tokenizer: Tokenizer) -> None:
         self._header = header
         self._tokenizer = tokenizer
 
-    def opening(self, index: int) -> list[Struct]:
+    def opening(self, index: int, usage: Usage) -> list[Struct]:
         """Nothing: a text answer has no role."""
         return []
 
@@ -162,10 +198,15 @@ class CompletionFormat:
             )
         ]
 
-    def usage_chunk(self, usage: Usage) -> Struct:
-        """See `AnswerFormat`."""
+    def closing(self, usage: Usage) -> list[Struct]:
+        """The chunk with usage, if the client asked for it."""
         header = self._header
-        return Completion(id=header.id, created=header.created, model=header.model, choices=[], usage=usage)
+        chunk = Completion(id=header.id, created=header.created, model=header.model, choices=[], usage=usage)
+        return [chunk] if header.usage_in_stream else []
+
+    def failure(self, error: BaseException) -> Struct:
+        """See `AnswerFormat`."""
+        return error_body(error)
 
     def whole(self, news: Sequence[OutputNews], usage: Usage) -> Struct:
         """See `AnswerFormat`."""
@@ -193,6 +234,34 @@ class CompletionFormat:
 
     def _text(self, token_id: int) -> str:
         return _token_text(self._tokenizer.token_bytes(token_id))
+
+
+def token_logprobs(score: TokenScore, tokenizer: Tokenizer) -> ChatTokenLogprob:
+    """One output token and its alternatives, as chat answers and responses show them."""
+    value = tokenizer.token_bytes(score.token_id)
+    return ChatTokenLogprob(
+        token=_token_text(value),
+        logprob=_finite(score.logprobs.logprob),
+        bytes=list(value),
+        top_logprobs=[
+            TopChatLogprob(token=_token_text(other), logprob=_finite(top.logprob), bytes=list(other))
+            for top in score.logprobs.top
+            for other in (tokenizer.token_bytes(top.token_id),)
+        ],
+    )
+
+
+def _delta(piece: Piece) -> MessageDelta:
+    if isinstance(piece, TextPiece):
+        return MessageDelta(content=piece.text)
+    if isinstance(piece, ReasoningPiece):
+        return MessageDelta(reasoning_content=piece.text)
+    if isinstance(piece, ToolCallBegun):
+        function = FunctionCallDelta(name=piece.name, arguments="")
+        return MessageDelta(
+            tool_calls=[ToolCallDelta(index=piece.index, id=piece.call_id, type="function", function=function)]
+        )
+    return MessageDelta(tool_calls=[ToolCallDelta(index=piece.index, function=FunctionCallDelta(arguments=piece.text))])
 
 
 def _finite(logprob: float) -> float:

@@ -6,11 +6,13 @@ The serving layer implements it; tests use a fake.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from atom_cluster.api.profile_types import ProfileRequest, ProfileTarget
 from atom_cluster.messages.requests import SamplingParams, TokenDelta
+from atom_cluster.observability.timeline import OutputRecord
+from atom_cluster.units import Deadline
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +22,24 @@ class GenerateInput:
     request_id: str
     token_ids: tuple[int, ...]
     sampling: SamplingParams
+    priority: int = 0
+    """Lower runs first."""
+    deadline: Deadline | None = None
+    """When its client stops waiting; None: as long as the configuration allows."""
+    record: OutputRecord = field(default_factory=OutputRecord, compare=False)
+    """Where whoever generates it notes where its time goes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundTimeline:
+    """What other ingresses said of a request."""
+
+    text: bytes | None = None
+    """Its timeline, as JSON."""
+    is_running: bool = False
+    num_asked: int = 0
+    silent: tuple[str, ...] = ()
+    """Those that did not answer."""
 
 
 class Generator(Protocol):
@@ -43,6 +63,10 @@ class Generator(Protocol):
 
     async def metrics_text(self) -> str:
         """Prometheus text of the whole cluster's atom_cluster metrics."""
+        ...
+
+    async def find_timeline(self, request_id: str) -> FoundTimeline:
+        """Ask the other ingresses for the timeline of a request that this one does not know."""
         ...
 
     async def start_profile(self, request: ProfileRequest) -> dict[str, Any]:

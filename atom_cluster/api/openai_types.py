@@ -9,8 +9,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
+
+from atom_cluster.api.api_model import ApiModel, Unsupported
+from atom_cluster.api.chat_messages import ChatMessage, Tool, ToolChoice, parse_tool_choice
+from atom_cluster.api.request_terms import MAX_PRIORITY
+from atom_cluster.api.structured_fields import StructuredFields
 
 Prompt = str | tuple[int, ...]
 """Text, or token ids."""
@@ -19,55 +24,17 @@ MAX_STOP_TOKEN_IDS = 256
 _INT64_MAX = 2**63 - 1
 
 
-class ApiModel(BaseModel):
-    """Base of all request models."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-
-def _refuse(value: object) -> object:
-    if value is None or value is False or value in ("", [], {}):
-        return value
-    raise PydanticCustomError("unsupported", "this server does not support it")
-
-
-Unsupported = Annotated[object, AfterValidator(_refuse)]
-"""A field whose meaning the server cannot honour: anything but an empty value is an error that names it."""
-
-
 def _one_or_many_strings(value: object) -> object:
     return [value] if isinstance(value, str) else value
+
+
+_StopString = Annotated[str, Field(min_length=1)]
 
 
 def _not_empty(values: list[str] | None) -> list[str] | None:
     if values and "" in values:
         raise PydanticCustomError("empty_string", "an empty string cannot be a stop string")
     return values
-
-
-def _joined_parts(value: object) -> object:
-    """Message content as text: a string, or text parts joined by line ends."""
-    if not isinstance(value, list):
-        return value
-    return "\n".join(_part_text(part, index) for index, part in enumerate(value))
-
-
-def _part_text(part: object, index: int) -> str:
-    if not isinstance(part, dict):
-        raise PydanticCustomError("content_part", "part {index} is not an object", {"index": index})
-    kind = part.get("type")
-    if kind != "text":
-        raise PydanticCustomError(
-            "content_part",
-            'part {index} has type {kind}; this server supports only "text"',
-            {"index": index, "kind": repr(kind)[:40]},
-        )
-    text = part.get("text")
-    if not isinstance(text, str) or part.keys() - {"type", "text"}:
-        raise PydanticCustomError("content_part", 'part {index} must have exactly "type" and "text"', {"index": index})
-    return text
 
 
 def _parse_prompts(value: object) -> tuple[Prompt, ...]:
@@ -88,6 +55,11 @@ def _parse_prompts(value: object) -> tuple[Prompt, ...]:
     return tuple(tuple(ids) for ids in value)
 
 
+_TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+_Texts = Annotated[list[str], Field(min_length=1)]
+_PromptInput = str | _Texts | _TokenIds | Annotated[list[_TokenIds], Field(min_length=1)]
+
+
 def _are_all(values: list[object], kind: type) -> bool:
     """Exact types: `true` is no token id."""
     return set(map(type, values)) == {kind}
@@ -102,34 +74,51 @@ class StreamOptions(ApiModel):
     """Accepted without effect: padding against traffic analysis is not added."""
 
 
-class TextResponseFormat(ApiModel):
-    """The only answer format: plain text."""
-
-    type: Literal["text"]
-
-
-class GenerationFields(ApiModel):
+class GenerationFields(StructuredFields):
     """What both endpoints have in common."""
 
     model: str
+    """The served model's name."""
     n: int | None = Field(None, ge=1)
+    """Outputs per prompt; 1 if not given."""
     stream: bool | None = None
+    """Whether to send the answer as events, as it is generated."""
     stream_options: StreamOptions | None = None
+    """Goes with `stream`."""
     max_tokens: int | None = Field(None, ge=1, le=_INT64_MAX)
+    """Most output tokens. If not given, what the context leaves, or the server's configured number."""
     min_tokens: int | None = Field(None, ge=0, le=_INT64_MAX)
+    """End tokens are not sampled before this many output tokens."""
     temperature: float | None = Field(None, ge=0, le=100)
+    """0 is greedy. If not given, what the model's authors recommend, else 1."""
     top_p: float | None = Field(None, gt=0, le=1)
+    """Keep the smallest set of tokens whose probabilities sum to at least this."""
     top_k: int | None = Field(None, ge=-1, le=2**31 - 1)
     """-1 and 0 keep all tokens."""
     min_p: float | None = Field(None, ge=0, le=1)
+    """Drop tokens less likely than this times the most likely one."""
     repetition_penalty: float | None = Field(None, gt=0, le=10)
+    """Divides or multiplies the logits of tokens seen in prompt or output; 1 is none."""
     presence_penalty: float | None = Field(None, ge=-2, le=2)
+    """Subtracted from the logits of tokens seen in the output."""
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    """Subtracted, per occurrence in the output, from logits."""
     seed: int | None = Field(None, ge=-(2**63), le=_INT64_MAX)
-    stop: Annotated[list[str] | None, BeforeValidator(_one_or_many_strings), AfterValidator(_not_empty)] = None
+    """The i-th output of a prompt uses seed + i. A random one if not given."""
+    stop: Annotated[
+        list[str] | None,
+        BeforeValidator(_one_or_many_strings, json_schema_input_type=_StopString | list[_StopString] | None),
+        AfterValidator(_not_empty),
+    ] = None
+    """Strings that end the output, which is cut before them."""
     stop_token_ids: list[int] | None = Field(None, max_length=MAX_STOP_TOKEN_IDS)
+    """Further tokens that end the output."""
     ignore_eos: bool | None = None
-    logit_bias: Unsupported = None
+    """Whether to go on behind the model's end tokens."""
+    priority: int | None = Field(None, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
+    """Lower runs first; 0 is usual. Wins over the header `X-Request-Priority`."""
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    """Token ids, as JSON wants keys to be, and what is added to their logits."""
     user: object = None
     """Accepted without effect."""
     metadata: object = None
@@ -150,55 +139,58 @@ def _text_only(value: object) -> object:
     return value
 
 
-def _no_tool_choice(value: object) -> object:
-    if value not in (None, "none", "auto"):
-        raise PydanticCustomError("unsupported", "this server does not support tools")
-    return value
+class ThinkingControl(ApiModel):
+    """Whether the model thinks before it answers, if it can."""
 
-
-class ChatMessage(ApiModel):
-    """One turn of the conversation. Clients send assistant turns back as they got them, hence the empty fields."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    """`developer` is another name of `system`."""
-    content: Annotated[str, BeforeValidator(_joined_parts)]
-    name: str | None = None
-    """Given to the chat template."""
-    reasoning_content: str | None = None
-    """Given to the chat template."""
-    refusal: Unsupported = None
-    annotations: Unsupported = None
-    audio: Unsupported = None
-    tool_calls: Unsupported = None
-    function_call: Unsupported = None
+    type: Literal["enabled", "disabled"]
+    """Told to templates that can switch reasoning on and off."""
+    effort: str | None = Field(None, max_length=64)
+    """As `reasoning_effort`, which wins."""
+    keep: Unsupported = None
+    """Not supported: what of earlier turns' reasoning stays is up to the chat template."""
 
 
 class ChatCompletionRequest(GenerationFields):
     """Body of POST /v1/chat/completions."""
 
     messages: list[ChatMessage] = Field(min_length=1)
+    """The conversation so far."""
     max_completion_tokens: int | None = Field(None, ge=1, le=_INT64_MAX)
     """Newer name of `max_tokens`."""
     logprobs: bool | None = None
+    """Whether to send log probabilities of output tokens."""
     top_logprobs: int | None = Field(None, ge=0)
+    """How many alternatives to each token. Goes with `logprobs`."""
     chat_template_kwargs: dict[str, object] | None = None
     """Variables for the model's chat template."""
-    reasoning_effort: str | None = None
-    """Given to the chat template as a variable of that name."""
-    response_format: TextResponseFormat | None = None
-    modalities: Annotated[object, AfterValidator(_text_only)] = None
-    tools: Unsupported = None
-    tool_choice: Annotated[object, AfterValidator(_no_tool_choice)] = None
-    parallel_tool_calls: object = None
-    """Accepted without effect: there are no tools."""
+    reasoning_effort: str | None = Field(None, max_length=64)
+    """Given to the chat template as a variable of that name. Templates that can switch reasoning on and off are told,
+    too: "none" is off, anything else is on."""
+    thinking: ThinkingControl | None = None
+    """ATOM's way to say the same."""
+    include_reasoning: bool | None = None
+    """False: reasoning is left out of the answer. It is generated and counted all the same."""
+    modalities: Annotated[object, AfterValidator(_text_only), WithJsonSchema({"enum": [None, ["text"]]})] = None
+    """Only `["text"]`."""
+    tools: list[Tool] | None = None
+    """Functions that the model may call."""
+    tool_choice: Annotated[ToolChoice | None, BeforeValidator(parse_tool_choice)] = None
+    """"auto", as if not given: the model decides. "none": `tools` are not shown to it. "required": it calls at least
+    one. A named tool: it calls that one, once."""
+    parallel_tool_calls: bool | None = None
+    """False: the output ends after its first call."""
 
 
 class CompletionRequest(GenerationFields):
     """Body of POST /v1/completions."""
 
-    prompt: Annotated[tuple[Prompt, ...], PlainValidator(_parse_prompts)]
+    prompt: Annotated[tuple[Prompt, ...], PlainValidator(_parse_prompts, json_schema_input_type=_PromptInput)]
+    """Text or token ids, or a list of either."""
     logprobs: int | None = Field(None, ge=0)
+    """Send log probabilities of output tokens, and of so many alternatives to each."""
     best_of: int | None = Field(None, ge=1)
     """Only equal to `n`: outputs are not ranked."""
     echo: Unsupported = None
+    """Not supported."""
     suffix: Unsupported = None
+    """Not supported."""

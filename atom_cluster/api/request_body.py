@@ -140,9 +140,14 @@ def _children(value: object) -> list[object]:
 
 
 def _field_path(error: ErrorDetails) -> str:
-    """`("messages", 0, "role")` as a client writes it: `messages[0].role`."""
+    """`("messages", 0, "role")` as a client writes it: `messages[0].role`.
+
+    Steps in angle brackets are which case of a union applies, which clients do not write.
+    """
     path = ""
     for step in error["loc"]:
+        if isinstance(step, str) and step.startswith("<"):
+            continue
         path += f"[{step}]" if isinstance(step, int) else f".{step[:_MAX_NAME_CHARS]}"
     return path.lstrip(".")
 

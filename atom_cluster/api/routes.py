@@ -1,37 +1,39 @@
 """Stop 3 of 14: an HTTP request is checked and answered. Next: api/chat_template.py and api/tokenizer.py.
 
-`create_app` makes the whole HTTP API over a `Generator`; `serving/ingress.py` hosts it. Knows nothing of Ray, engines
-or where tokens come from.
+`create_app` makes the whole HTTP API over a `Generator`; `serving/ingress.py` hosts it. Each group of routes has its
+file; here is what there is. Knows nothing of Ray, engines or where tokens come from.
 """
 
 from __future__ import annotations
 
-import time
-import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 from fastapi import FastAPI
-from starlette.requests import Request
-from starlette.responses import Response
 
-from atom_cluster.api.answer import Answer, AnswerPlan
-from atom_cluster.api.error_responses import install_error_handlers, json_response
-from atom_cluster.api.formats import AnswerFormat, AnswerHeader, ChatFormat, CompletionFormat
+from atom_cluster.api.anthropic.routes import add_message_routes
+from atom_cluster.api.chat import add_chat_routes
+from atom_cluster.api.completions import add_completion_routes
+from atom_cluster.api.context import ApiContext
+from atom_cluster.api.error_responses import install_error_handlers
 from atom_cluster.api.generator import Generator
+from atom_cluster.api.grammars import GrammarService
 from atom_cluster.api.model_files import ServedModel
-from atom_cluster.api.openai_types import ChatCompletionRequest, CompletionRequest, GenerationFields
-from atom_cluster.api.outputs import Output
+from atom_cluster.api.model_routes import add_model_routes
+from atom_cluster.api.openapi.routes import add_openapi_routes
+from atom_cluster.api.parsers.dialect import choose_dialect
 from atom_cluster.api.profiling import add_profile_routes
-from atom_cluster.api.prompts import chat_prompt, completion_prompts
-from atom_cluster.api.request_body import read_json_body, validate
+from atom_cluster.api.protection.gate import Gate
+from atom_cluster.api.protection.middleware import Protection
 from atom_cluster.api.request_counter import RequestCounter
-from atom_cluster.api.sampling import check_request, output_inputs, sampling_params
+from atom_cluster.api.request_id import RequestIds
+from atom_cluster.api.request_record import Recorder, RequestRecords
+from atom_cluster.api.responses.routes import add_response_routes
+from atom_cluster.api.state_routes import add_state_routes
+from atom_cluster.api.status_page.page import add_status_page
+from atom_cluster.api.timeline_routes import add_timeline_routes
+from atom_cluster.api.tokenization import add_tokenization_routes
 from atom_cluster.api.tokenizer import TokenizerService
-from atom_cluster.api.wire import ModelCard, ModelList
 from atom_cluster.config.serving import ApiConfig
-from atom_cluster.errors import UnknownModel
 from atom_cluster.observability.metrics import MetricSink, NullMetrics
+from atom_cluster.observability.timeline_store import TimelineStore
 
 
 def create_app(
@@ -41,145 +43,49 @@ def create_app(
     model: ServedModel,
     limits: ApiConfig,
     metrics: MetricSink | None = None,
+    gate: Gate | None = None,
+    recorder: Recorder | None = None,
+    grammars: GrammarService | None = None,
+    proxy_sends_request_id: bool = False,
 ) -> FastAPI:
-    """The HTTP API. The caller keeps ownership of `generator` and `tokenizer` and closes them after the app."""
-    routes = _Routes(
+    """The HTTP API. The caller keeps ownership of `generator` and `tokenizer` and closes them after the app.
+
+    `gate`: who may pass; None makes one from `limits.protection`. `recorder`: where what is noted of requests goes;
+    None keeps nothing. `grammars`: closed by the caller; None: there is no structured output.
+    `proxy_sends_request_id`: a proxy in front adds `X-Request-Id` to answers.
+    """
+    context = ApiContext(
         generator=generator,
         tokenizer=tokenizer,
         model=model,
         limits=limits,
         metrics=metrics or NullMetrics(),
+        dialect=choose_dialect(
+            tool_parser=limits.tool_parser,
+            reasoning_parser=limits.reasoning_parser,
+            template=tokenizer.chat_template,
+            tokenizer=tokenizer.tokenizer,
+        ),
+        grammars=grammars or GrammarService(None, timeout_s=limits.grammar_timeout_s),
     )
     app = FastAPI(title="atom_cluster", docs_url=None, redoc_url=None, openapi_url=None)
-    install_error_handlers(app)
-    app.add_middleware(RequestCounter, metrics=routes.metrics)
-    app.post("/v1/chat/completions")(routes.chat_completions)
-    app.post("/v1/completions")(routes.completions)
-    app.get("/v1/models")(routes.list_models)
-    app.get("/v1/models/{model_id:path}")(routes.get_model)
-    app.get("/v1/cluster")(routes.cluster)
-    app.get("/health")(routes.health)
-    app.get("/ready")(routes.ready)
-    app.get("/metrics")(routes.metrics_text)
-    add_profile_routes(app, generator, limits)
+    install_error_handlers(app, context.metrics)
+    add_chat_routes(app, context)
+    add_completion_routes(app, context)
+    add_response_routes(app, context)
+    add_message_routes(app, context)
+    add_tokenization_routes(app, context)
+    add_model_routes(app, context)
+    add_state_routes(app, context)
+    add_profile_routes(app, context)
+    add_status_page(app)
+    add_openapi_routes(app, context)
+    recorder = recorder or Recorder(ingress="", store=TimelineStore(0))
+    add_timeline_routes(app, context, recorder.store)
+    # The last one added is the first to see a request.
+    gate = gate or Gate(limits.protection, metrics=context.metrics)
+    app.add_middleware(Protection, gate=gate, routes=app.router.routes)
+    app.add_middleware(RequestCounter, metrics=context.metrics)
+    app.add_middleware(RequestRecords, recorder=recorder)
+    app.add_middleware(RequestIds, proxy_answers=proxy_sends_request_id)
     return app
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Routes:
-    """The handlers and what they share."""
-
-    generator: Generator
-    tokenizer: TokenizerService
-    model: ServedModel
-    limits: ApiConfig
-    metrics: MetricSink
-
-    async def chat_completions(self, request: Request) -> Response:
-        """POST /v1/chat/completions."""
-        arrived_at_s = time.monotonic()
-        body = validate(ChatCompletionRequest, await self._read(request))
-        check_request(body, model=self.model, limits=self.limits)
-        prompt = await self.tokenizer.run(
-            lambda: chat_prompt(
-                body,
-                tokenizer=self.tokenizer.tokenizer,
-                template=self.tokenizer.chat_template,
-                max_tokens=self.model.max_model_len,
-            )
-        )
-        answer_id = f"chatcmpl-{uuid.uuid4().hex}"
-        words = ChatFormat(self._header(answer_id, body), self.tokenizer.tokenizer)
-        return self._answer(body, [prompt], answer_id, words, arrived_at_s=arrived_at_s)
-
-    async def completions(self, request: Request) -> Response:
-        """POST /v1/completions."""
-        arrived_at_s = time.monotonic()
-        body = validate(CompletionRequest, await self._read(request))
-        check_request(body, model=self.model, limits=self.limits)
-        prompts = await self.tokenizer.run(
-            lambda: completion_prompts(body, tokenizer=self.tokenizer.tokenizer, max_tokens=self.model.max_model_len)
-        )
-        answer_id = f"cmpl-{uuid.uuid4().hex}"
-        words = CompletionFormat(self._header(answer_id, body), self.tokenizer.tokenizer)
-        return self._answer(body, prompts, answer_id, words, arrived_at_s=arrived_at_s)
-
-    async def list_models(self) -> Response:
-        """GET /v1/models."""
-        return json_response(ModelList(data=[self._model_card()]))
-
-    async def get_model(self, model_id: str) -> Response:
-        """GET /v1/models/{id}."""
-        if model_id != self.model.name:
-            raise UnknownModel(f"the model {model_id[:100]!r} is not served here", param="model")
-        return json_response(self._model_card())
-
-    async def cluster(self) -> Response:
-        """GET /v1/cluster: replicas, roles, load, and why each choice was made."""
-        return json_response(self.generator.cluster_state())
-
-    async def health(self) -> Response:
-        """GET /health: this process answers. Says nothing of the engines; see /ready."""
-        return json_response({"status": "ok"})
-
-    async def ready(self) -> Response:
-        """GET /ready: a generation goes through, or 503."""
-        await self.generator.check_ready()
-        return json_response({"status": "ready"})
-
-    async def metrics_text(self) -> Response:
-        """GET /metrics, for Prometheus."""
-        return Response(await self.generator.metrics_text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    async def _read(self, request: Request) -> dict[str, object]:
-        return await read_json_body(request, max_bytes=self.limits.max_body_bytes, timeout_s=self.limits.body_timeout_s)
-
-    def _header(self, answer_id: str, body: ChatCompletionRequest | CompletionRequest) -> AnswerHeader:
-        return AnswerHeader(
-            id=answer_id,
-            created=int(time.time()),
-            model=self.model.name,
-            usage_in_stream=_wants_usage(body),
-            has_logprobs=body.logprobs is not None and body.logprobs is not False,
-        )
-
-    def _answer(
-        self,
-        body: GenerationFields,
-        prompts: Sequence[tuple[int, ...]],
-        answer_id: str,
-        words: AnswerFormat,
-        *,
-        arrived_at_s: float,
-    ) -> Answer:
-        params = sampling_params(body, model=self.model)
-        prompt_param = "messages" if isinstance(body, ChatCompletionRequest) else "prompt"
-        inputs = output_inputs(
-            params, prompts, answer_id=answer_id, model=self.model, limits=self.limits, prompt_param=prompt_param
-        )
-        eos = frozenset(self.model.eos_token_ids)
-        plan = AnswerPlan(
-            outputs=[
-                Output(index, entry, self.tokenizer.tokenizer, stop=params.stop_strings, eos=eos)
-                for index, entry in enumerate(inputs)
-            ],
-            num_outputs_per_prompt=params.n,
-            words=words,
-            is_streamed=bool(body.stream),
-            usage_in_stream=_wants_usage(body),
-            arrived_at_s=arrived_at_s,
-        )
-        return Answer(
-            plan,
-            generator=self.generator,
-            metrics=self.metrics,
-            coalesce_s=self.limits.coalesce_ms / 1000,
-            write_timeout_s=self.limits.write_timeout_s,
-        )
-
-    def _model_card(self) -> ModelCard:
-        return ModelCard(id=self.model.name, created=self.model.created, max_model_len=self.model.max_model_len)
-
-
-def _wants_usage(body: GenerationFields) -> bool:
-    return body.stream_options is not None and bool(body.stream_options.include_usage)

@@ -8,7 +8,8 @@ field as the client spelt it. Ranges of single fields are in `api/openai_types.p
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import msgspec
@@ -16,6 +17,8 @@ import msgspec
 from atom_cluster.api.generator import GenerateInput
 from atom_cluster.api.model_files import ServedModel
 from atom_cluster.api.openai_types import ChatCompletionRequest, CompletionRequest, GenerationFields
+from atom_cluster.api.request_terms import RequestTerms
+from atom_cluster.api.tools import check_tools
 from atom_cluster.config.serving import ApiConfig
 from atom_cluster.errors import ContextLengthExceeded, InvalidRequest, UnknownModel
 from atom_cluster.messages.requests import SamplingParams
@@ -23,6 +26,8 @@ from atom_cluster.messages.requests import SamplingParams
 ValueT = TypeVar("ValueT", int, float)
 
 _SEED_MASK = 2**63 - 1
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
+"""One way to write each, so that none is there twice."""
 
 
 def check_request(request: GenerationFields, *, model: ServedModel, limits: ApiConfig) -> None:
@@ -33,6 +38,7 @@ def check_request(request: GenerationFields, *, model: ServedModel, limits: ApiC
     if request.stream_options is not None and not request.stream:
         raise InvalidRequest("`stream_options` needs `stream` to be true", param="stream_options")
     _check_stops(request, model, limits)
+    _check_biases(request.logit_bias or {}, model, limits)
     if isinstance(request, ChatCompletionRequest):
         _check_chat(request, limits)
     elif isinstance(request, CompletionRequest):
@@ -61,6 +67,7 @@ def sampling_params(request: GenerationFields, *, model: ServedModel) -> Samplin
         ignore_eos=bool(request.ignore_eos),
         logprobs=_num_logprobs(request),
         n=request.n or 1,
+        logit_bias=tuple((int(token_id), bias) for token_id, bias in (request.logit_bias or {}).items()),
     )
 
 
@@ -72,6 +79,7 @@ def output_inputs(
     model: ServedModel,
     limits: ApiConfig,
     prompt_param: str,
+    terms: RequestTerms,
 ) -> list[GenerateInput]:
     """One input per output: those of the first prompt, then those of the second, and so on.
 
@@ -84,7 +92,15 @@ def output_inputs(
         seed = random.getrandbits(63) if params.seed is None else params.seed
         for offset in range(params.n):
             sampling = msgspec.structs.replace(resolved, seed=(seed + offset) & _SEED_MASK, n=1, stop_strings=())
-            inputs.append(GenerateInput(request_id=f"{answer_id}-{len(inputs)}", token_ids=prompt, sampling=sampling))
+            inputs.append(
+                GenerateInput(
+                    request_id=f"{answer_id}-{len(inputs)}",
+                    token_ids=prompt,
+                    sampling=sampling,
+                    priority=terms.priority,
+                    deadline=terms.deadline,
+                )
+            )
     return inputs
 
 
@@ -93,6 +109,11 @@ def _fit_context(
 ) -> SamplingParams:
     if num_prompt_tokens == 0:
         raise InvalidRequest("the prompt is empty", param=prompt_param)
+    longest = limits.max_prompt_tokens
+    if longest is not None and num_prompt_tokens > longest:
+        raise ContextLengthExceeded(
+            f"prompts have at most {longest} tokens here; this one has {num_prompt_tokens}", param=prompt_param
+        )
     room = model.max_model_len - num_prompt_tokens
     wanted = params.max_tokens
     if room < (wanted or 1):
@@ -115,7 +136,17 @@ def _check_stops(request: GenerationFields, model: ServedModel, limits: ApiConfi
     _check_token_ids(request.stop_token_ids or (), model, "stop_token_ids")
 
 
+def _check_biases(biases: Mapping[str, float], model: ServedModel, limits: ApiConfig) -> None:
+    if len(biases) > limits.max_logit_biases:
+        raise InvalidRequest(f"`logit_bias` has at most {limits.max_logit_biases} entries", param="logit_bias")
+    for key in biases:
+        if not _TOKEN_ID.fullmatch(key) or int(key) >= model.vocab_size:
+            detail = f"keys are token ids from 0 to {model.vocab_size - 1}, and not {key[:40]!r}"
+            raise InvalidRequest(f"`logit_bias`: {detail}", param="logit_bias")
+
+
 def _check_chat(request: ChatCompletionRequest, limits: ApiConfig) -> None:
+    check_tools(request, limits)
     if request.top_logprobs is not None:
         if not request.logprobs:
             raise InvalidRequest("`top_logprobs` needs `logprobs` to be true", param="top_logprobs")

@@ -7,14 +7,13 @@ output. Knows nothing of where the news comes from.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 
 import msgspec
 
-from atom_cluster.api.error_responses import error_body
 from atom_cluster.api.formats import AnswerFormat
 from atom_cluster.api.outputs import ClientLeftError, RunningOutputs
-from atom_cluster.api.wire import Usage
+from atom_cluster.api.wire import TypedEvent, Usage
 from atom_cluster.errors import AtomClusterError
 
 logger = logging.getLogger(__name__)
@@ -30,19 +29,24 @@ DONE = b"data: [DONE]\n\n"
 _encoder = msgspec.json.Encoder()
 
 
-def event(payload: msgspec.Struct) -> bytes:
-    """One event."""
-    return b"data: " + _encoder.encode(payload) + b"\n\n"
+def event(payload: msgspec.Struct, *, is_typed: bool = False) -> bytes:
+    """One event, named by the payload's `type` if `is_typed`."""
+    name = f"event: {payload.type}\n".encode() if is_typed and isinstance(payload, TypedEvent) else b""
+    return name + b"data: " + _encoder.encode(payload) + b"\n\n"
 
 
 async def event_stream(
-    running: RunningOutputs, words: AnswerFormat, *, usage: Callable[[], Usage] | None
+    running: RunningOutputs, words: AnswerFormat, *, usage: Callable[[], Usage]
 ) -> AsyncIterator[bytes]:
-    """What to write, as soon as there is something; the last piece contains `[DONE]`.
+    """What to write, as soon as there is something.
 
-    `usage`: counts at the end, if the client asked for them. An error before the first piece is raised, so that it
-    becomes a status; a later one becomes an error event, after which the stream ends without `[DONE]`.
+    `usage`: counts as of now. An error before the first piece is raised, so that it becomes a status; a later one
+    becomes an error event, after which the stream ends without the event that says it is complete.
     """
+
+    def events(payloads: Iterable[msgspec.Struct]) -> bytes:
+        return b"".join(event(payload, is_typed=words.is_typed) for payload in payloads)
+
     opened: set[int] = set()
     try:
         is_done = False
@@ -52,20 +56,22 @@ async def event_stream(
             payloads: list[msgspec.Struct] = []
             for entry in news:
                 if entry.index not in opened:
-                    payloads += words.opening(entry.index)
+                    payloads += words.opening(entry.index, usage())
                     opened.add(entry.index)
                 payloads += words.chunks(entry)
-            if is_done and usage is not None:
-                payloads.append(words.usage_chunk(usage()))
-            yield b"".join(map(event, payloads)) + (DONE if is_done else b"")
+            if is_done:
+                payloads += words.closing(usage())
+            end = DONE if is_done and not words.is_typed else b""
+            if payloads or end:
+                yield events(payloads) + end
     except AtomClusterError as exc:
         if not opened:
             raise
-        yield event(error_body(exc))
+        yield events([words.failure(exc)])
     except ClientLeftError:
         raise  # no failure, and nobody to tell
     except Exception as exc:
         if opened:
             logger.exception("a stream failed")
-            yield event(error_body(exc))
+            yield events([words.failure(exc)])
         raise

@@ -83,6 +83,10 @@ class Tokenizer:
         """Id of a token given by its vocabulary text."""
         return self._backend.token_to_id(token)
 
+    def token_text(self, token_id: int) -> str:
+        """A token as the vocabulary writes it; empty for an id without a token."""
+        return str(self._backend.id_to_token(token_id) or "")
+
     def is_special(self, token_id: int) -> bool:
         """Whether the token is a mark, such as end of turn, rather than text."""
         return token_id in self._special_ids
@@ -130,9 +134,15 @@ class IncrementalDetokenizer:
     """Text of one output as its tokens arrive, cut before the first stop string."""
 
     def __init__(
-        self, tokenizer: Tokenizer, *, stop_strings: tuple[str, ...] = (), skip_special_tokens: bool = True
+        self,
+        tokenizer: Tokenizer,
+        *,
+        stop_strings: tuple[str, ...] = (),
+        skip_special_tokens: bool = True,
+        shown_ids: frozenset[int] = frozenset(),
     ) -> None:
-        self._stream = _text_stream(tokenizer, skip_special_tokens=skip_special_tokens)
+        """`shown_ids`: special tokens that are text all the same."""
+        self._stream = _text_stream(tokenizer, skip_special_tokens=skip_special_tokens, shown_ids=shown_ids)
         self._stops = StopMatcher(stop_strings) if stop_strings else None
         self.num_tokens = 0
         """Tokens taken so far; those after the one that completed a stop string are not counted."""
@@ -189,10 +199,15 @@ class TokenizerService:
         self._num_pending = 0
 
     @classmethod
-    def from_directory(cls, directory: str | Path, *, num_threads: int = 1) -> TokenizerService:
-        """Load tokenizer and chat template of a model directory. Raises `ConfigError` naming the file."""
+    def from_directory(
+        cls, directory: str | Path, *, num_threads: int = 1, chat_template: str | Path | None = None
+    ) -> TokenizerService:
+        """Load tokenizer and chat template of a model directory; `chat_template` is a file to take that from instead.
+
+        Raises `ConfigError` naming the file.
+        """
         tokenizer = Tokenizer.from_directory(directory)
-        template = ChatTemplate.from_directory(directory, special_tokens=tokenizer.special_tokens)
+        template = ChatTemplate.from_directory(directory, special_tokens=tokenizer.special_tokens, file=chat_template)
         return cls(tokenizer, chat_template=template, num_threads=num_threads)
 
     async def run(self, work: Callable[[], T]) -> T:
@@ -210,15 +225,16 @@ class TokenizerService:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _text_stream(tokenizer: Tokenizer, *, skip_special_tokens: bool) -> TextStream:
+def _text_stream(tokenizer: Tokenizer, *, skip_special_tokens: bool, shown_ids: frozenset[int]) -> TextStream:
     def is_hidden(token_id: int) -> bool:
-        return skip_special_tokens and tokenizer.is_special(token_id)
+        return skip_special_tokens and tokenizer.is_special(token_id) and token_id not in shown_ids
 
     def bytes_of(token_id: int) -> bytes:
         return b"" if is_hidden(token_id) else tokenizer.token_bytes(token_id)
 
     def decode(token_ids: list[int]) -> str:
-        return tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        # Those that are hidden never come here.
+        return tokenizer.decode(token_ids, skip_special_tokens=False)
 
     if tokenizer.is_byte_level:
         return ByteText(bytes_of)

@@ -13,6 +13,7 @@ from atom_cluster.errors import ConfigError
 
 SECRET = "ATOM_CLUSTER_SECRET"
 SECRET_FILE = "ATOM_CLUSTER_SECRET_FILE"
+API_KEYS_FILE = "ATOM_CLUSTER_API_KEYS_FILE"
 CACHE = "ATOM_CLUSTER_CACHE"
 
 MIN_SECRET_BYTES = 16
@@ -24,6 +25,8 @@ class Environment:
 
     secret: bytes | None = field(repr=False)
     """Shared by all processes of one cluster, at least `MIN_SECRET_BYTES`; None: the cluster makes one up at start."""
+    api_keys_file: Path | None
+    """Absolute path of the file of API keys, where the configuration names none."""
     cache_dir: Path
     """Where fetched models are kept. Absolute; need not exist."""
 
@@ -34,7 +37,11 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
     Raises ConfigError for a bad value, naming the variable and never the secret.
     """
     values = os.environ if variables is None else variables
-    return Environment(secret=_secret(values), cache_dir=_cache_dir(values.get(CACHE)))
+    return Environment(
+        secret=_secret(values),
+        api_keys_file=None if API_KEYS_FILE not in values else _absolute(values[API_KEYS_FILE], API_KEYS_FILE),
+        cache_dir=_cache_dir(values.get(CACHE)),
+    )
 
 
 def is_variable_set(name: str) -> bool:
@@ -69,10 +76,12 @@ def _checked_secret(secret: bytes, variable: str) -> bytes:
 
 
 def _cache_dir(text: str | None) -> Path:
-    if text is None:
-        return Path.home() / ".cache" / "atom_cluster"
+    return Path.home() / ".cache" / "atom_cluster" if text is None else _absolute(text, CACHE)
+
+
+def _absolute(text: str, variable: str) -> Path:
     path = Path(text).expanduser()
     if not path.is_absolute():
         # Processes of one cluster have different working directories.
-        raise ConfigError(f"{CACHE}: `{text}` is not an absolute path")
+        raise ConfigError(f"{variable}: `{text}` is not an absolute path")
     return path

@@ -34,6 +34,17 @@ def resolve_model_path(model: str, revision: str | None = None) -> Path:
     return _download(model, revision)
 
 
+def fetch_model_config(model: str, revision: str | None = None) -> Path:
+    """config.json of a model of the hub, and nothing else of it. Raises ConfigError naming `model`."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(model, "config.json", revision=revision))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ConfigError(f"config.json of model `{model}` cannot be had from the hub: {error}") from error
+
+
 def _demo_model(name: str) -> Path:
     if name != DEMO_MODEL:
         raise ConfigError(f"model `{DEMO_PREFIX}{name}`: the only demo model is `{DEMO_PREFIX}{DEMO_MODEL}`")

@@ -7,6 +7,27 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from atom_cluster.config.base import FrozenConfig
+from atom_cluster.config.protection import ProtectionConfig
+
+ToolParserName = Literal[
+    "auto",
+    "none",
+    "hermes",
+    "qwen3_coder",
+    "deepseek_v3",
+    "deepseek_v31",
+    "deepseek_v32",
+    "deepseek_v4",
+    "glm",
+    "kimi_k2",
+    "minimax_m2",
+    "harmony",
+    "llama3_json",
+    "pythonic",
+    "mistral",
+    "json",
+]
+ReasoningParserName = Literal["auto", "none", "think", "interleaved_think", "mistral", "harmony"]
 
 
 class ServingConfig(FrozenConfig):
@@ -55,16 +76,40 @@ class ApiConfig(FrozenConfig):
     """A client that has not sent its whole body by then is answered with 408."""
     write_timeout_s: float = Field(60.0, gt=0)
     """A streaming client that takes nothing for this long, while there is something to take, is cut off."""
+    protection: ProtectionConfig = ProtectionConfig()
+    """API keys and what each may use."""
+    max_prompt_tokens: int | None = Field(None, ge=1)
+    """Longest prompt; null: as long as the model's context."""
     max_n: int = Field(16, ge=1)
     """Most outputs per prompt (`n`)."""
     max_prompts: int = Field(64, ge=1)
     """Most prompts in one /v1/completions request."""
+    chat_template: str | None = None
+    """A Jinja file that is used instead of the checkpoint's own chat template, or where it has none. The same path on
+    every node with an ingress."""
+    max_tools: int = Field(128, ge=1)
+    """Most tools in one request."""
+    max_tool_bytes: int = Field(256 * 1024, ge=1024)
+    """Most bytes of all of a request's tools, as JSON."""
+    max_tool_depth: int = Field(32, ge=4)
+    """Deepest nesting of a tool's parameters."""
+    tool_parser: ToolParserName = "auto"
+    """How the model writes tool calls. auto: what its chat template shows; none: calls are left in the content."""
+    reasoning_parser: ReasoningParserName = "auto"
+    """How the model marks reasoning. auto: what its chat template or its vocabulary has; none: it is left in the
+    content."""
     max_logprobs: int = Field(20, ge=0)
     """Most alternatives per token (`top_logprobs`, `logprobs`)."""
     max_stop_strings: int = Field(16, ge=0)
     """Most stop strings in one request."""
     max_stop_chars: int = Field(256, ge=1)
     """Longest single stop string."""
+    max_logit_biases: int = Field(300, ge=0)
+    """Most entries of `logit_bias`."""
+    max_grammar_bytes: int = Field(64 * 1024, ge=64, le=256 * 1024)
+    """Longest JSON schema, regular expression, list of choices or grammar of structured output."""
+    grammar_timeout_s: float = Field(5.0, gt=0)
+    """A grammar that takes longer to compile is refused. Compiling has limits of its own as well: it ends."""
     default_max_tokens: int | None = Field(None, ge=1)
     """`max_tokens` when a request names none; None: whatever the context leaves."""
     generation_config: Literal["auto", "none"] = "auto"

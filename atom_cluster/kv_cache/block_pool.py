@@ -200,6 +200,11 @@ class BlockPool:
         """Hashes of all prefixes that can be found."""
         return tuple(self._block_by_hash)
 
+    @property
+    def num_findable(self) -> int:
+        """How many those are."""
+        return len(self._block_by_hash)
+
     # --- ledger
 
     def counts(self) -> dict[BlockState, int]:

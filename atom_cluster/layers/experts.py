@@ -85,6 +85,7 @@ class Experts(Module):
         if not self._is_divided:
             span = even_span(spec.expert_size, tensor, what="intermediate dims of an expert")
             dims = Share(span, spec.expert_size)
+        self._num_dims = dims.span.length
         *columns, row = spec.projection_names
         self._matrices = (
             self._create(_STACKED_NAMES[0], tuple(columns), outputs=dims, inputs=hidden),
@@ -188,6 +189,11 @@ class Experts(Module):
         )
         del self._matrices
         self._is_prepared = True
+
+    @property
+    def widest(self) -> int:
+        """Per expert of a token: gate, up, and what the activation makes of them."""
+        return 3 * self._num_dims
 
     def linear_ops(self) -> list[LinearOp | ExpertsOp]:
         """All experts together."""

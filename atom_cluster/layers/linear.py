@@ -86,6 +86,11 @@ class _Linear(Module):
         self.op = self._scheme.prepare(tensors, bias, shape=self._shape, ops=context.ops, dtype=context.dtype)
         self._tensors, self._bias_O, self._is_prepared = {}, None, True
 
+    @property
+    def widest(self) -> int:
+        """Its outputs on this rank."""
+        return self._shape.num_out
+
     def linear_ops(self) -> list[LinearOp | ExpertsOp]:
         """The one product."""
         return [self.op]

@@ -95,6 +95,12 @@ class MlaAttention(CachingModule):
         self._ops = context.ops
         self._rotary = rotary
 
+    @property
+    def widest(self) -> int:
+        """Queries, the keys and values that a prompt's latents expand to, and what heads make of them."""
+        dims = self.up.dims
+        return dims.num_heads * (2 * dims.nope_dim + dims.rope_dim + 2 * dims.value_dim)
+
     def __call__(self, x_TM: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
         """[T, M] -> [T, M]; writes the step's latents into its cache."""
         spec, dims, num_tokens = self._spec, self.up.dims, len(x_TM)

@@ -49,6 +49,11 @@ class GatedMlp(Module):
         """The product that its inputs go into, and nothing else, and its activation."""
         return self.gate_up.op, self._activation
 
+    @property
+    def widest(self) -> int:
+        """Gate, up, and what the activation makes of them."""
+        return self.gate_up.widest * 3 // 2
+
     def behind_first(self, y_TI: torch.Tensor) -> torch.Tensor:
         """[T, intermediate dims of this rank] -> [T, D]"""
         return self.down(y_TI)

@@ -46,6 +46,12 @@ class Module:
         for part in self.parts():
             part.finish_loading()
 
+    @property
+    def widest(self) -> int:
+        """Most numbers per token of a step that it holds at once, beside its input and its output. An estimate, for
+        planning: what kernels take for themselves is not in it."""
+        return max((part.widest for part in self.parts()), default=0)
+
     def linear_ops(self) -> list[LinearOp | ExpertsOp]:
         """Every matrix product in here, prepared."""
         return [op for part in self.parts() for op in part.linear_ops()]

@@ -56,6 +56,12 @@ class SparseMoe(Module):
         self._group = context.groups.tensor
         self._ops = context.ops
 
+    @property
+    def widest(self) -> int:
+        """All experts of a token on this rank, in the worst case; the shared expert comes before them."""
+        shared = 0 if self.shared is None else self.shared.widest
+        return max(shared, self.experts.widest * self.router.experts_per_token)
+
     def __call__(self, x_TD: torch.Tensor, token_ids_T: torch.Tensor | None = None) -> torch.Tensor:
         """[T, D], [T] int64 -> [T, D]. Token ids are needed if the router has a table."""
         shared_TD = None if self.shared is None else self.shared(x_TD)

@@ -63,6 +63,7 @@ class Router(Module):
             self._expert_VK = torch.empty(shape, dtype=torch.int64, device=context.device)
             self._own_parts[context.full_name(spec.table_name)] = whole(self._expert_VK)
         self._spec = spec
+        self.experts_per_token = spec.experts_per_token
         self._ops = context.ops
 
     def weight_parts(self) -> Mapping[str, WeightParts]:

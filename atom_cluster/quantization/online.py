@@ -38,8 +38,8 @@ class Online(QuantizedScheme):
     def create_tensors(
         self, shape: LinearShape, *, dtype: torch.dtype, device: torch.device
     ) -> Mapping[str, StoredTensor]:
-        """The weight, on the host."""
-        return UNQUANTIZED.create_tensors(shape, dtype=dtype, device=_HOST)
+        """The weight, on the host; of a model that is only planned, nowhere."""
+        return UNQUANTIZED.create_tensors(shape, dtype=dtype, device=device if device.type == "meta" else _HOST)
 
     def to_weight(self, tensors: Mapping[str, torch.Tensor], shape: LinearShape) -> QuantizedWeight:
         """Quantized, expert by expert."""

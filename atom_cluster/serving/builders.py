@@ -15,7 +15,7 @@ from ray.serve.schema import LoggingConfig
 from atom_cluster.config.cluster import ClusterConfig
 from atom_cluster.config.facts import read_model_facts
 from atom_cluster.config.model_path import resolve_model_path
-from atom_cluster.config.parallel import GroupConfig
+from atom_cluster.config.parallel import GroupConfig, ParallelConfig
 from atom_cluster.config.resolve import ResolvedConfig, resolve
 from atom_cluster.gang.placement import HEAD_CPUS, bundles, strategy
 from atom_cluster.serving.autoscaling import serve_autoscaling
@@ -29,8 +29,11 @@ logger = logging.getLogger(__name__)
 
 _INGRESS_GRACE_S = 60.0
 """An ingress that is to stop has at least so long for its answers."""
-_MAX_OPEN_HTTP_REQUESTS = 4096
-"""Per ingress. Engines bound their queues themselves and answer 503; Serve's own default of a few would hold back."""
+_SPARE_HTTP_REQUESTS = 2048
+"""That Serve lets into an ingress besides those it may answer at the same time: to be refused, and health checks. What
+Serve holds back itself waits without a word and without a bound."""
+_MAX_ANNOUNCEMENTS = 4096
+"""That the router takes at the same time; Serve's own default of a few would hold back."""
 _LIGHT = {"num_cpus": HEAD_CPUS}
 """Ray resources of processes that compute nothing: Serve's default of a CPU each would not fit on a laptop."""
 
@@ -45,7 +48,7 @@ def build_cluster(config: ClusterConfig) -> Application:
     router = serve.deployment(Router).options(
         name="Router",
         num_replicas=1,
-        max_ongoing_requests=_MAX_OPEN_HTTP_REQUESTS,
+        max_ongoing_requests=_MAX_ANNOUNCEMENTS,
         health_check_period_s=serving.health_check_period_s,
         health_check_timeout_s=serving.health_check_timeout_s,
         logging_config=_logging(decided),
@@ -54,7 +57,7 @@ def build_cluster(config: ClusterConfig) -> Application:
     ingress = serve.deployment(Ingress).options(
         name="Ingress",
         num_replicas=serving.ingress_replicas,
-        max_ongoing_requests=_MAX_OPEN_HTTP_REQUESTS,
+        max_ongoing_requests=decided.api.protection.max_open_requests + _SPARE_HTTP_REQUESTS,
         health_check_period_s=serving.health_check_period_s,
         health_check_timeout_s=serving.health_check_timeout_s,
         # Nobody else holds the connections of its clients, who may have to wait for engines that are replaced together
@@ -81,6 +84,8 @@ def resolve_cluster(config: ClusterConfig) -> ResolvedConfig:
 
 def _group(config: ClusterConfig, reasons: dict[str, str], role: str, group: GroupConfig) -> serve.Deployment:
     device = device_of(group)
+    # A simulated runner stands for all ranks of its replica.
+    parallel = group.parallel if config.simulation is None else ParallelConfig()
     options: dict[str, object] = {"num_replicas": group.replicas}
     if group.autoscaling is not None:
         options = {"autoscaling_config": serve_autoscaling(group.autoscaling)}
@@ -91,12 +96,14 @@ def _group(config: ClusterConfig, reasons: dict[str, str], role: str, group: Gro
         graceful_shutdown_timeout_s=config.serving.drain_timeout_s + 30.0,
         logging_config=_logging(config),
         ray_actor_options=_LIGHT,
-        placement_group_bundles=bundles(group.parallel, device, group.resources_per_rank),
-        placement_group_strategy=strategy(group.parallel, device),
+        placement_group_bundles=bundles(parallel, device, group.resources_per_rank),
+        placement_group_strategy=strategy(parallel, device),
         **options,
     )
 
 
 def _logging(config: ClusterConfig) -> LoggingConfig:
     # Serve's access log would name every announcement, twice a second and member.
-    return LoggingConfig(log_level=config.observability.log_level, enable_access_log=False)
+    observability = config.observability
+    encoding = "JSON" if observability.log_format == "json" else "TEXT"
+    return LoggingConfig(encoding=encoding, log_level=observability.log_level, enable_access_log=False)

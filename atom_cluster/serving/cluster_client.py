@@ -9,33 +9,36 @@ text or templates.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncGenerator, Set
 from random import Random
 from typing import Any
 
-from atom_cluster.api.generator import GenerateInput
+from atom_cluster.api.generator import FoundTimeline, GenerateInput
 from atom_cluster.api.model_files import ServedModel
 from atom_cluster.api.profile_types import ProfileRequest, ProfileTarget
 from atom_cluster.config.cluster import ClusterConfig
-from atom_cluster.errors import EngineLost, NotReady, Overloaded, RequestTimeout
+from atom_cluster.errors import AtomClusterError, EngineLost, NotReady, Overloaded, RequestTimeout
 from atom_cluster.kv_cache.prefix_hash import hash_blocks, seed_of
 from atom_cluster.link.codec import Message
 from atom_cluster.link.endpoint import Endpoint
 from atom_cluster.messages.cluster import MemberCard, Membership, PeerAddress, RequestDone, RouteDecision, RouteQuery
 from atom_cluster.messages.profile import ProfileAnswer
 from atom_cluster.messages.requests import CancelRequest, TokenBatch, TokenDelta
+from atom_cluster.messages.timing import TimelineAnswer, TimelineQuery
+from atom_cluster.observability.logging import FieldLogger, get_logger
 from atom_cluster.observability.metrics import REQUESTS_REPLAYED, ROUTER_DECISIONS, ROUTER_QUERY_S, MetricSink
+from atom_cluster.observability.timeline_store import TimelineStore
 from atom_cluster.routing.fallback import FallbackPlacer
 from atom_cluster.serving.cluster_page import cluster_page, scrape_metrics
 from atom_cluster.serving.open_request import OpenRequest
 from atom_cluster.serving.profile_calls import ProfileCalls
 from atom_cluster.serving.readiness import ReadinessProbe
 from atom_cluster.serving.streams import DeltaStream
+from atom_cluster.serving.timeline_calls import TimelineCalls
 from atom_cluster.units import Deadline
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 HASH_OFF_LOOP_TOKENS = 4096
 """Prompts longer than this are hashed in a thread."""
@@ -58,9 +61,11 @@ class ClusterClient:
         model: ServedModel,
         metrics: MetricSink,
         has_had_engines: bool = False,
+        timelines: TimelineStore | None = None,
     ) -> None:
         """`reasons` says why automatic choices of `config` are what they are; it is only shown. `has_had_engines`: the
-        cluster was there before this client, so that requests wait for engines though it has never seen any."""
+        cluster was there before this client, so that requests wait for engines though it has never seen any.
+        `timelines`: where other ingresses may look up requests of this one."""
         self._config = config
         self._reasons = reasons
         self._model = model
@@ -83,6 +88,7 @@ class ClusterClient:
         self._prefill_may_decode = config.router.prefill_may_decode
         self._fallback = FallbackPlacer(Random(), prefill_may_decode=self._prefill_may_decode)
         self._profiles = ProfileCalls()
+        self._timelines = TimelineCalls(timelines or TimelineStore(0))
         self._readiness = ReadinessProbe(self, num_vocab_tokens=model.vocab_size, max_model_len=model.max_model_len)
 
     # --- membership and messages, called by the ingress deployment
@@ -138,8 +144,12 @@ class ClusterClient:
                 query.set_result(message)
         elif isinstance(message, ProfileAnswer):
             self._profiles.receive(source, message)
+        elif isinstance(message, TimelineQuery):
+            self._attached().send(source, self._timelines.answer(message))
+        elif isinstance(message, TimelineAnswer):
+            self._timelines.receive(source, message)
         else:
-            logger.warning("dropped a %s from %s", type(message).__name__, source)
+            self._attached().note_unexpected(source, message)
 
     def lose(self, peer_id: str) -> None:
         """A peer is gone: its requests are placed again by their readers."""
@@ -160,6 +170,7 @@ class ClusterClient:
         serving = self._config.serving
         opened = OpenRequest(request, timeout_s=serving.request_timeout_s, avoid_s=serving.member_timeout_s)
         while True:
+            opened.begin_attempt()
             decision = await self._place(opened)
             stream = self._open(opened, decision)
             is_over = False
@@ -169,13 +180,17 @@ class ClusterClient:
                     is_over = delta.finish_reason is not None
                     yield opened.take(delta)
                 return
-            except (EngineLost, Overloaded) as exc:
+            except AtomClusterError as exc:
+                opened.attempt.error = type(exc).__name__
+                if not isinstance(exc, EngineLost | Overloaded):
+                    raise
                 # A lost engine may turn out to be there after all, and is to know that nobody reads what it says.
                 is_over = isinstance(exc, Overloaded)
                 opened.fail(exc, stream.peer_id)
                 self._metrics.inc(REQUESTS_REPLAYED)
-                logger.info("request %s goes on behind %d tokens: %s", stream.request_id, opened.num_emitted, exc)
+                _log_of(opened).info("%s goes on behind %d tokens: %s", stream.request_id, opened.num_emitted, exc)
             finally:
+                opened.attempt.ended_s = time.monotonic()
                 self._close(stream, decision, is_finished=is_over)
 
     async def check_ready(self) -> None:
@@ -191,6 +206,11 @@ class ClusterClient:
     async def metrics_text(self) -> str:
         """See `api.generator.Generator`."""
         return await scrape_metrics()
+
+    async def find_timeline(self, request_id: str) -> FoundTimeline:
+        """See `api.generator.Generator`."""
+        members = () if self._membership is None else self._membership.members
+        return await self._timelines.ask(self._attached(), members, request_id)
 
     async def start_profile(self, request: ProfileRequest) -> dict[str, Any]:
         """See `api.generator.Generator`."""
@@ -216,7 +236,13 @@ class ClusterClient:
                     self._num_new_waiting += 1
                     is_counted = True
                 opened.has_waited = True
-                await self._wait_for_engines(opened.deadline)
+                try:
+                    await self._wait_for_engines(opened.deadline)
+                finally:
+                    opened.attempt.note("wait_for_engine", time.monotonic())
+        except AtomClusterError as exc:
+            opened.attempt.error = type(exc).__name__
+            raise
         finally:
             self._num_new_waiting -= is_counted
 
@@ -262,6 +288,7 @@ class ClusterClient:
             num_tokens=len(token_ids),
             expected_output_tokens=max(0, (opened.input.sampling.max_tokens or 0) - opened.num_emitted),
             excluded=tuple(sorted(excluded)),
+            client_request_id=opened.input.record.client_request_id,
         )
         decision = await self._ask_router(query)
         if decision is None or decision.decode is None:
@@ -301,10 +328,17 @@ class ClusterClient:
         if decision.decode is None:
             raise AssertionError("an unplaced request has no stream")
         message = opened.place(prefill=decision.prefill, eos_token_ids=self._model.eos_token_ids)
-        stream = DeltaStream(message.request_id, decision.decode.peer_id, num_tokens=opened.num_emitted)
+        attempt = opened.attempt
+        stream = DeltaStream(
+            message.request_id, decision.decode.peer_id, num_tokens=opened.num_emitted, attempt=attempt
+        )
         self._fallback.started(decision)
         self._streams[stream.request_id] = stream
         self._requests_by_peer.setdefault(stream.peer_id, set()).add(stream.request_id)
+        attempt.engine, attempt.reason = stream.peer_id, decision.reason
+        attempt.prefill = "" if decision.prefill is None else decision.prefill.peer_id
+        attempt.sent_s = time.monotonic()  # the engine may have it before `send` returns
+        attempt.note("route", attempt.sent_s)
         if not self._attached().send(decision.decode, message):
             stream.fail(EngineLost(f"the engine {stream.peer_id} does not take requests"))
         return stream
@@ -326,6 +360,10 @@ class ClusterClient:
         if self._endpoint is None:
             raise NotReady("the ingress is still starting")
         return self._endpoint
+
+
+def _log_of(opened: OpenRequest) -> FieldLogger:
+    return logger.bind(request_id=opened.input.record.client_request_id or opened.input.request_id)
 
 
 def _wake(waiter: asyncio.Future[None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import urllib.request
 from collections.abc import Iterable
 from typing import Any
@@ -11,10 +12,15 @@ import msgspec
 import ray
 
 from atom_cluster.config.cluster import ClusterConfig
+from atom_cluster.gang.ray_metrics import OBSERVED
 from atom_cluster.messages.cluster import MemberCard, Membership
 from atom_cluster.observability.metrics import ALL_METRICS
 
 _SCRAPE_TIMEOUT_S = 3.0
+_RAY_LABELS = re.compile(
+    r"(?<=[{,])(?:Component|JobId|NodeAddress|SessionName|Version|WorkerId|otel_scope_\w+)=\"(?:[^\"\\]|\\.)*\",?"
+)
+"""What Ray adds to every series: long, new with every process, and nothing that `replica` does not tell."""
 _RAY_PREFIX = "ray_"
 """Ray puts this before the name of every metric that it exports."""
 
@@ -68,8 +74,12 @@ def _fetch(url: str) -> str:
 
 
 def merge_pages(pages: Iterable[str]) -> str:
-    """One page with only our metrics: each family's HELP and TYPE once, samples of all pages after them."""
+    """One page with only our metrics: each family's HELP and TYPE once, samples of all pages after them.
+
+    A histogram's sum is what `RayMetrics` exported as a counter beside it, since Ray's own is wrong.
+    """
     known = {metric.name for metric in ALL_METRICS}
+    sums = {f"{metric.name}{OBSERVED}_total": metric.name for metric in ALL_METRICS if metric.kind == "histogram"}
     headers: dict[str, list[str]] = {}
     samples: dict[str, list[str]] = {}
     for page in pages:
@@ -82,9 +92,15 @@ def merge_pages(pages: Iterable[str]) -> str:
                 header.append(line.replace(_RAY_PREFIX, "", 1))
                 if family in known:
                     headers.setdefault(family, header)
-            elif family in known and line:
-                samples.setdefault(family, []).append(_bare(line))
+            elif family in sums and line.startswith(_RAY_PREFIX):
+                samples.setdefault(sums[family], []).append(_sample(line).replace(f"{OBSERVED}_total", "_sum", 1))
+            elif family in known and line and not _bare(line).startswith(f"{family}_sum"):
+                samples.setdefault(family, []).append(_sample(line))
     return "".join(line + "\n" for family in headers for line in headers[family] + samples.get(family, []))
+
+
+def _sample(line: str) -> str:
+    return _RAY_LABELS.sub("", _bare(line)).replace(",}", "}", 1).replace("{}", "", 1)
 
 
 def _bare(name: str) -> str:

@@ -22,6 +22,7 @@ from atom_cluster.gang.spec import GangSpec, ModelRanks, SimulatedRank
 from atom_cluster.messages.cluster import Role
 from atom_cluster.runner.options import RunnerOptions
 from atom_cluster.serving.secret import cluster_secret
+from atom_cluster.structured.compiler import GrammarCompiler
 
 _HERE = "atom_cluster.serving.gang_settings"
 
@@ -49,6 +50,7 @@ def gang_spec(config: ClusterConfig, reasons: dict[str, str], *, role: Role, pee
         host_settings=settings,
         name=peer_id,
         log_level=config.observability.log_level,
+        log_format=config.observability.log_format,
         device=device_of(group),
         resources_per_rank=group.resources_per_rank,
         start_timeout_s=config.serving.start_timeout_s,
@@ -109,20 +111,24 @@ def make_rank(options: RunnerOptions) -> RankRunner:
     from atom_cluster.runner.build import build_model_runner  # imports torch, which the head does without
 
     model_dir = resolve_model_path(options.model_dir, options.revision)
-    return build_model_runner(dataclasses.replace(options, model_dir=str(model_dir), secret=cluster_secret()))
+    runner = build_model_runner(dataclasses.replace(options, model_dir=str(model_dir), secret=cluster_secret()))
+    runner.warm_up_grammars()
+    return runner
 
 
 def make_simulated_runner(config: ClusterConfig) -> StepRunner:
     """A whole runner that computes nothing."""
     if config.simulation is None:
         raise ConfigError("`simulation` is not configured")
-    model = read_model_facts(resolve_model_path(config.model, config.model_options.revision))
+    model_dir = resolve_model_path(config.model, config.model_options.revision)
+    model = read_model_facts(model_dir)
     max_model_len = config.model_options.max_model_len
     return SimulatedRunner(
         simulation=config.simulation,
         block_size=config.cache.block_size,
         max_num_requests=config.scheduler.max_num_requests,
         max_drafts=config.num_drafts,
+        grammars=GrammarCompiler.for_model(model_dir, config.simulation.vocab_size),
         max_model_len=model.max_positions if max_model_len == "auto" else max_model_len,
     )
 

@@ -24,6 +24,7 @@ from atom_cluster.api.generator import GenerateInput
 from atom_cluster.errors import AtomClusterError, EngineLost, NotReady, Overloaded, RequestFailed
 from atom_cluster.messages.cluster import PeerAddress
 from atom_cluster.messages.requests import EngineRequest, TokenDelta
+from atom_cluster.observability.timeline import AttemptRecord
 from atom_cluster.units import Deadline
 
 MAX_PLACEMENTS = 5
@@ -42,9 +43,11 @@ class OpenRequest:
         avoid_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`timeout_s` is for all placements together. An engine that failed it is avoided for `avoid_s`."""
+        """`timeout_s` is for all placements together, unless the client waits less long. An engine that failed it is
+        avoided for `avoid_s`."""
         self.input = request
-        self.deadline = Deadline.after(timeout_s)
+        longest = Deadline.after(timeout_s)
+        self.deadline = longest if request.deadline is None else min(longest, request.deadline, key=lambda it: it.at_s)
         self.has_waited = False
         """Whether there was no engine for it at some time."""
         self._avoid_s = avoid_s
@@ -53,6 +56,8 @@ class OpenRequest:
         self._num_cached_tokens = 0
         self._num_placements = self._num_lost = 0
         self._avoided_until_s: dict[str, float] = {}
+        self.attempt = AttemptRecord(clock())
+        """What is noted of the current placement."""
 
     @property
     def num_emitted(self) -> int:
@@ -68,6 +73,10 @@ class OpenRequest:
     def is_new(self) -> bool:
         """Whether no engine was asked yet."""
         return self._num_placements == 0
+
+    def begin_attempt(self) -> None:
+        """An engine is to be found for it, or another one."""
+        self.attempt = self.input.record.begin_attempt()
 
     def avoided(self) -> set[str]:
         """Engines that failed it a moment ago."""
@@ -86,6 +95,8 @@ class OpenRequest:
             eos_token_ids=eos_token_ids,
             prefill=prefill,
             deadline_s=self.deadline.remaining_s,
+            priority=self.input.priority,
+            client_request_id=self.input.record.client_request_id,
         )
 
     def take(self, delta: TokenDelta) -> TokenDelta:

@@ -18,10 +18,13 @@ from ray.serve.handle import DeploymentHandle
 from atom_cluster.config.cluster import ClusterConfig
 from atom_cluster.errors import GangError
 from atom_cluster.gang.gang import Gang
+from atom_cluster.gang.ray_metrics import RayMetrics
 from atom_cluster.messages.cluster import EngineStatus, MemberCard, Role
+from atom_cluster.observability.metrics import GANG_FAILED_CHECKS, GANG_HEALTHY, GANG_START_S
 from atom_cluster.serving.autoscaling import REQUESTS
 from atom_cluster.serving.gang_settings import gang_spec
 from atom_cluster.serving.membership import Announcer
+from atom_cluster.serving.recording import set_up_logs
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +40,15 @@ class EngineReplica:
         self, config: ClusterConfig, reasons: dict[str, str], role: Role, router: DeploymentHandle
     ) -> None:
         replica_id = serve.get_replica_context().replica_id.unique_id
+        set_up_logs(config.observability, role=role, replica=f"{role}-{replica_id}")
         self._config = config
         self._is_draining = False
         self._status: EngineStatus | None = None
-        self._gang = await Gang.start(gang_spec(config, reasons, role=role, peer_id=f"{role}-{replica_id}"))
+        peer_id = f"{role}-{replica_id}"
+        self._metrics = RayMetrics(labels={"role": "head", "replica": peer_id})
+        began_s = time.monotonic()
+        self._gang = await Gang.start(gang_spec(config, reasons, role=role, peer_id=peer_id))
+        self._metrics.set(GANG_START_S, time.monotonic() - began_s)
         self._announcer = Announcer(router=router, card=self._card, period_s=config.serving.announce_period_s)
         self._announcer.start()
 
@@ -52,9 +60,12 @@ class EngineReplica:
         try:
             self._status = await self._gang.check()
         except Exception:
+            self._metrics.set(GANG_HEALTHY, 0)
+            self._metrics.inc(GANG_FAILED_CHECKS)
             # The router must not wait for Serve's verdict, which takes several failed checks.
             await self._announcer.withdraw()
             raise
+        self._metrics.set(GANG_HEALTHY, 1)
         if not self._is_draining:
             # Serve forgives a single failed check, so a gang that was only slow to answer must be found again.
             self._announcer.start()

@@ -29,12 +29,15 @@ from atom_cluster.messages.cluster import (
     PeerAddress,
     ReplicaLoad,
     RequestDone,
+    RouteDecision,
     RouteQuery,
 )
+from atom_cluster.observability.logging import get_logger
 from atom_cluster.routing.state import RouterState
+from atom_cluster.serving.recording import set_up_logs
 from atom_cluster.serving.secret import cluster_secret
 
-logger = logging.getLogger(__name__)
+_logger = get_logger(__name__)
 
 
 class Router:
@@ -42,6 +45,7 @@ class Router:
 
     async def __init__(self, config: ClusterConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         replica_id = serve.get_replica_context().replica_id.unique_id
+        set_up_logs(config.observability, role="router", replica=f"router-{replica_id}")
         self._endpoint = Endpoint(
             key=ClusterKey.from_secret(cluster_secret()),
             peer_id=f"router-{replica_id}",
@@ -79,7 +83,9 @@ class Router:
     def _receive(self, source: str, message: Message) -> None:
         now_s = time.monotonic()
         if isinstance(message, RouteQuery):
-            self._endpoint.send(source, self._state.decide(message, source=source, now_s=now_s))
+            decision = self._state.decide(message, source=source, now_s=now_s)
+            self._endpoint.send(source, decision)
+            _log_decision(message, decision)
         elif isinstance(message, RequestDone):
             self._state.done(message, source=source)
         elif isinstance(message, (CacheEvents, CacheSnapshot, ReplicaLoad)):
@@ -87,12 +93,21 @@ class Router:
             if request is not None:
                 self._endpoint.send(source, request)
         else:
-            logger.warning("dropped a %s from %s", type(message).__name__, source)
+            self._endpoint.note_unexpected(source, message)
 
     def _lose(self, peer_id: str) -> None:
         # A member that is only slow announces itself again; one that died must not get requests until it times out.
-        self._state.withdraw(peer_id)
+        self._state.withdraw(peer_id, change="lost")
 
     async def __del__(self) -> None:
         """Serve calls and awaits this when the replica stops."""
         await asyncio.wait_for(self._endpoint.close(), timeout=5.0)
+
+
+def _log_decision(query: RouteQuery, decision: RouteDecision) -> None:
+    if _logger.isEnabledFor(logging.DEBUG):
+        engine = "none" if decision.decode is None else decision.decode.peer_id
+        prefill = "none" if decision.prefill is None else decision.prefill.peer_id
+        _logger.bind(request_id=query.client_request_id, engine=engine, prefill=prefill).debug(
+            "placed %d tokens: %s", query.num_tokens, decision.reason
+        )

@@ -8,12 +8,14 @@ stream ends there as if the engine were gone, rather than showing a text that th
 from __future__ import annotations
 
 import asyncio
+import time
 
 import msgspec
 
 from atom_cluster import errors
 from atom_cluster.errors import AtomClusterError, EngineLost, InvalidRequest, Overloaded, RequestFailed, RequestTimeout
 from atom_cluster.messages.requests import RequestError, TokenDelta
+from atom_cluster.observability.timeline import AttemptRecord
 from atom_cluster.units import Deadline
 
 
@@ -21,9 +23,12 @@ class DeltaStream:
     """Deltas of one request from one engine, pushed from the endpoint's callback and read by one reader on the same
     event loop."""
 
-    def __init__(self, request_id: str, peer_id: str, *, num_tokens: int = 0) -> None:
-        """`num_tokens` output tokens came from engines before this one."""
+    def __init__(
+        self, request_id: str, peer_id: str, *, num_tokens: int = 0, attempt: AttemptRecord | None = None
+    ) -> None:
+        """`num_tokens` output tokens came from engines before this one. `attempt`: where to note what comes when."""
         self.request_id = request_id
+        self._attempt = attempt
         self.peer_id = peer_id
         """The engine that runs the request."""
         self.num_tokens = num_tokens
@@ -40,6 +45,8 @@ class DeltaStream:
             self.fail(EngineLost(f"tokens were lost on the way: got index {delta.first_index}, not {self.num_tokens}"))
             return
         self.num_tokens += len(delta.token_ids)
+        if self._attempt is not None:
+            self._attempt.hear(len(delta.token_ids), delta.timing, time.monotonic())
         self._pending.append(delta)
         self._wake.set()
 

@@ -27,7 +27,8 @@ _HEAD = """\
 
 One YAML file is one Ray Serve configuration; `args:` of its application is what configures atom_cluster. An unknown
 key anywhere in the file is an error that names the key and the nearest valid one. `atom-cluster check-config FILE`
-checks a file without starting anything and prints every automatic value together with the reason for it.
+checks a file without starting anything and prints every automatic value together with the reason for it, and what each
+rank has its memory for. With `--accelerator MI300X`, `MI355X` or `H200` it needs neither GPUs nor the checkpoint.
 
 Environment variables carry secrets and facts about one machine, never behaviour:
 
@@ -35,6 +36,7 @@ Environment variables carry secrets and facts about one machine, never behaviour
 |---|---|
 | `ATOM_CLUSTER_SECRET` | secret of at least 16 bytes shared by all processes of a cluster; made up when absent |
 | `ATOM_CLUSTER_SECRET_FILE` | file that holds the secret, instead of the above |
+| `ATOM_CLUSTER_API_KEYS_FILE` | absolute path of the file of API keys, where `api.protection.api_keys_file` is null |
 | `ATOM_CLUSTER_CACHE` | absolute path of the directory for fetched models; `~/.cache/atom_cluster` when absent |
 """
 

@@ -7,6 +7,7 @@ import contextlib
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -14,13 +15,15 @@ import pytest_asyncio
 import uvicorn
 from fastapi import FastAPI
 
+from atom_cluster.api.grammars import GrammarService
 from atom_cluster.api.model_files import ServedModel
 from atom_cluster.api.routes import create_app
 from atom_cluster.api.tokenizer import Tokenizer, TokenizerService
 from atom_cluster.config.serving import ApiConfig
 from atom_cluster.observability.memory import MemoryMetrics
+from atom_cluster.structured.compiler import GrammarCompiler
 from tests.api.fake_generator import FakeGenerator, Script
-from tests.api.tiny_tokenizers import byte_level, write_model_directory
+from tests.api.tiny_tokenizers import VOCAB_SIZE, byte_level, write_model_directory
 
 MODEL = "tiny"
 Serve = Callable[[FastAPI], Awaitable[str]]
@@ -43,22 +46,31 @@ def service(model_directory: Path) -> Iterator[TokenizerService]:
     service.close()
 
 
+def service_of(model_directory: Path, limits: ApiConfig) -> GrammarService:
+    compiler = GrammarCompiler.for_model(model_directory, VOCAB_SIZE)
+    return GrammarService(compiler, timeout_s=limits.grammar_timeout_s)
+
+
 class Api:
     """An app over a fake generator, and what the tests look at."""
 
     def __init__(self, model_directory: Path, service: TokenizerService, script: Script, limits: ApiConfig) -> None:
         self.generator = FakeGenerator(script)
         self.metrics = MemoryMetrics()
-        self.app: FastAPI = create_app(
-            generator=self.generator,
-            tokenizer=service,
-            model=ServedModel.from_directory(model_directory, served_name=MODEL),
-            limits=limits,
-            metrics=self.metrics,
-        )
+        self.parts: dict[str, Any] = {
+            "generator": self.generator,
+            "tokenizer": service,
+            "model": ServedModel.from_directory(model_directory, served_name=MODEL),
+            "limits": limits,
+            "metrics": self.metrics,
+            "grammars": service_of(model_directory, limits),
+        }
+        self.app: FastAPI = create_app(**self.parts)
 
-    def client(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://api")
+    def client(self, *, raises: bool = True) -> httpx.AsyncClient:
+        """`raises`: what the app raises behind its answer of 500 is raised here too."""
+        transport = httpx.ASGITransport(self.app, raise_app_exceptions=raises)
+        return httpx.AsyncClient(transport=transport, base_url="http://api")
 
 
 @pytest.fixture

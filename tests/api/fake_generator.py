@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
-from atom_cluster.api.generator import GenerateInput
+from atom_cluster.api.generator import FoundTimeline, GenerateInput
 from atom_cluster.api.profile_types import ProfileRequest, ProfileTarget
 from atom_cluster.errors import AtomClusterError, NotReady
 from atom_cluster.messages.requests import FinishReason, TokenDelta, TokenLogprobs, TopLogprob
@@ -25,6 +25,7 @@ class FakeGenerator:
         self.open_ids: set[str] = set()
         self.num_cached_tokens = 0
         self.is_ready = True
+        self.found_timeline = FoundTimeline()
         self.profile_calls: list[ProfileTarget] = []
         self.profile_error: AtomClusterError | None = None
         self.all_closed = asyncio.Event()
@@ -73,6 +74,9 @@ class FakeGenerator:
 
     async def metrics_text(self) -> str:
         return "atom_requests_running 0\n"
+
+    async def find_timeline(self, request_id: str) -> FoundTimeline:
+        return self.found_timeline
 
     async def start_profile(self, request: ProfileRequest) -> dict[str, Any]:
         return await self.stop_profile(request)

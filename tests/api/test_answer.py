@@ -37,7 +37,6 @@ def test_prompts_count_once_and_cached_tokens_are_those_found_before_the_request
         num_outputs_per_prompt=2,
         words=CompletionFormat(header, tokenizer),
         is_streamed=False,
-        usage_in_stream=False,
         arrived_at_s=100.0,
     )
     usage = usage_of(plan)
@@ -56,7 +55,6 @@ async def test_a_client_that_takes_nothing_is_cut_off_and_its_generation_ended(t
         num_outputs_per_prompt=1,
         words=CompletionFormat(header, tokenizer),
         is_streamed=True,
-        usage_in_stream=False,
         arrived_at_s=0.0,
     )
     answer = Answer(plan, generator=generator, metrics=NullMetrics(), coalesce_s=0.0, write_timeout_s=0.01)

@@ -141,3 +141,12 @@ def test_template_is_found_in_a_file_then_in_the_tokenizer_s_config(tmp_path: Pa
     config.write_text(json.dumps({"chat_template": 3}))
     with pytest.raises(ConfigError, match="chat_template"):
         found()
+
+
+def test_a_file_may_take_the_place_of_the_model_s_own_template(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_text("own")
+    (tmp_path / "other.jinja").write_text("other")
+    template = ChatTemplate.from_directory(tmp_path, special_tokens={}, file=tmp_path / "other.jinja")
+    assert template is not None and template.render([]) == "other"
+    with pytest.raises(ConfigError, match="none.jinja"):
+        ChatTemplate.from_directory(tmp_path, special_tokens={}, file=tmp_path / "none.jinja")

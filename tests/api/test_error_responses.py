@@ -19,6 +19,8 @@ from atom_cluster.errors import (
     UnknownModel,
 )
 
+SCOPE = {"type": "http", "path": "/v1/completions"}
+
 
 @pytest.mark.parametrize(
     ("error", "status", "type_", "code"),
@@ -34,19 +36,19 @@ from atom_cluster.errors import (
     ],
 )
 def test_each_error_has_status_type_and_code(error: AtomClusterError, status: int, type_: str, code: str) -> None:
-    response = error_response(error)
+    response = error_response(error, scope=SCOPE)
     body = json.loads(response.body)["error"]
     assert response.status_code == status
     assert body == {"message": "m", "type": type_, "param": getattr(error, "param", None), "code": code}
 
 
 def test_retry_after_is_whole_seconds_and_at_least_one() -> None:
-    assert error_response(Overloaded("m", retry_after_s=2.1)).headers["Retry-After"] == "3"
-    assert error_response(Overloaded("m", retry_after_s=0.0)).headers["Retry-After"] == "1"
-    assert "Retry-After" not in error_response(InvalidRequest("m")).headers
+    assert error_response(Overloaded("m", retry_after_s=2.1), scope=SCOPE).headers["Retry-After"] == "3"
+    assert error_response(Overloaded("m", retry_after_s=0.0), scope=SCOPE).headers["Retry-After"] == "1"
+    assert "Retry-After" not in error_response(InvalidRequest("m"), scope=SCOPE).headers
 
 
 def test_the_text_of_a_bug_stays_in_the_log() -> None:
-    response = error_response(KeyError("secret"))
+    response = error_response(KeyError("secret"), scope=SCOPE)
     assert response.status_code == 500
     assert b"secret" not in response.body

@@ -49,7 +49,7 @@ def by_request(template: str, messages: list[dict[str, str]], **fields: object) 
     tokenizer = Tokenizer(byte_level(), special_tokens=SPECIAL_TOKENS)
     request = validate(ChatCompletionRequest, {"model": "m", "messages": messages, **fields})
     compiled = ChatTemplate(template, special_tokens=tokenizer.special_tokens)
-    ids = chat_prompt(request, tokenizer=tokenizer, template=compiled, max_tokens=100_000)
+    ids = chat_prompt(request, tokenizer=tokenizer, template=compiled, max_tokens=100_000).token_ids
     return tokenizer.decode(ids, skip_special_tokens=False)
 
 

@@ -8,10 +8,13 @@ import pytest
 
 from atom_cluster.api.generator import GenerateInput
 from atom_cluster.api.outputs import Output, RunningOutputs
+from atom_cluster.api.parsers.dialect import REASONING_FORMATS, TOOL_FORMATS
+from atom_cluster.api.pieces import ReasoningPiece, TextPiece
 from atom_cluster.api.tokenizer import Tokenizer
 from atom_cluster.errors import Overloaded, RequestFailed
 from atom_cluster.messages.requests import FinishReason, SamplingParams, TokenDelta, TokenLogprobs
 from tests.api.fake_generator import FakeGenerator, Script
+from tests.api.parsers.reading import make_parser
 from tests.api.tiny_tokenizers import EOS_ID
 
 
@@ -136,3 +139,46 @@ async def test_leaving_early_closes_every_generator(tokenizer: Tokenizer) -> Non
         await asyncio.sleep(0)
         assert len(generator.open_ids) == 4
     assert not generator.open_ids
+
+
+def thinking_output(tokenizer: Tokenizer, *, stop: tuple[str, ...] = ()) -> Output:
+    """An output that begins within reasoning."""
+    request = GenerateInput(request_id="r", token_ids=(1,), sampling=SamplingParams())
+    parser = make_parser(reasoning=REASONING_FORMATS["think"], opens=True)
+    return Output(0, request, tokenizer, stop=stop, eos=frozenset({EOS_ID}), parser=parser)
+
+
+@pytest.mark.parametrize("stop", [(), ("</think>€ no",), ("hm€</think>€ o!",)])
+@pytest.mark.parametrize("num_at_once", [1, 3, 100])
+def test_reasoning_tokens_are_counted_by_where_they_begin(
+    tokenizer: Tokenizer, stop: tuple[str, ...], num_at_once: int
+) -> None:
+    """Also while a possible stop string holds their text back, and when they arrive several at a time."""
+    output = thinking_output(tokenizer, stop=stop)
+    thought, rest = tokenizer.encode("hm€</think>"), tokenizer.encode("€ ok")
+    ids = [*thought, *rest]
+    for start in range(0, len(ids), num_at_once):
+        output.push(delta(ids[start : start + num_at_once]))
+    output.push(delta((EOS_ID,), "stop"))
+    news = output.take()
+    assert news is not None and news.pieces == [ReasoningPiece("hm€"), TextPiece("€ ok")]
+    assert (output.num_reasoning_tokens, output.num_tokens) == (len(thought), len(ids) + 1)
+
+
+def test_an_output_that_ends_within_reasoning_was_all_reasoning(tokenizer: Tokenizer) -> None:
+    output = thinking_output(tokenizer)
+    output.push(delta([*tokenizer.encode("hm €")[:-1], EOS_ID], "stop"))
+    assert output.num_reasoning_tokens == output.num_tokens == 6
+    news = output.take()
+    assert news is not None and news.pieces == [ReasoningPiece("hm \ufffd")]
+
+
+def test_log_probabilities_end_where_enough_was_said(tokenizer: Tokenizer) -> None:
+    text = '<tool_call>{"name": "now"}</tool_call>'
+    request = GenerateInput(request_id="r", token_ids=(1,), sampling=SamplingParams())
+    parser = make_parser(TOOL_FORMATS["hermes"], one_call=True)
+    output = Output(0, request, tokenizer, stop=(), eos=frozenset({EOS_ID}), parser=parser)
+    output.push(delta(tokenizer.encode(text), scored=True))
+    news = output.take()
+    assert news is not None and news.finish_reason == "tool_calls"
+    assert len(news.scores) == output.num_tokens == len(tokenizer.encode(text.removesuffix("</tool_call>")))

@@ -35,6 +35,15 @@ async def test_the_body_may_be_left_out(api: Api) -> None:
     assert api.generator.profile_calls == [ProfileRequest(), ProfileTarget()]
 
 
+async def test_a_generation_request_as_load_generators_send_it_says_nothing(api: Api) -> None:
+    body = {"model": "tiny", "prompt": "hi", "max_tokens": 5, "stream": True, "ignore_eos": True}
+    async with api.client() as client:
+        assert (await client.post("/start_profile", json=body)).status_code == 200
+        assert (await client.post("/stop_profile", json=body)).status_code == 200
+        assert (await client.post("/start_profile", json={"prompt": "hi"})).status_code == 400
+    assert api.generator.profile_calls == [ProfileRequest(), ProfileTarget()]
+
+
 async def test_a_refusal_is_a_conflict_with_its_reason(api: Api) -> None:
     api.generator.profile_error = ProfileRefused("decode-1: no window is open: start one first")
     async with api.client() as client:

@@ -21,7 +21,8 @@ def chat(**fields: object) -> ChatCompletionRequest:
 def test_templates_see_only_given_keys_and_know_the_developer_as_system(tokenizer: Tokenizer) -> None:
     messages = [{"role": "developer", "content": "d"}, {"role": "assistant", "content": "a", "reasoning_content": "r"}]
     request = chat(messages=messages, reasoning_effort="low", chat_template_kwargs={"extra": 1})
-    text = tokenizer.decode(chat_prompt(request, tokenizer=tokenizer, template=TEMPLATE, max_tokens=1000))
+    prompt = chat_prompt(request, tokenizer=tokenizer, template=TEMPLATE, max_tokens=1000)
+    text = tokenizer.decode(prompt.token_ids)
     assert text == (
         '[{"role": "system", "content": "d"}, '
         '{"thinking": "r", "role": "assistant", "content": "a", "reasoning_content": "r"}]low1'
@@ -30,7 +31,7 @@ def test_templates_see_only_given_keys_and_know_the_developer_as_system(tokenize
 
 def test_special_tokens_of_the_template_are_single_tokens(tokenizer: Tokenizer) -> None:
     template = ChatTemplate("<|im_start|>{{ messages[0].content }}", special_tokens={})
-    ids = chat_prompt(chat(), tokenizer=tokenizer, template=template, max_tokens=10)
+    ids = chat_prompt(chat(), tokenizer=tokenizer, template=template, max_tokens=10).token_ids
     assert ids == (tokenizer.token_id("<|im_start|>"), tokenizer.token_id("a"))
 
 

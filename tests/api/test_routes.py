@@ -20,6 +20,18 @@ TEXT = {"model": MODEL, "prompt": "hi"}
 MakeApi = Callable[..., Api]
 
 
+def tool(name: str, **fields: object) -> dict[str, object]:
+    return {"type": "function", "function": {"name": name, **fields}}
+
+
+def call(name: str, arguments: str) -> dict[str, object]:
+    return {"id": "c", "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def nested(depth: int) -> dict[str, object]:
+    return {"properties": {"a": nested(depth - 2)}} if depth > 0 else {}
+
+
 def events(response: httpx.Response) -> list[dict]:
     """Payloads of a stream that ended well."""
     lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
@@ -157,7 +169,10 @@ async def test_operators_routes(hello: Api) -> None:
         assert (not_ready.status_code, not_ready.headers["Retry-After"]) == (503, "3")
         assert (await client.get("/health")).status_code == 200
         assert "atom_requests_running 0" in (await client.get("/metrics")).text
-        assert (await client.get("/v1/cluster")).json() == {"replicas": [{"role": "decode"}]}
+        cluster = (await client.get("/v1/cluster")).json()
+        assert cluster["replicas"] == [{"role": "decode"}]
+        assert [note["kind"] for note in cluster["recent_errors"]] == ["NotReady"]
+        assert cluster["api"]["tool_parser"] == "none: the chat template knows no tools"
         models = (await client.get("/v1/models")).json()
         assert [card["id"] for card in models["data"]] == [MODEL]
         assert (await client.get(f"/v1/models/{MODEL}")).json() == models["data"][0]
@@ -224,9 +239,32 @@ BAD_CHAT = {
     "ten_thousand_stops": ({"stop": ["a"] * 10_000}, "stop"),
     "megabyte_stop": ({"stop": "a" * 1_000_000}, "stop"),
     "logit_bias": ({"logit_bias": {"999999": 1}}, "logit_bias"),
-    "response_format": ({"response_format": {"type": "json_object"}}, "response_format.type"),
-    "tools": ({"tools": [{"type": "function"}] * 1000}, "tools"),
+    "response_format": ({"response_format": {"type": "yaml"}}, "response_format.type"),
+    "tools_that_the_template_does_not_know": ({"tools": [tool("f")]}, "tools"),
+    "thousand_tools": ({"tools": [tool(f"f{number}") for number in range(1000)]}, "tools"),
+    "tool_without_function": ({"tools": [{"type": "function"}]}, "tools[0].function"),
+    "tool_that_the_server_would_run": ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+    "tool_name_with_space": ({"tools": [tool("a b")]}, "tools[0].function.name"),
+    "tool_named_twice": ({"tools": [tool("f"), tool("f")]}, "tools[1].function.name"),
+    "tools_of_a_megabyte": ({"tools": [tool("f", description="a" * 2**20)]}, "tools"),
+    "tool_parameters_deep": ({"tools": [tool("f", parameters=nested(40))]}, "tools[0].function.parameters"),
+    "tool_parameters_of_an_array": (
+        {"tools": [tool("f", parameters={"type": "array"})]},
+        "tools[0].function.parameters.type",
+    ),
     "tool_choice": ({"tool_choice": {"type": "function"}}, "tool_choice"),
+    "tool_choice_unknown": (
+        {"tools": [tool("f")], "tool_choice": {"type": "function", "function": {"name": "g"}}},
+        "tool_choice",
+    ),
+    "tool_choice_required_of_nothing": ({"tool_choice": "required"}, "tool_choice"),
+    "tool_choice_misspelt": ({"tools": [tool("f")], "tool_choice": "must"}, "tool_choice"),
+    "message_without_content": ({"messages": [{"role": "user"}]}, "messages[0].content"),
+    "tool_message_without_call": ({"messages": [{"role": "tool", "content": "a"}]}, "messages[0].tool_call_id"),
+    "user_that_calls": (
+        {"messages": [{"role": "user", "content": "a", "tool_calls": [call("f", "{}")]}]},
+        "messages[0].tool_calls",
+    ),
     "unknown_field": ({"kv_transfer_params": {"host": "x"}}, "kv_transfer_params"),
     "stream_string": ({"stream": "yes"}, "stream"),
     "seed_2_64": ({"seed": 2**64}, "seed"),

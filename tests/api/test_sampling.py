@@ -7,6 +7,7 @@ import pytest
 from atom_cluster.api.model_files import GenerationDefaults, ServedModel
 from atom_cluster.api.openai_types import ChatCompletionRequest, CompletionRequest
 from atom_cluster.api.request_body import validate
+from atom_cluster.api.request_terms import RequestTerms
 from atom_cluster.api.sampling import check_request, output_inputs, sampling_params
 from atom_cluster.config.serving import ApiConfig
 from atom_cluster.engine.stopping import validate_sampling
@@ -31,8 +32,10 @@ def completion(**fields: object) -> CompletionRequest:
 
 def inputs(request: CompletionRequest, *prompts: tuple[int, ...], limits: ApiConfig | None = None) -> list:
     params = sampling_params(request, model=MODEL)
+    terms = RequestTerms(arrived_at_s=0.0)
+    limits = limits or ApiConfig()
     return output_inputs(
-        params, prompts, answer_id="id", model=MODEL, limits=limits or ApiConfig(), prompt_param="prompt"
+        params, prompts, answer_id="id", model=MODEL, limits=limits, prompt_param="prompt", terms=terms
     )
 
 

@@ -15,6 +15,7 @@ from atom_cluster.api.tokenizer import Tokenizer
 from atom_cluster.errors import Overloaded
 from atom_cluster.messages.requests import SamplingParams
 from tests.api.fake_generator import FakeGenerator, Script
+from tests.api.usages import usage_of
 
 
 async def pieces_of(tokenizer: Tokenizer, script: Script, *, num_outputs: int = 1) -> list[bytes]:
@@ -32,7 +33,7 @@ async def pieces_of(tokenizer: Tokenizer, script: Script, *, num_outputs: int = 
     words = ChatFormat(AnswerHeader(id="i", created=0, model="m", usage_in_stream=False, has_logprobs=False), tokenizer)
     pieces: list[bytes] = []
     async with RunningOutputs(FakeGenerator(script), outputs) as running:
-        async for piece in event_stream(running, words, usage=None):
+        async for piece in event_stream(running, words, usage=usage_of):
             pieces.append(piece)
             # Let everything that can arrive do so before the next piece is asked for.
             for _ in range(50):
@@ -86,7 +87,7 @@ async def test_a_client_that_leaves_is_neither_told_nor_logged(
     pieces: list[bytes] = []
     async with RunningOutputs(generator, [output]) as running:
         with pytest.raises(ClientLeftError):
-            async for piece in event_stream(running, ChatFormat(header, tokenizer), usage=None):
+            async for piece in event_stream(running, ChatFormat(header, tokenizer), usage=usage_of):
                 pieces.append(piece)
                 running.fail(ClientLeftError())
     assert len(pieces) == 1 and b"error" not in pieces[0]
@@ -109,7 +110,7 @@ async def test_a_bug_in_the_middle_is_told_to_the_client_and_raised(
     generator = FakeGenerator(lambda request: [tuple(tokenizer.encode("a")), gate, KeyError("internals")])
     async with RunningOutputs(generator, [output]) as running:
         with pytest.raises(KeyError):
-            async for piece in event_stream(running, ChatFormat(header, tokenizer), usage=None):
+            async for piece in event_stream(running, ChatFormat(header, tokenizer), usage=usage_of):
                 seen.append(piece)
                 gate.set()
     assert payloads(seen[-1])[0]["error"]["code"] == "internal_error"

@@ -13,6 +13,7 @@ from atom_cluster.config.transfer import KvTransferConfig
 from atom_cluster.engine_server.settings import EngineHostSettings
 from atom_cluster.messages.cluster import MemberCard, RouteDecision
 from atom_cluster.messages.requests import SamplingParams
+from atom_cluster.messages.steps import RowStep, StepPlan, StepResult
 from benchmarks import disaggregation, engines
 from benchmarks.disaggregation import parse_arguments
 from benchmarks.disaggregation_report import Results
@@ -127,20 +128,35 @@ def test_an_engine_keeps_its_model_when_its_role_changes(engine: EngineProcess) 
 
 
 def test_what_an_engine_left_in_flight_is_not_the_next_ones() -> None:
-    steps: list[str] = []
+    flying: list[StepPlan] = []
     runner = SimpleNamespace(
         info=None,
         poll_kv=list,
-        submit=lambda plan: steps.append(plan),
-        collect=lambda timeout_s: steps.pop(0) if steps else None,
+        submit=flying.append,
+        collect=lambda timeout_s: StepResult(step_id=flying.pop(0).step_id, run_s=0.5) if flying else None,
     )
     kept = engines._Kept(runner)  # type: ignore[arg-type]
-    for plan in ("first", "second", "third"):
-        kept.submit(plan)  # type: ignore[arg-type]
-    assert kept.collect(0.0) == "first"
+    for step_id in range(3):
+        kept.submit(StepPlan(step_id=step_id, rows=(RowStep(0, 0, 1, True), RowStep(1, 0, 7 * step_id, True))))
+    assert kept.collect(0.0) == StepResult(step_id=0, run_s=0.5)
     kept.settle()
-    assert steps == []
+    assert flying == []
     assert kept.collect(0.0) is None
+    assert kept.take_steps() == [engines.TimedStep(0.5, 2, 1 + 7 * step_id, 0) for step_id in range(3)]
+    assert kept.take_steps() == []
+
+
+def test_steps_are_told_by_kind_and_the_longest_one_by_one() -> None:
+    steps = [
+        *[engines.TimedStep(0.01, 8, 8, 0)] * 20,
+        engines.TimedStep(0.1, 9, 520, 1),
+        engines.TimedStep(0.2, 2, 900, 3),
+    ]
+    told = disaggregation._told(steps)
+    assert told["decode"] == {"steps": 20, "ms": 10.0, "rows": 8.0, "tokens": 8.0}
+    assert told["both"] == {"steps": 1, "ms": 100.0, "rows": 9.0, "tokens": 520.0}
+    assert told["prompts"] == {"steps": 1, "ms": 200.0, "rows": 2.0, "tokens": 900.0}
+    assert told["longest"][:3] == [(200.0, 2, 900), (100.0, 9, 520), (10.0, 8, 8)]  # type: ignore[index]
 
 
 def test_a_request_that_is_cut_has_what_came_so_far_and_ends_at_the_engine(engine: EngineProcess) -> None:

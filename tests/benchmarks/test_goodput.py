@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.client import RequestRecord
+from benchmarks.datasets.traces import TraceRow
 from benchmarks.goodput import (
-    AZURE_CONVERSATION,
     Promise,
     Seen,
     TimedRequest,
-    TraceRow,
     judge,
     random_prompt,
     read_trace,
@@ -39,7 +38,7 @@ def seen(
 
 
 def test_the_sample_of_the_trace_begins_like_the_whole_does() -> None:
-    rows = read_trace(AZURE_CONVERSATION)
+    rows = read_trace()
     assert len(rows) == 2000
     assert [row.arrival_s for row in rows] == sorted(row.arrival_s for row in rows)
     for count in (200, 400, 800):

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 
 from benchmarks.client import RequestRecord
-from benchmarks.report import as_table, percentile, save, summarize
+from benchmarks.report import Promises, as_table, percentile, summarize
+from benchmarks.timeline import quantiles_ms, timeline
 
 
-def _record(sent_s: float, *event_times_s: float, tokens: int, error: str | None = None) -> RequestRecord:
+def record(sent_s: float, *event_times_s: float, tokens: int, error: str | None = None) -> RequestRecord:
     return RequestRecord(
         sent_s=sent_s,
         event_times_s=list(event_times_s),
@@ -21,6 +19,13 @@ def _record(sent_s: float, *event_times_s: float, tokens: int, error: str | None
         num_cached_tokens=4,
         error=error,
     )
+
+
+RUN = [
+    record(100.0, 100.1, 100.2, 100.4, tokens=3),
+    record(101.0, 101.3, 102.0, tokens=8),
+    record(101.5, tokens=0, error="HTTP 503: full"),
+]
 
 
 def test_percentiles_interpolate_between_ranks() -> None:
@@ -33,59 +38,79 @@ def test_percentiles_interpolate_between_ranks() -> None:
 
 
 def test_latencies_and_throughput_of_a_run() -> None:
-    report = summarize(
-        [
-            _record(100.0, 100.1, 100.2, 100.4, tokens=3),
-            _record(101.0, 101.3, 102.0, tokens=8),
-            _record(101.5, tokens=0, error="HTTP 503: full"),
-        ]
-    )
-    assert (report.num_succeeded, report.num_failed) == (2, 1)
-    assert report.errors == {"HTTP 503: full": 1}
-    assert report.duration_s == pytest.approx(2.5)
-    assert report.requests_per_s == pytest.approx(2 / 2.5)
-    assert report.output_tokens_per_s == pytest.approx(11 / 2.5)
-    assert report.prompt_tokens_per_s == pytest.approx(20 / 2.5)
-    assert report.num_cached_tokens == 8
-    assert report.ttft_ms is not None
-    assert (report.ttft_ms.mean, report.ttft_ms.median) == (pytest.approx(200), pytest.approx(200))
-    assert report.tpot_ms is not None
-    assert report.tpot_ms.mean == pytest.approx((150 + 100) / 2)
-    assert report.itl_ms is not None
-    assert report.itl_ms.median == pytest.approx(200)
-    assert report.itl_ms.mean == pytest.approx((100 + 200 + 700) / 3)
-    assert report.e2e_ms is not None
-    assert report.e2e_ms.p99 == pytest.approx(400 + 0.99 * 600)
+    report = summarize(RUN, duration_s=2.5, percentiles=[90.0, 99.0])
+    assert (report.num_requests, report.num_succeeded, report.num_failed) == (3, 2, 1)
+    assert (report.errors, report.error_samples) == ({"HTTP 503": 1}, {"HTTP 503": "HTTP 503: full"})
+    assert report.per_s(report.num_output_tokens) == pytest.approx(11 / 2.5)
+    assert (report.num_prompt_tokens, report.num_cached_tokens) == (20, 8)
+    found = report.latencies
+    assert (found["ttft"].mean, found["ttft"].median) == (pytest.approx(200), pytest.approx(200))
+    assert found["tpot"].mean == pytest.approx((150 + 100) / 2)
+    assert found["itl"].mean == pytest.approx((100 + 200 + 700) / 3)
+    assert found["itl"].std == pytest.approx(262.467, rel=1e-4)
+    assert found["e2el"].percentiles == {90.0: pytest.approx(940), 99.0: pytest.approx(994)}
+    assert report.concurrency == pytest.approx(1.4 / 2.5)
+    assert report.tokens_per_event == pytest.approx(11 / 5)
+    assert report.mean_token_ms == pytest.approx(1000 / 9)
 
 
 def test_a_run_of_failures_alone_has_no_latencies() -> None:
-    report = summarize([_record(0.0, tokens=0, error="timeout"), _record(0.0, tokens=0)])
+    report = summarize([record(0.0, tokens=0, error="timeout"), record(0.0, tokens=0)], duration_s=1.0)
     assert report.errors == {"timeout": 1, "no output": 1}
-    assert report.ttft_ms is report.itl_ms is report.tpot_ms is report.e2e_ms is None
-    assert report.output_tokens_per_s == 0
+    assert not report.latencies
+    assert report.tokens_per_event is report.mean_token_ms is None
     assert "error x1: timeout" in as_table(report)
     with pytest.raises(ValueError, match="no requests"):
-        summarize([])
+        summarize([], duration_s=1.0)
 
 
 def test_single_token_answers_have_no_time_per_output_token() -> None:
-    report = summarize([_record(0.0, 0.5, tokens=1)])
-    assert report.tpot_ms is None
-    assert report.itl_ms is None
-    assert "TTFT" in as_table(report)
-    assert "TPOT" not in as_table(report)
+    report = summarize([record(0.0, 0.5, tokens=1)], duration_s=1.0)
+    assert set(report.latencies) == {"ttft", "e2el"}
+    table = as_table(report)
+    assert "TTFT" in table
+    assert "TPOT" not in table
+    assert "E2EL" not in as_table(report, ["ttft"])
 
 
-def test_a_saved_result_says_how_to_repeat_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ATOM_BENCHMARK_RESULTS", str(tmp_path))
-    path = save(
-        summarize([_record(0.0, 0.5, tokens=1)]),
-        arguments=["--model", "my model"],
-        details={"cluster": {"replicas": []}},
-    )
-    saved = json.loads(path.read_text())
-    assert saved["command"] == "python -m benchmarks.serving --model 'my model'"
-    assert saved["hardware"]["num_cpus"] >= 1
-    assert saved["report"]["ttft_ms"]["mean"] == pytest.approx(500)
-    assert saved["cluster"] == {"replicas": []}
-    assert {"commit", "time"} <= saved.keys()
+def test_goodput_counts_what_was_promised_and_shows_what_it_hides() -> None:
+    cut = record(0.0, 0.1, 0.11, tokens=2)
+    cut.num_wanted_tokens = 9
+    stalled = record(0.0, 0.1, *(0.1 + 0.01 * i for i in range(1, 30)), 1.4, tokens=31)
+    runs = [record(0.0, 0.1, 0.12, 0.14, tokens=3), record(0.0, 2.5, 2.52, tokens=2), cut, stalled, RUN[2]]
+    found = summarize(runs, duration_s=2.0, promises=Promises(ttft=2000, tpot=50)).goodput
+    assert found is not None
+    assert (found.num_good, found.requests_per_s) == (3, 1.5)
+    assert (found.num_smooth, found.smooth_requests_per_s) == (1, 0.5)
+    assert (found.stall_ms, found.num_stalls, found.num_stalled) == (250, 1, 1)
+    assert found.stalled_s == pytest.approx(1.01 - 0.25)
+    assert found.num_incomplete == 2
+    assert summarize(RUN, duration_s=1.0, promises=Promises()).goodput is None
+
+
+def test_a_promise_of_the_whole_time_and_one_that_cannot_be_broken() -> None:
+    assert not Promises(e2el=300).kept_by(RUN[0])
+    assert Promises(e2el=500).kept_by(RUN[0])
+    assert Promises(tpot=1).kept_by(record(0.0, 0.5, tokens=1))
+    assert Promises(stall=40).stall_s == 0.04
+    assert Promises().stall_s == 1.0
+
+
+def test_a_timeline_adds_up_to_the_run() -> None:
+    found = timeline(RUN, begun_s=100.0, ended_s=102.5)
+    assert len(found.sent_per_s) == 25
+    assert found.window_s == pytest.approx(0.1)
+    assert sum(found.sent_per_s) * found.window_s == pytest.approx(3)
+    assert sum(found.ended_per_s) * found.window_s == pytest.approx(2)
+    assert sum(found.failed_per_s) * found.window_s == pytest.approx(1)
+    assert sum(found.output_tokens_per_s) * found.window_s == pytest.approx(11)
+    assert sum(found.prompt_tokens_per_s) * found.window_s == pytest.approx(20)
+    assert sum(found.under_way) * found.window_s == pytest.approx(0.4 + 1.0 + 1.0)
+    assert [value for value in found.ttft_ms_median if value is not None] == [pytest.approx(100), pytest.approx(300)]
+
+
+def test_quantiles_begin_and_end_with_the_extremes() -> None:
+    found = quantiles_ms(RUN)
+    assert (found["ttft"][0], found["ttft"][50], found["ttft"][100]) == tuple(map(pytest.approx, (100, 200, 300)))
+    assert len(found["itl"]) == 101
+    assert quantiles_ms(RUN[2:]) == {}

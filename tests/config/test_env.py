@@ -33,6 +33,10 @@ def test_the_secret_is_not_shown() -> None:
         ({"ATOM_CLUSTER_SECRET": "short"}, "ATOM_CLUSTER_SECRET: the secret has 5 bytes"),
         ({"ATOM_CLUSTER_SECRET": SECRET, "ATOM_CLUSTER_SECRET_FILE": "/x"}, "not both"),
         ({"ATOM_CLUSTER_SECRET_FILE": "/does/not/exist"}, "ATOM_CLUSTER_SECRET_FILE: cannot read"),
+        (
+            {"ATOM_CLUSTER_API_KEYS_FILE": "keys.yaml"},
+            "ATOM_CLUSTER_API_KEYS_FILE: `keys.yaml` is not an absolute path",
+        ),
         ({"ATOM_CLUSTER_CACHE": "relative/path"}, "ATOM_CLUSTER_CACHE: `relative/path` is not an absolute path"),
     ],
 )
@@ -44,3 +48,8 @@ def test_a_bad_value_names_the_variable(variables: dict[str, str], message: str)
 def test_the_process_environment_is_read_by_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ATOM_CLUSTER_CACHE", str(tmp_path))
     assert read_environment().cache_dir == tmp_path
+
+
+def test_the_file_of_api_keys_is_named_and_not_read() -> None:
+    assert read_environment({}).api_keys_file is None
+    assert read_environment({"ATOM_CLUSTER_API_KEYS_FILE": "/x/keys"}).api_keys_file == Path("/x/keys")

@@ -18,12 +18,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster
         REPO / "configs" / "smollm2_cpu.yaml",
         directory / "cluster.yaml",
         scheduler={"max_waiting_requests": 128, "max_num_requests": 64},
-        api={"max_body_bytes": 4 * 1024 * 1024},
+        api={"max_body_bytes": 4 * 1024 * 1024, "body_timeout_s": 2.0},
         # All prompts of any length go to prefill, so that tests know what they test.
         kv_transfer={"conditional_prefill": False},
         # Less than answers take, so that some of them move when their replica is stopped.
         serving={"drain_timeout_s": 1.0},
-        observability={"profile": {"directory": str(directory / "traces")}},
+        observability={"profile": {"directory": str(directory / "traces")}, "log_format": "json"},
     )
     with serve_run(config, directory) as running:
         yield running

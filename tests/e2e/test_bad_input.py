@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from atom_cluster.observability.metrics import ALL_METRICS
+from atom_cluster.tools.drill.listeners import resident_bytes
+from tests.api.test_hostile_input import CASES
 from tests.e2e.cluster import RunningCluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.demo_model]
@@ -97,7 +101,7 @@ def check_error(answer: httpx.Response, status: int, param: str | None = None) -
         ({"stream": "yes"}, "stream"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"max_tokenz": 5}, "max_tokenz"),
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
     ],
 )
 def test_a_chat_with_a_bad_field_is_refused_by_that_name(client: httpx.Client, fields: Body, param: str) -> None:
@@ -182,7 +186,8 @@ def test_an_unknown_model_is_not_found(client: httpx.Client) -> None:
 
 def test_unknown_paths_and_wrong_methods_get_the_same_kind_of_body(client: httpx.Client) -> None:
     assert check_error(client.get("/v1/nothing"), 404)["code"] == "not_found"
-    assert check_error(client.post("/", json={}), 404)["code"] == "not_found"
+    assert check_error(client.post("/nothing", json={}), 404)["code"] == "not_found"
+    assert check_error(client.post("/", json={}), 405)["code"] == "method_not_allowed"
     assert check_error(client.get(CHAT), 405)["code"] == "method_not_allowed"
     assert check_error(client.post("/health", json={}), 405)["code"] == "method_not_allowed"
     assert check_error(client.delete("/v1/models"), 405)["code"] == "method_not_allowed"
@@ -264,3 +269,126 @@ async def flood(url: str, num_requests: int, *, num_refused: int) -> list[httpx.
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
     return refusals
+
+
+def exchange(cluster: RunningCluster, *pieces: bytes, timeout_s: float = 20.0) -> bytes:
+    """What comes back on a connection on which exactly these bytes were sent, until it is closed."""
+    host, _, port = cluster.url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout_s) as connection:
+        for piece in pieces:
+            connection.sendall(piece)
+        answer = b""
+        with contextlib.suppress(TimeoutError, ConnectionResetError):
+            while data := connection.recv(65536):
+                answer += data
+        return answer
+
+
+def head(**headers: str | int) -> bytes:
+    lines = {"host": "x", "content-type": "application/json", "connection": "close"} | headers
+    return f"POST {CHAT} HTTP/1.1\r\n".encode() + b"".join(f"{k}: {v}\r\n".encode() for k, v in lines.items()) + b"\r\n"
+
+
+def test_09_framing_that_is_wrong_is_refused_by_the_proxy_or_by_us(
+    cluster: RunningCluster, client: httpx.Client
+) -> None:
+    body = json.dumps(chat()).encode()
+    chunked = {"transfer-encoding": "chunked"}
+    for pieces, status in (
+        # Neither a length nor chunks: there is no body.
+        ((head(), body), b"400"),
+        ((head(**chunked), b"zz\r\n" + body), b"400"),
+        ((head(**{"content-length": "-5"}), body), b"400"),
+        ((head(**{"content-length": "5x"}), body), b"400"),
+        ((head(**{"content-length": 3, "transfer-encoding": "chunked"}), b"3\r\n{}\n\r\n0\r\n\r\n"), b"400"),
+        ((b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(300),), b"400"),
+        ((head(**chunked), b"%x\r\n" % len(body) + body + b"\r\n0\r\n\r\n"), b"200"),
+    ):
+        answer = exchange(cluster, *pieces)
+        assert answer.split(b" ")[1] == status, (pieces, answer[:300])
+
+
+def test_26_headers_choose_no_engine_and_name_no_other_request(client: httpx.Client) -> None:
+    hostile = {
+        "x-data-parallel-rank": "7",
+        "x-prefiller-host-port": "10.0.0.1:1",
+        "x-worker-id": "nobody",
+        "serve_multiplexed_model_id": "nobody",
+        "x-forwarded-prefix": "/nowhere",
+    }
+    body = chat(temperature=0, max_tokens=4)
+    plain, dressed = client.post(CHAT, json=body), client.post(CHAT, json=body, headers=hostile)
+    assert plain.json()["choices"] == dressed.json()["choices"]
+    check_error(client.post(CHAT, json=chat(kv_transfer_params={"remote_host": "10.0.0.1"})), 400, "kv_transfer_params")
+
+
+def test_27_one_request_id_at_the_same_time_again_and_again(client: httpx.Client) -> None:
+    body = completion(temperature=0, max_tokens=8, ignore_eos=True)
+
+    def ask(_: int) -> httpx.Response:
+        return client.post(COMPLETIONS, json=body, headers={"x-request-id": "the-same"})
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask, range(16)))
+    assert [answer.status_code for answer in answers] == [200] * 16
+    assert len({answer.json()["choices"][0]["text"] for answer in answers}) == 1
+    assert len({answer.json()["id"] for answer in answers}) == 16
+
+
+def test_28_a_slow_sender_is_told_so(cluster: RunningCluster, client: httpx.Client) -> None:
+    answer = exchange(cluster, head(**{"content-length": 1000}), b'{"model"')
+    assert answer.startswith(b"HTTP/1.1 408") and b"body_timeout" in answer
+
+
+def test_28_a_reader_that_reads_nothing_holds_no_engine(cluster: RunningCluster, client: httpx.Client) -> None:
+    body = json.dumps(chat(stream=True, max_tokens=100, ignore_eos=True)).encode()
+    host, _, port = cluster.url.removeprefix("http://").partition(":")
+    with contextlib.ExitStack() as stack:
+        for _ in range(2):
+            connection = stack.enter_context(socket.create_connection((host, int(port))))
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.sendall(head(**{"content-length": len(body)}) + body)
+        # What /v1/cluster shows is up to half a second old.
+        cluster.wait_until(lambda: sum(replica["status"]["num_running"] for replica in cluster.replicas()) >= 2)
+        assert client.post(CHAT, json=chat()).status_code == 200
+        cluster.wait_until_idle()
+
+
+def test_what_clients_do_wrong_kills_nobody_and_memory_comes_back(
+    cluster: RunningCluster, client: httpx.Client
+) -> None:
+    """A 4xx is no failure of a replica: the same processes are there, as large as before, and ready."""
+    large = chat(messages=[{"role": "user", "content": "x " * 500_000}])
+    hostile = [json.dumps(large).encode(), b"[" * 10**5, b"x" * (5 << 20), json.dumps(chat(n=10**6)).encode(), b""]
+
+    def storm() -> None:
+        for content in hostile:
+            assert 400 <= client.post(CHAT, content=content, headers=JSON).status_code < 500
+
+    storm()
+    before = sizes(cluster)
+    for _ in range(8):
+        storm()
+    after = sizes(cluster)
+    assert after.keys() == before.keys()
+    assert sum(after.values()) - sum(before.values()) < 128 << 20
+    assert client.get("/ready").status_code == 200
+
+
+@pytest.mark.parametrize("number", sorted(CASES.keys() - {13}))
+def test_no_case_is_the_servers_fault_over_a_real_connection_either(client: httpx.Client, number: int) -> None:
+    """13 is about another length of context here, and has a test of its own."""
+    for sent in CASES[number]:
+        body = sent.body.replace(b'"tiny"', f'"{MODEL}"'.encode())
+        answer = client.post(sent.path, content=body, headers=JSON | sent.headers)
+        assert answer.status_code < 500, (body[:200], answer.text[:300])
+        if answer.status_code != 200:
+            check_error(answer, answer.status_code, answer.json()["error"]["param"])
+
+
+def sizes(cluster: RunningCluster) -> dict[int, int]:
+    """Resident bytes of ingresses and engines, by process."""
+    page = cluster.page()
+    return {
+        int(member["pid"]): resident_bytes(int(member["pid"])) for member in (*page["replicas"], *page["ingresses"])
+    }

@@ -57,8 +57,10 @@ class Output:
     finish_reason: str
 
 
-def run(directory: Path, emitted: list[list[int]], *, num_drafts: int = 0) -> tuple[list[Output], MemoryMetrics]:
-    """Outputs of all requests, from an engine that begins behind what was emitted of each."""
+def run(
+    directory: Path, emitted: list[list[int]], *, num_drafts: int = 0, wanted: list[Request] | None = None
+) -> tuple[list[Output], MemoryMetrics]:
+    """Outputs of these requests, or of all, from an engine that begins behind what was emitted of each."""
     options = RunnerOptions(
         model_dir=str(directory),
         dtype="float64",
@@ -80,7 +82,7 @@ def run(directory: Path, emitted: list[list[int]], *, num_drafts: int = 0) -> tu
             metrics=metrics,
             peer=PeerAddress(peer_id="engine", endpoint="", epoch=1),
         )
-        for number, ((prompt, sampling), tokens) in enumerate(zip(requests(), emitted, strict=True)):
+        for number, ((prompt, sampling), tokens) in enumerate(zip(wanted or requests(), emitted, strict=True)):
             core.put(CLIENT, make_message(number, prompt, sampling, tokens))
         deadline = Deadline.after(60.0)
         while core.step():

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from atom_cluster.messages.cluster import MemberCard, Membership, PeerAddress
+from atom_cluster.observability.logging import ROOT_LOGGER
 
 ROUTER = PeerAddress(peer_id="router", endpoint="tcp://127.0.0.1:1", epoch=1)
+
+
+@pytest.fixture(autouse=True)
+def _restore_logger() -> Iterator[None]:
+    """Processes of Serve set up logs when they start; here that is a test's process."""
+    log = logging.getLogger(ROOT_LOGGER)
+    before = (log.handlers[:], log.level, log.propagate)
+    yield
+    log.handlers[:], log.level, log.propagate = before
 
 
 async def eventually(condition: Callable[[], bool]) -> None:

@@ -53,12 +53,24 @@ def test_processes_that_compute_nothing_take_next_to_no_cpu(model_dir: Path) -> 
         assert not deployment.ray_actor_options.get("num_gpus")
 
 
+def test_whom_an_ingress_refuses_serve_lets_through(model_dir: Path) -> None:
+    """What Serve holds back would wait, and without a bound."""
+    api = {"protection": {"max_open_requests": 10_000}}
+    assert build(model_dir, unified={}, api=api)["Ingress"].max_ongoing_requests >= 11_000
+
+
 def test_a_replica_has_a_bundle_for_its_head_and_one_per_rank(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builders, "cluster_facts", lambda: GPUS)
     group = {"parallel": {"tensor": 4}, "resources_per_rank": {"mi300": 1}}
     head, *ranks = bundles_of(build(model_dir, unified=group)["Unified"]) or []
     assert set(head) == {"CPU"}
     assert [(rank["GPU"], rank["mi300"]) for rank in ranks] == [(1.0, 1)] * 4
+
+
+def test_a_simulated_replica_has_one_rank_whatever_is_configured(model_dir: Path) -> None:
+    group = {"parallel": {"tensor": 4}, "resources_per_rank": {"mi300": 1}}
+    _, *ranks = bundles_of(build(model_dir, unified=group, simulation={})["Unified"]) or []
+    assert [rank["mi300"] for rank in ranks] == [1]
 
 
 def test_ranks_with_gpus_share_a_host_and_those_on_cpus_need_not(
@@ -80,9 +92,11 @@ def test_autoscaling_replaces_the_number_of_replicas(model_dir: Path) -> None:
     assert deployments["Prefill"]._deployment_config.autoscaling_config is None
 
 
-def test_timeouts_and_log_level_are_those_of_the_configuration(model_dir: Path) -> None:
+def test_timeouts_and_logs_are_those_of_the_configuration(model_dir: Path) -> None:
     serving = {"health_check_period_s": 3.5, "drain_timeout_s": 20}
-    deployments = build(model_dir, unified={}, serving=serving, observability={"log_level": "ERROR"})
+    deployments = build(
+        model_dir, unified={}, serving=serving, observability={"log_level": "ERROR", "log_format": "json"}
+    )
     engine, ingress = deployments["Unified"]._deployment_config, deployments["Ingress"]._deployment_config
     assert engine.health_check_period_s == 3.5
     # A replica that drains as long as it may has to stop its gang after that.
@@ -91,7 +105,7 @@ def test_timeouts_and_log_level_are_those_of_the_configuration(model_dir: Path) 
     assert engine.max_surge_percent == 0
     for deployment in deployments.values():
         logging = deployment.logging_config
-        assert logging["log_level"] == "ERROR" and not logging["enable_access_log"]
+        assert (logging["log_level"], logging["encoding"], logging["enable_access_log"]) == ("ERROR", "JSON", False)
 
 
 def test_serve_holds_no_request_back(model_dir: Path) -> None:

@@ -13,7 +13,7 @@ from atom_cluster.errors import NotReady, Overloaded, RequestFailed, RequestTime
 from atom_cluster.link.codec import Message
 from atom_cluster.messages.cluster import Membership, RouteDecision
 from atom_cluster.messages.requests import CancelRequest, EngineRequest, TokenDelta
-from atom_cluster.observability.metrics import REQUESTS_REPLAYED
+from atom_cluster.observability.metrics import REQUESTS_REPLAYED, ROUTER_QUERY_S
 from atom_cluster.serving.open_request import MAX_PLACEMENTS
 from tests.serving.conftest import eventually
 from tests.serving.scripted import (
@@ -112,6 +112,7 @@ async def test_a_request_goes_on_with_another_engine_behind_the_tokens_it_has(
     # What later engines find cached is what earlier ones computed for this very request.
     assert {delta.num_cached_tokens for delta in deltas} == {4}
     assert cluster.metrics.value(REQUESTS_REPLAYED) == 1
+    assert cluster.metrics.histogram(ROUTER_QUERY_S).count == 2
 
 
 async def test_a_request_may_move_any_number_of_times(cluster: Cluster) -> None:

@@ -31,7 +31,10 @@ ray_atom_requests_running{Component="core_worker",replica="decode-1",role="decod
 ray_atom_time_to_first_token_seconds_bucket{le="0.1",replica="decode-1"} 1.0
 ray_atom_time_to_first_token_seconds_bucket{le="+Inf",replica="decode-1"} 2.0
 ray_atom_time_to_first_token_seconds_count{replica="decode-1"} 2.0
-ray_atom_time_to_first_token_seconds_sum{replica="decode-1"} 0.7
+ray_atom_time_to_first_token_seconds_sum{replica="decode-1"} 0.55
+# HELP ray_atom_time_to_first_token_seconds_observed_total From arrival to the first token.
+# TYPE ray_atom_time_to_first_token_seconds_observed_total counter
+ray_atom_time_to_first_token_seconds_observed_total{replica="decode-1"} 0.7
 # HELP ray_atom_preemptions_total Requests put back.
 # TYPE ray_atom_preemptions_total counter
 ray_atom_preemptions_total{replica="decode-1"} 4.0
@@ -42,7 +45,10 @@ SECOND_NODE = """\
 ray_atom_time_to_first_token_seconds_bucket{le="0.1",replica="decode-2"} 5.0
 ray_atom_time_to_first_token_seconds_bucket{le="+Inf",replica="decode-2"} 5.0
 ray_atom_time_to_first_token_seconds_count{replica="decode-2"} 5.0
-ray_atom_time_to_first_token_seconds_sum{replica="decode-2"} 0.2
+ray_atom_time_to_first_token_seconds_sum{replica="decode-2"} 0.25
+# HELP ray_atom_time_to_first_token_seconds_observed_total From arrival to the first token.
+# TYPE ray_atom_time_to_first_token_seconds_observed_total counter
+ray_atom_time_to_first_token_seconds_observed_total{replica="decode-2"} 0.2
 # HELP ray_atom_unheard_of_total Of another version of this software.
 # TYPE ray_atom_unheard_of_total counter
 ray_atom_unheard_of_total{replica="decode-2"} 4.0
@@ -71,6 +77,7 @@ def test_pages_of_two_nodes_become_one_with_only_our_metrics() -> None:
         "atom_time_to_first_token_seconds_sum": [0.7, 0.2],
         "atom_preemptions_total": [4.0],
     }
+    assert "_observed" not in page, "Ray's sums are of the middles of buckets; ours are exact, and take their place"
     assert page.count("# TYPE atom_time_to_first_token_seconds histogram") == 1
     assert page.count("# HELP atom_time_to_first_token_seconds ") == 1
     assert "ray_" not in page
@@ -87,7 +94,19 @@ def test_each_familys_samples_are_together_below_its_header() -> None:
 
 def test_labels_survive() -> None:
     (family,) = text_string_to_metric_families(merge_pages([FIRST_NODE.split("# HELP ray_atom_time")[0]]))
-    assert family.samples[0].labels == {"Component": "core_worker", "replica": "decode-1", "role": "decode"}
+    assert family.samples[0].labels == {"replica": "decode-1", "role": "decode"}, "ours do; Ray's are left out"
+
+
+def test_labels_of_rays_are_left_out_wherever_they_stand_and_nothing_else_is() -> None:
+    header = "# HELP ray_atom_kv_blocks x\n# TYPE ray_atom_kv_blocks gauge\n"
+    for before, after in (
+        ('{Component="c",state="free",WorkerId="w"}', '{state="free"}'),
+        ('{SessionName="a,b",Version="2"}', ""),
+        ('{state="a \\"Component=\\",",NodeAddress="10.0.0.1"}', '{state="a \\"Component=\\","}'),
+        ('{MyVersion="1",otel_scope_name="x"}', '{MyVersion="1"}'),
+    ):
+        page = merge_pages([f"{header}ray_atom_kv_blocks{before} 1.0\n"])
+        assert page.splitlines()[-1] == f"atom_kv_blocks{after} 1.0"
 
 
 def test_no_pages_are_an_empty_page() -> None:

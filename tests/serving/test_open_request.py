@@ -17,6 +17,7 @@ from atom_cluster.errors import (
 from atom_cluster.messages.cluster import PeerAddress
 from atom_cluster.messages.requests import SamplingParams, TokenDelta
 from atom_cluster.serving.open_request import MAX_PLACEMENTS, OpenRequest
+from atom_cluster.units import Deadline
 from tests.fakes import VirtualClock
 
 AVOID_S = 3.0
@@ -50,6 +51,17 @@ def test_the_next_engine_is_told_all_that_the_client_has(opened: OpenRequest) ->
     assert (first.prefill, second.prefill) == (PREFILL, None)
     assert (opened.known_token_ids, opened.num_emitted) == ((7, 8, 20, 21, 22), 3)
     assert first.deadline_s is not None and second.deadline_s is not None and second.deadline_s <= first.deadline_s
+
+
+def test_engines_are_told_the_priority_and_what_is_left_of_the_client_s_time(clock: VirtualClock) -> None:
+    request = GenerateInput(
+        request_id="r", token_ids=(7,), sampling=SamplingParams(seed=5), priority=-3, deadline=Deadline.after(5000.0)
+    )
+    for timeout_s, most_s in ((60_000.0, 5000.0), (2000.0, 2000.0)):
+        opened = OpenRequest(request, timeout_s=timeout_s, avoid_s=AVOID_S, clock=clock)
+        message = opened.place(prefill=None, eos_token_ids=())
+        assert message.priority == -3
+        assert message.deadline_s is not None and most_s - 1000 < message.deadline_s <= most_s
 
 
 def test_each_placement_has_an_id_of_its_own_and_the_client_sees_one(opened: OpenRequest) -> None:

@@ -8,9 +8,12 @@ import pytest
 
 from atom_cluster.api.generator import GenerateInput
 from atom_cluster.api.outputs import Output, RunningOutputs
+from atom_cluster.api.parsers.dialect import REASONING_FORMATS, TOOL_FORMATS
+from atom_cluster.api.pieces import PLAIN, OutputParser, ReasoningPiece, ToolCallArguments, ToolCallBegun
 from atom_cluster.api.tokenizer import Tokenizer
 from atom_cluster.link.codec import Message
 from atom_cluster.messages.requests import EngineRequest, SamplingParams, TokenBatch, TokenDelta, TokenLogprobs
+from tests.api.parsers.reading import make_parser
 from tests.api.tiny_tokenizers import EOS_ID, byte_level
 from tests.serving.conftest import eventually
 from tests.serving.scripted import Cluster, Peer
@@ -44,9 +47,11 @@ def speak(token_ids: list[int], num_tokens: int) -> Callable[[Peer, str, Message
     return answer
 
 
-async def ask(tokenizer: Tokenizer, *, num_tokens: int, stop: tuple[str, ...]) -> Output:
+async def ask(
+    tokenizer: Tokenizer, *, num_tokens: int, text: str = TEXT, stop: tuple[str, ...] = (), parser: OutputParser = PLAIN
+) -> Output:
     """An answer whose engine dies after so many tokens, as the API sees it."""
-    token_ids = [*tokenizer.encode(TEXT), EOS_ID]
+    token_ids = [*tokenizer.encode(text), EOS_ID]
     cluster = Cluster()
     await cluster.start()
     first = await cluster.add("first", speak(token_ids, num_tokens))
@@ -55,7 +60,7 @@ async def ask(tokenizer: Tokenizer, *, num_tokens: int, stop: tuple[str, ...]) -
     request = GenerateInput(
         request_id="r", token_ids=(1, 2, 3), sampling=SamplingParams(max_tokens=99, seed=0, logprobs=0)
     )
-    output = Output(0, request, tokenizer, stop=stop, eos=frozenset({EOS_ID}))
+    output = Output(0, request, tokenizer, stop=stop, eos=frozenset({EOS_ID}), parser=parser)
     async with RunningOutputs(cluster.client, [output]) as running:
         await eventually(lambda: bool(first.received) and output.num_tokens >= num_tokens)
         cluster.client.lose("first")
@@ -77,3 +82,19 @@ async def test_an_answer_is_the_same_wherever_its_engine_dies(tokenizer: Tokeniz
         assert output.num_tokens == num_shown
         # One log probability for each token, in order, whichever engine it came from.
         assert [score.logprobs.logprob for score in news.scores] == [-float(index) for index in range(num_shown)]
+
+
+async def test_a_call_is_the_same_wherever_its_engine_dies(tokenizer: Tokenizer) -> None:
+    """What reads the output is where its text is made; engines know nothing of it."""
+    text = '<think>hm</think><tool_call>{"name": "f", "arguments": {"a": "€"}}</tool_call>'
+    for num_tokens in range(3, len(tokenizer.encode(text)), 10):
+        parser = make_parser(TOOL_FORMATS["hermes"], REASONING_FORMATS["think"])
+        output = await ask(tokenizer, num_tokens=num_tokens, text=text, parser=parser)
+        news = output.take()
+        assert news is not None and news.finish_reason == "tool_calls"
+        assert news.pieces == [
+            ReasoningPiece("hm"),
+            ToolCallBegun(0, "id-0", "f"),
+            ToolCallArguments(0, '{"a": "€"}'),
+        ]
+        assert output.num_reasoning_tokens == len("hm</think>")

@@ -14,6 +14,9 @@ from atom_cluster.errors import GangError
 from atom_cluster.gang.gang import Gang
 from atom_cluster.gang.spec import GangSpec
 from atom_cluster.messages.cluster import EngineStatus, MemberCard
+from atom_cluster.observability.memory import MemoryMetrics
+from atom_cluster.observability.metrics import GANG_FAILED_CHECKS, GANG_HEALTHY, GANG_START_S
+from atom_cluster.serving import replica as replica_module
 from atom_cluster.serving.autoscaling import REQUESTS
 from atom_cluster.serving.replica import EngineReplica
 from tests.serving.conftest import FakeRouterHandle, engine_card, eventually
@@ -71,8 +74,13 @@ def gang() -> FakeGang:
 
 
 @pytest.fixture
+def metrics() -> MemoryMetrics:
+    return MemoryMetrics()
+
+
+@pytest.fixture
 async def start(
-    gang: FakeGang, router_handle: FakeRouterHandle, monkeypatch: pytest.MonkeyPatch
+    gang: FakeGang, metrics: MemoryMetrics, router_handle: FakeRouterHandle, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[StartReplica]:
     """Makes a replica as Serve does."""
     started: list[Head] = []
@@ -91,6 +99,7 @@ async def start(
         await replica.__init__(config, {}, "unified", router_handle)  # type: ignore[misc]
         return replica
 
+    monkeypatch.setattr(replica_module, "RayMetrics", lambda **_: metrics)
     context = SimpleNamespace(replica_id=SimpleNamespace(unique_id="r1"))
     monkeypatch.setattr(serve, "get_replica_context", lambda: context)
     monkeypatch.setattr(Gang, "start", start_gang)
@@ -108,6 +117,22 @@ async def test_a_replica_announces_its_engine_with_its_latest_status(
     await replica.check_health()
     await eventually(lambda: router_handle.cards[-1].status == BUSY)
     assert not router_handle.cards[-1].is_draining
+
+
+async def test_whether_the_gang_is_well_is_recorded(
+    start: StartReplica, gang: FakeGang, metrics: MemoryMetrics
+) -> None:
+    replica = await start()
+    assert metrics.series(GANG_START_S) and not metrics.series(GANG_HEALTHY)
+    await replica.check_health()
+    assert metrics.series(GANG_HEALTHY) == {(): 1.0}
+    gang.failure = GangError("rank 1: its process is dead")
+    with pytest.raises(GangError):
+        await replica.check_health()
+    assert metrics.series(GANG_HEALTHY) == {(): 0.0} and metrics.value(GANG_FAILED_CHECKS) == 1
+    gang.failure = None
+    await replica.check_health()
+    assert metrics.value(GANG_HEALTHY) == 1
 
 
 async def test_serve_is_told_the_engines_requests(start: StartReplica) -> None:

@@ -146,6 +146,18 @@ def test_a_stream_without_its_end_is_broken_and_asked_again(server: Server) -> N
     assert outcome.num_right == outcome.num_sent
 
 
+def test_a_cluster_with_keys_is_asked_with_one(server: Server) -> None:
+    keys: set[str | None] = set()
+
+    def look(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> bool:
+        keys.add(handler.headers["authorization"])
+        return False
+
+    server.misbehave = look
+    Load(RunningCluster(server.url, api_key="a key"), num_clients=1)
+    assert keys == {"Bearer a key"}
+
+
 def test_another_text_is_wrong(server: Server) -> None:
     def lie(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> bool:
         answer(handler, body, text="something else")
@@ -220,14 +232,16 @@ def test_a_cluster_that_is_started_sends_all_prompts_to_prefill_whatever_else_a_
     started: list[dict[str, Any]] = []
 
     @contextmanager
-    def serve_run(config: Path, directory: Path) -> Iterator[RunningCluster]:
+    def serve_run(config: Path, directory: Path, *, api_key: str | None) -> Iterator[RunningCluster]:
+        assert api_key == "key"
         started.append(yaml.safe_load(config.read_text())["applications"][0]["args"])
         yield RunningCluster("http://127.0.0.1:1")
 
     monkeypatch.setattr(run, "serve_run", serve_run)
     for name in ("hostile-peers", "rolling-upgrade", "messages-lost"):
         (scenario,) = chosen([name])
-        with run._cluster(None, REPO / "configs" / "smollm2_cpu.yaml", dict(scenario.needs)):
+        clusters = run._Clusters(None, REPO / "configs" / "smollm2_cpu.yaml", "key")
+        with clusters.with_needs(dict(scenario.needs)):
             pass
     for args in started:
         assert args["kv_transfer"]["conditional_prefill"] is False and args["cache"]["prefix_caching"] is False

@@ -12,7 +12,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -190,7 +190,7 @@ class Canceller:
 
     def _client(self) -> Client:
         address = urlsplit(self._cluster.url)
-        return Client(address.hostname or "", address.port or 80)
+        return Client(address.hostname or "", address.port or 80, self._cluster.headers)
 
     def _ask(self, client: Client, num_tokens: int, max_tokens: int, *, is_streaming: bool) -> None:
         body = {
@@ -240,13 +240,15 @@ class Canceller:
 class Client:
     """One HTTP connection that is closed without notice at the end of a `with` block."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, headers: Mapping[str, str]) -> None:
+        """headers: of each request, besides its type."""
+        self._headers = {"Content-Type": "application/json", **headers}
         self._connection = http.client.HTTPConnection(host, port, timeout=_READ_TIMEOUT_S)
         self._response: http.client.HTTPResponse | None = None
 
     def post(self, path: str, body: dict[str, Any]) -> None:
         """Send, and wait for nothing."""
-        self._connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        self._connection.request("POST", path, json.dumps(body), self._headers)
 
     def response(self) -> http.client.HTTPResponse:
         """Wait until the answer begins. Raises `DrillError` if it is no answer."""

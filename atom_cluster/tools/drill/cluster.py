@@ -38,15 +38,22 @@ class DrillError(AtomClusterError):
 class RunningCluster:
     """A cluster that answers at `url`."""
 
-    def __init__(self, url: str, log: Path | None = None, *, ray_address: str = "auto") -> None:
-        """log: what `serve run` writes to, shown when something goes wrong. ray_address: of its Ray cluster."""
+    def __init__(
+        self, url: str, log: Path | None = None, *, ray_address: str = "auto", api_key: str | None = None
+    ) -> None:
+        """log: what `serve run` writes to, shown when something goes wrong. ray_address: of its Ray cluster. api_key:
+        an admin's, where the cluster wants one."""
         self.url = url.rstrip("/")
         self.log = log
         self.ray_address = ray_address
+        self.headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        """Of every request to it."""
 
     def get(self, path: str, *, timeout_s: float = 60.0) -> Any:
         """Decoded JSON of a GET, or the text when it is no JSON. Raises OSError when there is no answer."""
-        with urllib.request.urlopen(self.url + path, timeout=timeout_s) as response:
+        with urllib.request.urlopen(
+            urllib.request.Request(self.url + path, headers=self.headers), timeout=timeout_s
+        ) as response:
             body = response.read().decode()
         return json.loads(body) if response.headers["content-type"].startswith("application/json") else body
 
@@ -145,10 +152,12 @@ def with_args(config: Path, target: Path, **args: object) -> Path:
 
 
 @contextmanager
-def serve_run(config: Path, directory: Path, *, working_dir: Path | None = None) -> Iterator[RunningCluster]:
+def serve_run(
+    config: Path, directory: Path, *, working_dir: Path | None = None, api_key: str | None = None
+) -> Iterator[RunningCluster]:
     """`serve run` a file until the block ends; the cluster is ready, with all its roles, when the block begins.
 
-    working_dir: where `deployments/` is; None: here.
+    working_dir: where `deployments/` is; None: here. api_key: an admin's, where the file asks for one.
     """
     document = yaml.safe_load(config.read_text())
     port, args = document["http_options"]["port"], document["applications"][0]["args"]
@@ -165,7 +174,7 @@ def serve_run(config: Path, directory: Path, *, working_dir: Path | None = None)
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    cluster = RunningCluster(f"http://127.0.0.1:{port}", log)
+    cluster = RunningCluster(f"http://127.0.0.1:{port}", log, api_key=api_key)
     try:
         cluster.wait_until(
             lambda: process.poll() is not None or cluster.is_ready(), what="/ready", timeout_s=START_TIMEOUT_S

@@ -151,9 +151,8 @@ class Load:
         address = urlsplit(self._cluster.url)
         connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=_READ_TIMEOUT_S)
         try:
-            connection.request(
-                "POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json", "Connection": "close"}
-            )
+            headers = {"Content-Type": "application/json", "Connection": "close"} | self._cluster.headers
+            connection.request("POST", "/v1/completions", json.dumps(body), headers)
             response = connection.getresponse()
         except (OSError, http.client.HTTPException) as exc:
             connection.close()

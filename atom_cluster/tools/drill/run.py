@@ -73,6 +73,7 @@ def drill(
     *,
     url: str | None,
     config: Path | None,
+    api_key: str | None = None,
     num_clients: int,
     num_samples: int,
     output: Path | None,
@@ -81,8 +82,8 @@ def drill(
     """Run scenarios; whether all promises held. Raises `ConfigError` for an unknown scenario or an unsuitable cluster.
 
     url: a cluster that runs, whose Ray this host belongs to; scenarios that need a configuration of their own are
-    refused. config: of the clusters to start, otherwise. num_samples: of `cancel`, for each phase, streaming and not.
-    output: a file for the results as JSON.
+    refused. config: of the clusters to start, otherwise. api_key: an admin's, where clusters want one. num_samples: of
+    `cancel`, for each phase, streaming and not. output: a file for the results as JSON.
     """
     does_cancel = CANCEL in names or list(names) == ["all"]
     try:
@@ -96,17 +97,17 @@ def drill(
             f"--url: {', '.join(special)}: a cluster of their own has to be started for these, see --config"
         )
     record = Record(output, names=names, num_clients=num_clients)
-    holds = _run_scenarios(scenarios, url=url, config=config, num_clients=num_clients, record=record, report=report)
+    clusters = _Clusters(url, config, api_key)
+    holds = _run_scenarios(scenarios, clusters, num_clients=num_clients, record=record, report=report)
     if does_cancel:
-        holds = _run_cancel(config, num_samples=num_samples, record=record, report=report) and holds
+        holds = _run_cancel(clusters, num_samples=num_samples, record=record, report=report) and holds
     return holds
 
 
 def _run_scenarios(
     scenarios: Sequence[Scenario],
+    clusters: _Clusters,
     *,
-    url: str | None,
-    config: Path | None,
     num_clients: int,
     record: Record,
     report: Callable[[str], None],
@@ -115,7 +116,7 @@ def _run_scenarios(
     if scenarios:
         report(_HEADER)
     for needs, group in groupby(scenarios, key=lambda scenario: json.dumps(scenario.needs)):
-        with _cluster(url, config, json.loads(needs)) as cluster, _connected(cluster) as scene:
+        with clusters.with_needs(json.loads(needs)) as cluster, _connected(cluster) as scene:
             load = Load(cluster, num_clients=num_clients)
             for scenario in group:
                 results.append(_run(scenario, scene, load))
@@ -130,10 +131,10 @@ def _run_scenarios(
     return all(result.holds for result in results)
 
 
-def _run_cancel(config: Path | None, *, num_samples: int, record: Record, report: Callable[[str], None]) -> bool:
+def _run_cancel(clusters: _Clusters, *, num_samples: int, record: Record, report: Callable[[str], None]) -> bool:
     holds = True
     report(cancel.HEADER)
-    with _cluster(None, config, cancel.NEEDS) as cluster, _connected(cluster) as scene:
+    with clusters.with_needs(cancel.NEEDS) as cluster, _connected(cluster) as scene:
         canceller = cancel.Canceller(cluster, scene.watch)
         for phase in cancel.PHASES:
             for is_streaming in (True, False):
@@ -144,18 +145,27 @@ def _run_cancel(config: Path | None, *, num_samples: int, record: Record, report
     return holds
 
 
-@contextlib.contextmanager
-def _cluster(url: str | None, config: Path | None, needs: dict[str, Any]) -> Iterator[RunningCluster]:
-    if url is not None:
-        yield RunningCluster(url)
-        return
-    if config is None:
-        raise ConfigError("give --url of a running cluster, or --config of one to start")
-    with tempfile.TemporaryDirectory(prefix="atom-drill-") as directory:
-        always = {name: {**section, **needs.get(name, {})} for name, section in _ALWAYS.items()}
-        own = with_args(config, Path(directory) / "cluster.yaml", **(needs | always))
-        with serve_run(own, Path(directory)) as cluster:
-            yield cluster
+@dataclass(frozen=True, slots=True)
+class _Clusters:
+    """Where the clusters of a drill are, or are to come from, and the key that opens them."""
+
+    url: str | None
+    config: Path | None
+    api_key: str | None = field(default=None, repr=False)
+
+    @contextlib.contextmanager
+    def with_needs(self, needs: dict[str, Any]) -> Iterator[RunningCluster]:
+        """The one that runs, or one with these parts of its configuration."""
+        if self.url is not None:
+            yield RunningCluster(self.url, api_key=self.api_key)
+            return
+        if self.config is None:
+            raise ConfigError("give --url of a running cluster, or --config of one to start")
+        with tempfile.TemporaryDirectory(prefix="atom-drill-") as directory:
+            always = {name: {**section, **needs.get(name, {})} for name, section in _ALWAYS.items()}
+            own = with_args(self.config, Path(directory) / "cluster.yaml", **(needs | always))
+            with serve_run(own, Path(directory), api_key=self.api_key) as cluster:
+                yield cluster
 
 
 @contextlib.contextmanager

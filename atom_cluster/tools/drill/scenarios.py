@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from atom_cluster.tools.drill.cluster import RunningCluster
+from atom_cluster.tools.drill.flood import NEEDS as FLOOD_NEEDS
+from atom_cluster.tools.drill.flood import flood
 from atom_cluster.tools.drill.processes import Process, Processes
 from atom_cluster.tools.drill.siege import besiege
 from atom_cluster.tools.drill.upgrade import NEEDS as UPGRADE_NEEDS
@@ -131,6 +133,12 @@ def _upgrade(scene: Scene) -> list[Process]:
     return []
 
 
+def _flood(scene: Scene) -> list[Process]:
+    """More connections at once than the cluster's queues hold."""
+    scene.notes |= flood(scene.cluster)
+    return []
+
+
 def _hostile_peers(scene: Scene) -> list[Process]:
     """All attacks on all listeners."""
     pids = {int(process["pid"]) for process in (*scene.cluster.replicas(), *scene.cluster.page()["ingresses"])}
@@ -220,6 +228,12 @@ SCENARIOS = (
         disturb=_hostile_peers,
         needs={"kv_transfer": {"transport": "tcp", **_ALL_REMOTE}},
         may_refuse=False,
+    ),
+    Scenario(
+        name="flood",
+        what="500 connections at once to queues of 64: whoever is not served is told when to come back",
+        disturb=_flood,
+        needs=FLOOD_NEEDS,
     ),
     Scenario(
         name="rolling-upgrade",

@@ -1,0 +1,1 @@
+"""/v1/responses: OpenAI's newer way to say the same as /v1/chat/completions. Stateless: nothing is stored."""

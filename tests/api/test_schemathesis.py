@@ -1,0 +1,62 @@
+"""Requests that a fuzzer makes from our own OpenAPI page: none is answered with a 5xx, and answers are as it says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis import Case, Response
+from schemathesis.checks import CheckContext, not_a_server_error
+from schemathesis.generation import GenerationMode
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from atom_cluster.api.protection.access import ACCESS_BY_ROUTE
+from atom_cluster.api.tokenizer import Tokenizer
+from tests.api.conftest import Api
+
+
+def json_conformance(context: CheckContext, response: Response, case: Case) -> bool | None:
+    """As the page says, if it is JSON. It calls a stream of events a string; the fuzzer would check each event."""
+    is_json = response.headers["content-type"] == ["application/json"]
+    return response_schema_conformance(context, response, case) if is_json else None
+
+
+CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, json_conformance]
+NUM_EXAMPLES = 4
+"""Per route, of requests that fit the page and of those that do not."""
+FEW = settings(
+    max_examples=NUM_EXAMPLES,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def test_nothing_that_fits_the_page_or_does_not_breaks_the_api(
+    make_api: Callable[..., Api], tokenizer: Tokenizer
+) -> None:
+    script = [*[(token_id,) for token_id in tokenizer.encode("Hi")], "stop"]
+    api = make_api(lambda request: script, body_timeout_s=1.0)
+    page = schemathesis.openapi.from_asgi("/openapi.json", api.app)
+    asked: set[str] = set()
+    statuses: set[int] = set()
+
+    def ask(case: Case) -> None:
+        asked.add(case.path)
+        statuses.add(case.call_and_validate(checks=CHECKS).status_code)
+
+    for found in page.get_all_operations():
+        operation = found.ok()
+        modes = [GenerationMode.POSITIVE, *([GenerationMode.NEGATIVE] if operation.body else [])]
+        for mode in modes:
+            FEW(given(case=operation.as_strategy(generation_mode=mode))(ask))()
+    assert asked | {"/openapi.json"} >= {path.replace(":path}", "}") for path in ACCESS_BY_ROUTE}
+    assert statuses >= {200, 400, 404}
+    assert not api.generator.open_ids
