@@ -1,15 +1,24 @@
-"""An asyncio client of the OpenAI completions API that notes when each piece of every answer arrived."""
+"""An asyncio client of the OpenAI endpoints that notes when each piece of every answer arrived.
+
+What the endpoints' words are is in `benchmarks.endpoints`, when requests are sent in `benchmarks.load`.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Mapping, MutableSequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
 import msgspec
+
+from benchmarks.endpoints import Endpoint, Piece
+
+_READ_BYTES = 2**16
+_ERROR_CHARS = 200
 
 
 @dataclass(slots=True)
@@ -17,51 +26,71 @@ class RequestRecord:
     """What happened to one request. Times are seconds of this process's monotonic clock."""
 
     sent_s: float
-    event_times_s: list[float] = field(default_factory=list)
+    event_times_s: MutableSequence[float] = field(default_factory=lambda: array("d"))
     """Arrival of each streamed event with output; an event can carry several tokens."""
     ended_s: float = 0.0
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
     num_cached_tokens: int = 0
     error: str | None = None
+    due_s: float | None = None
+    """When it was to be sent; None: as soon as others had ended."""
+    num_wanted_tokens: int | None = None
+    """Output tokens that have to come, when the request ignores the end token."""
+    text: str | None = None
+    """What was generated, if it was to be kept."""
+
+    @property
+    def error_kind(self) -> str | None:
+        """The error without what differs from one request to the next: `HTTP 503`, `TimeoutError`."""
+        return None if self.error is None else self.error.partition(":")[0]
+
+    @property
+    def ttft_s(self) -> float | None:
+        """From sending to the first output; None: there was none."""
+        return self.event_times_s[0] - self.sent_s if self.event_times_s else None
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Mean time per output token behind the first; None: there is none behind it."""
+        if self.num_output_tokens < 2 or not self.event_times_s:
+            return None
+        return (self.event_times_s[-1] - self.event_times_s[0]) / (self.num_output_tokens - 1)
+
+    @property
+    def e2el_s(self) -> float | None:
+        """From sending to the last output; None: there was none."""
+        return self.event_times_s[-1] - self.sent_s if self.event_times_s else None
+
+    @property
+    def is_incomplete(self) -> bool:
+        """Whether tokens are missing, told or not."""
+        wanted = self.num_wanted_tokens
+        return self.error is not None or (wanted is not None and self.num_output_tokens < wanted)
 
 
-class _Details(msgspec.Struct):
-    cached_tokens: int = 0
+class ApiClient:
+    """Streams answers of one endpoint of one server. `close` it."""
 
-
-class _Usage(msgspec.Struct):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    prompt_tokens_details: _Details | None = None
-
-
-class _Error(msgspec.Struct):
-    message: str = ""
-
-
-class _Event(msgspec.Struct):
-    """The parts of a streamed event that are looked at."""
-
-    choices: list[msgspec.Raw] = []
-    usage: _Usage | None = None
-    error: _Error | None = None
-
-
-_decoder = msgspec.json.Decoder(_Event)
-
-
-class CompletionsClient:
-    """Sends prompts of token ids to `/v1/completions` of one server, streaming. `close` it."""
-
-    def __init__(self, base_url: str, *, timeout_s: float) -> None:
-        """To be called inside a running event loop."""
+    def __init__(
+        self,
+        base_url: str,
+        endpoint: Endpoint,
+        *,
+        timeout_s: float,
+        headers: Mapping[str, str] | None = None,
+        max_connections: int = 0,
+        keep_text: bool = False,
+    ) -> None:
+        """To be called inside a running event loop. max_connections: 0 sets no limit."""
         self._base_url = base_url.rstrip("/")
-        self.model = ""
+        self._endpoint = endpoint
+        self._keep_text = keep_text
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),
+            connector=aiohttp.TCPConnector(limit=max_connections, force_close=False),
             timeout=aiohttp.ClientTimeout(total=timeout_s),
-            read_bufsize=2**20,
+            headers={"Content-Type": "application/json", **(headers or {})},
+            read_bufsize=_READ_BYTES,
         )
 
     async def close(self) -> None:
@@ -74,72 +103,60 @@ class CompletionsClient:
             response.raise_for_status()
             return await response.json()
 
-    async def complete(self, prompt: Sequence[int], output_len: int) -> RequestRecord:
-        """Ask for exactly `output_len` tokens. Failures are recorded, not raised."""
-        body = {
-            "model": self.model,
-            "prompt": prompt,
-            "max_tokens": output_len,
-            "ignore_eos": True,
-            "temperature": 0,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        record = RequestRecord(sent_s=time.monotonic())
+    async def get_text(self, path: str) -> str:
+        """Body of a GET. Raises `aiohttp.ClientError` on anything but 200."""
+        async with self._session.get(self._base_url + path) as response:
+            response.raise_for_status()
+            return await response.text()
+
+    async def post(self, path: str, body: Mapping[str, Any]) -> str:
+        """Body of the answer to a POST of JSON. Raises `aiohttp.ClientError` on anything but 200."""
+        async with self._session.post(self._base_url + path, data=msgspec.json.encode(body)) as response:
+            response.raise_for_status()
+            return await response.text()
+
+    async def send(self, body: bytes) -> RequestRecord:
+        """Ask for a streamed answer and read it. Failures are recorded, not raised."""
+        record = RequestRecord(sent_s=time.monotonic(), text="" if self._keep_text else None)
         try:
-            async with self._session.post(f"{self._base_url}/v1/completions", json=body) as response:
+            async with self._session.post(self._base_url + self._endpoint.path, data=body) as response:
                 if response.status == 200:
-                    await _read_stream(response, record)
+                    await self._read_stream(response, record)
                 else:
-                    record.error = f"HTTP {response.status}: {(await response.text())[:200]}"
-        except (aiohttp.ClientError, asyncio.TimeoutError, msgspec.DecodeError) as exc:
-            record.error = f"{type(exc).__name__}: {exc}"
+                    record.error = f"HTTP {response.status}: {(await response.text())[:_ERROR_CHARS]}"
+        except (aiohttp.ClientError, asyncio.TimeoutError, msgspec.DecodeError, OSError) as exc:
+            record.error = f"{type(exc).__name__}: {exc}"[:_ERROR_CHARS]
         record.ended_s = time.monotonic()
         return record
 
-
-async def _read_stream(response: aiohttp.ClientResponse, record: RequestRecord) -> None:
-    is_done = False
-    async for line in response.content:
-        if not line.startswith(b"data: "):
-            continue
-        data = line[6:].strip()
-        if data == b"[DONE]":
-            is_done = True
-            continue
-        event = _decoder.decode(data)
-        if event.error is not None:
-            record.error = f"error in stream: {event.error.message[:200]}"
-        if event.choices:
-            record.event_times_s.append(time.monotonic())
-        if event.usage is not None:
-            record.num_prompt_tokens = event.usage.prompt_tokens
-            record.num_output_tokens = event.usage.completion_tokens
-            details = event.usage.prompt_tokens_details
-            record.num_cached_tokens = 0 if details is None else details.cached_tokens
-    if not is_done and record.error is None:
-        record.error = "the stream ended without [DONE]"
+    async def _read_stream(self, response: aiohttp.ClientResponse, record: RequestRecord) -> None:
+        """Events are parsed by hand: a reader that awaits every line costs most of this process's time."""
+        rest = b""
+        is_whole = False
+        texts: list[str] = []
+        while chunk := await response.content.readany():
+            now_s = time.monotonic()
+            *lines, rest = (rest + chunk).split(b"\n")
+            for line in lines:
+                if not line.startswith(b"data:"):
+                    continue
+                piece = self._endpoint.piece(line[5:].strip())
+                is_whole = is_whole or piece.is_last
+                _note(record, piece, now_s)
+                if self._keep_text and piece.text:
+                    texts.append(piece.text)
+        if self._keep_text:
+            record.text = "".join(texts)
+        if not is_whole and record.error is None:
+            record.error = "the stream ended early: its last event is missing"
 
 
-async def closed_loop(
-    client: CompletionsClient, prompts: Sequence[Sequence[int]], output_len: int, concurrency: int
-) -> list[RequestRecord]:
-    """`concurrency` users, each sending its next request when its last one has ended."""
-    remaining = iter(prompts)
-
-    async def user() -> list[RequestRecord]:
-        return [await client.complete(prompt, output_len) for prompt in remaining]
-
-    return [record for records in await asyncio.gather(*(user() for _ in range(concurrency))) for record in records]
-
-
-async def open_loop(
-    client: CompletionsClient, prompts: Sequence[Sequence[int]], output_len: int, arrivals_s: Iterator[float]
-) -> list[RequestRecord]:
-    """Requests are sent at their times whether or not earlier ones have ended."""
-    start_s = time.monotonic()
-    tasks = []
-    for prompt, at_s in zip(prompts, arrivals_s):
-        await asyncio.sleep(max(0.0, start_s + at_s - time.monotonic()))
-        tasks.append(asyncio.create_task(client.complete(prompt, output_len)))
-    return list(await asyncio.gather(*tasks))
+def _note(record: RequestRecord, piece: Piece, now_s: float) -> None:
+    times = record.event_times_s
+    if piece.has_output or (piece.is_finish and (not times or times[-1] < now_s)):
+        # The token that ends an answer may have no text: then only the reason tells that it came.
+        times.append(now_s)
+    if piece.error is not None:
+        record.error = f"error in stream: {piece.error[:_ERROR_CHARS]}"
+    if piece.usage is not None:
+        record.num_prompt_tokens, record.num_output_tokens, record.num_cached_tokens = piece.usage

@@ -48,9 +48,8 @@ from atom_cluster.observability.metrics import (
 from atom_cluster.runner.options import RunnerOptions
 from benchmarks.client import RequestRecord
 from benchmarks.disaggregation_report import Equal, Exposed, Results
-from benchmarks.engines import Answer, EngineProcess, FrontEnd, Numbers, new_secret
+from benchmarks.engines import Answer, EngineProcess, FrontEnd, Numbers, TimedStep, new_secret
 from benchmarks.goodput import (
-    AZURE_CONVERSATION,
     Promise,
     TimedRequest,
     judge,
@@ -66,6 +65,10 @@ UNIFIED: tuple[Role, Role] = ("unified", "unified")
 LAYOUTS = {"disaggregated": DISAGGREGATED, "unified": UNIFIED}
 
 _SETTLE_S = 0.3
+_NUM_LONGEST = 8
+"""Of an engine's steps, told one by one."""
+_LEAST_PROMPT = 64
+"""Tokens a row, on average, of steps that are taken to compute prompts alone."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -100,7 +103,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, nargs="+", default=[1000, 8000, 32000], help="tokens of single prompts")
     parser.add_argument("--repeats", type=int, default=5, help="of single prompts")
     parser.add_argument("--num-warmup", type=int, default=150, help="requests beforehand that are not measured")
-    parser.add_argument("--trace", type=Path, default=AZURE_CONVERSATION, help="CSV: arrival_s, prompt_tokens, ...")
+    parser.add_argument("--trace", type=Path, help="like the Azure trace, of which a part is the default")
     parser.add_argument(
         "--rates", type=float, nargs="+", default=[16.0, 24.0], help="requests per second, both engines"
     )
@@ -333,13 +336,16 @@ class Run:
                 rows, rate_per_s=rate, window_s=args.window_s, vocab_size=self._vocab_size, shorten=args.shorten
             )
             before, places = self._numbers(), front.places()
+            for engine in self._engines:
+                engine.steps()  # of before
             seen = await replay(requests, _sender(front), cut=front.cut, drain_s=args.drain_s)
             after = self._numbers()
             places = {place: count - places[place] for place, count in front.places().items() if count > places[place]}
             found.append(judge(seen, window_s=args.window_s, promise=promise))
             work = self._work(before, after)
-            print(f"{self._layout:14} {found[-1]}\n{'':14} {places} {work}", flush=True)
-            details.append({**asdict(found[-1]), "work": work, "places": places})
+            steps = {engine.name: _told(engine.steps()) for engine in self._engines}
+            print(f"{self._layout:14} {found[-1]}\n{'':14} {places} {work}\n{'':14} {steps}", flush=True)
+            details.append({**asdict(found[-1]), "work": work, "places": places, "steps": steps})
             self._results.add(**{f"goodput_{self._layout}": details})
             await asyncio.sleep(_SETTLE_S)  # what was cut is on its way out of the engines
 
@@ -392,6 +398,28 @@ def _logprob_difference(a: Answer, b: Answer) -> float:
             break
         largest = max(largest, abs(logprob_a - logprob_b))
     return largest
+
+
+def _told(steps: Sequence[TimedStep]) -> dict[str, object]:
+    """Of the steps by kind how many there were and what they took, and the longest ones."""
+    kinds: dict[str, list[TimedStep]] = {"decode": [], "prompts": [], "both": []}
+    for step in steps:
+        num_prompts_at_least = step.num_tokens - step.num_rows
+        has_decoding = step.num_tokens < _LEAST_PROMPT * step.num_rows
+        kinds["decode" if not num_prompts_at_least else "both" if has_decoding else "prompts"].append(step)
+    told: dict[str, object] = {
+        kind: {
+            "steps": len(found),
+            "ms": round(1e3 * sum(step.seconds for step in found) / len(found), 2),
+            "rows": round(sum(step.num_rows for step in found) / len(found), 1),
+            "tokens": round(sum(step.num_tokens for step in found) / len(found), 1),
+        }
+        for kind, found in kinds.items()
+        if found
+    }
+    longest = sorted(steps, key=lambda step: -step.seconds)[:_NUM_LONGEST]
+    told["longest"] = [(round(1e3 * step.seconds, 1), step.num_rows, step.num_tokens) for step in longest]
+    return told
 
 
 def _difference(before: Sequence[Numbers], after: Sequence[Numbers], name: str) -> float:

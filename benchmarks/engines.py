@@ -12,6 +12,7 @@ import multiprocessing
 import random
 import secrets
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -52,6 +53,21 @@ which counts observations up to that; over all labels."""
 
 _START_S = 600.0
 _ANSWER_S = 60.0
+_MAX_STEPS = 20_000
+"""That an engine remembers until it is asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class TimedStep:
+    """One step of an engine."""
+
+    seconds: float
+    """On the device, from its first kernel to its last."""
+    num_rows: int
+    num_tokens: int
+    """Computed; as many as rows if the step only decodes, without drafts."""
+    num_commands: int
+    """For KV transfers."""
 
 
 class EngineProcess:
@@ -77,6 +93,10 @@ class EngineProcess:
     def numbers(self) -> Numbers:
         """The engine's metrics since it began to serve."""
         return cast("Numbers", self._call("numbers"))
+
+    def steps(self) -> list[TimedStep]:
+        """Its steps since it was last asked, or began to serve; no more than the newest twenty thousand."""
+        return cast("list[TimedStep]", self._call("steps"))
 
     def close(self) -> None:
         """End the process."""
@@ -121,6 +141,8 @@ def _work(name: str, options: RunnerOptions, pipe: Connection) -> None:
                 metrics, kept = MemoryMetrics(), _Kept(runner)
                 host = EngineHost(runner=cast("StepRunner", kept), settings=arguments[0], metrics=metrics)
                 pipe.send(host.start())
+            elif command == "steps":
+                pipe.send(kept.take_steps())
             else:
                 pipe.send(_numbers(metrics))
     except EOFError:
@@ -132,27 +154,33 @@ def _work(name: str, options: RunnerOptions, pipe: Connection) -> None:
 
 
 class _Kept:
-    """A runner that outlives its engine host."""
+    """A runner that outlives its engine host, and what its steps took."""
 
     def __init__(self, runner: LocalRunner) -> None:
         self.info, self.poll_kv = runner.info, runner.poll_kv
         self._runner = runner
-        self._num_in_flight = 0
+        self._in_flight: deque[tuple[int, int, int]] = deque()
+        self._steps: deque[TimedStep] = deque(maxlen=_MAX_STEPS)
 
     def submit(self, plan: StepPlan) -> None:
         """See `StepRunner`."""
         self._runner.submit(plan)
-        self._num_in_flight += 1
+        self._in_flight.append((len(plan.rows), plan.num_tokens, len(plan.kv)))
 
     def collect(self, timeout_s: float | None = None) -> StepResult | None:
         """See `StepRunner`."""
         result = self._runner.collect(timeout_s)
-        self._num_in_flight -= result is not None
+        if result is not None:
+            self._steps.append(TimedStep(result.run_s, *self._in_flight.popleft()))
         return result
+
+    def take_steps(self) -> list[TimedStep]:
+        """From another thread than the engine's, which may add one meanwhile: it stays for the next time."""
+        return [self._steps.popleft() for _ in range(len(self._steps))]
 
     def settle(self) -> None:
         """Take the results that the engine left behind: the next one would take them for its own."""
-        while self._num_in_flight:
+        while self._in_flight:
             self.collect()
         self.poll_kv()
 

@@ -7,7 +7,6 @@ latencies count from when they were due. Knows nothing of engines.
 from __future__ import annotations
 
 import asyncio
-import csv
 import random
 import statistics
 import time
@@ -17,10 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.client import RequestRecord
+from benchmarks.datasets.request import FIRST_TOKEN_ID
+from benchmarks.datasets.traces import AZURE_CONVERSATION, TraceRow, read_azure
 from benchmarks.report import percentile
-from benchmarks.workloads import FIRST_TOKEN_ID
 
-AZURE_CONVERSATION = Path(__file__).parent / "traces" / "azure_2023_conv_sample.csv"
+SAMPLE = slice(16_000, 18_000)
+"""Rows of the Azure trace whose beginnings are like the whole: the first 200, 400 and 800 have prompts of 1,202, 1,181
+and 1,180 tokens on average and outputs of 200, 202 and 225; the whole trace 1,155 and 211."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,15 +33,6 @@ class Promise:
     """From when it was due to its first token."""
     itl_s: float = 0.05
     """Between tokens, on average over the request."""
-
-
-@dataclass(frozen=True, slots=True)
-class TraceRow:
-    """One request of a trace."""
-
-    arrival_s: float
-    num_prompt_tokens: int
-    num_output_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,15 +125,15 @@ class Goodput:
         )
 
 
-def read_trace(path: Path) -> list[TraceRow]:
-    """Rows in order of arrival. Raises ValueError for a file with other columns."""
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        wanted = ["arrival_s", "prompt_tokens", "output_tokens"]
-        if reader.fieldnames != wanted:
-            raise ValueError(f"{path} has the columns {reader.fieldnames}, not {wanted}")
-        rows = [TraceRow(float(r["arrival_s"]), int(r["prompt_tokens"]), int(r["output_tokens"])) for r in reader]
-    return rows
+def read_trace(path: Path | None = None) -> list[TraceRow]:
+    """Rows in order of arrival, of a file in the Azure trace's format; None: `SAMPLE` of the shipped one, from time 0.
+
+    Raises ValueError for a file with other columns.
+    """
+    if path is not None:
+        return list(read_azure(path))
+    rows = list(read_azure(AZURE_CONVERSATION))[SAMPLE]
+    return [TraceRow(row.arrival_s - rows[0].arrival_s, *row.lengths) for row in rows]
 
 
 def scaled(
