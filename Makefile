@@ -1,5 +1,6 @@
 # make serve   the demo model on CPUs at http://127.0.0.1:8000
 # make test    everything that CI checks
+# make docs    the site of the documentation, in site/
 # make fmt     format the code
 # make clean   remove what the above made here (the demo model stays in its cache)
 #
@@ -16,7 +17,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --constraint constraints-dev.txt $(PI
 # Off unless asked for: the quick start talks to nobody but the package index.
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: serve test fmt clean demo-model
+.PHONY: serve test docs fmt clean demo-model
 
 serve: $(VENV)/installed demo-model
 	$(BIN)/atom-cluster check-config $(CONFIG)
@@ -26,6 +27,9 @@ test: $(VENV)/installed-dev demo-model
 	scripts/check
 	scripts/test
 
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 fmt: $(VENV)/installed-dev
 	scripts/fmt
 
@@ -33,7 +37,7 @@ demo-model: $(VENV)/installed
 	$(BIN)/atom-cluster get-demo-model
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .schemathesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip is what a venv gets last: an environment without it was interrupted and is made again.
@@ -46,4 +50,8 @@ $(VENV)/installed: pyproject.toml constraints-dev.txt | $(BIN)/pip
 
 $(VENV)/installed-dev: pyproject.toml constraints-dev.txt | $(VENV)/installed
 	$(PIP_INSTALL) --editable '.[dev]'
+	touch $(VENV)/installed $@
+
+$(VENV)/installed-docs: pyproject.toml constraints-dev.txt | $(VENV)/installed
+	$(PIP_INSTALL) --editable '.[docs]'
 	touch $(VENV)/installed $@
