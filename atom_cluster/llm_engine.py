@@ -306,10 +306,11 @@ class LLMEngine:
         context = min(self.info.max_model_len, self.info.max_request_tokens)
         room = context - len(token_ids)
         max_tokens = room if sampling.max_tokens is None else sampling.max_tokens
-        if room < 1 or max_tokens > room:
+        least = 0 if sampling.max_tokens == 0 else 1
+        if room < least or max_tokens > room:
             raise ContextLengthExceeded(
-                f"{len(token_ids)} prompt and {max(max_tokens, 1)} output tokens exceed a context of {context}",
-                param="prompt" if room < 1 else "max_tokens",
+                f"{len(token_ids)} prompt and {max(max_tokens, least)} output tokens exceed a context of {context}",
+                param="prompt" if room < least else "max_tokens",
             )
         if sampling.stop_strings and self._tokenizer is None:
             raise InvalidRequest("stop strings need a tokenizer, which the model does not have", param="stop_strings")

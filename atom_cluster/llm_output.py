@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing_extensions import NotRequired, TypedDict
 
 from atom_cluster.api.tokenizer import IncrementalDetokenizer
-from atom_cluster.messages.requests import FinishReason, RequestError, TokenDelta, TokenLogprobs
+from atom_cluster.messages.requests import FinishReason, PromptScore, RequestError, TokenDelta, TokenLogprobs
 
 
 class GenerationOutput(TypedDict):
@@ -32,6 +32,8 @@ class GenerationOutput(TypedDict):
     """Mean time per output token after the first; 0 for a single token."""
     logprobs: NotRequired[list[TokenLogprobs]]
     """One per output token, when asked for."""
+    prompt_logprobs: NotRequired[list[PromptScore | None]]
+    """One per prompt token, None for the first, when asked for."""
     error: NotRequired[RequestError]
     """With `finish_reason` error."""
 
@@ -67,6 +69,7 @@ class OutputBuilder:
         self._token_ids: list[int] = []
         self._pieces: list[str] = []
         self._logprobs: list[TokenLogprobs] | None = None
+        self._prompt_logprobs: list[PromptScore | None] | None = None
         self._num_cached_tokens = 0
         self._error: RequestError | None = None
         self._added_s = time.perf_counter()
@@ -90,6 +93,8 @@ class OutputBuilder:
         self._pieces.append(text)
         if delta.logprobs is not None:
             self._logprobs = [*(self._logprobs or []), *delta.logprobs[: len(token_ids)]]
+        if delta.prompt_logprobs is not None:
+            self._prompt_logprobs = list(delta.prompt_logprobs)
         if self._stream_callback is not None:
             self._stream_callback(
                 StreamedOutput(
@@ -116,6 +121,8 @@ class OutputBuilder:
         )
         if self._logprobs is not None:
             output["logprobs"] = self._logprobs
+        if self._prompt_logprobs is not None:
+            output["prompt_logprobs"] = self._prompt_logprobs
         if self._error is not None:
             output["error"] = self._error
         return output

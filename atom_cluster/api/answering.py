@@ -35,6 +35,7 @@ def answer_header(context: ApiContext, body: ChatCompletionRequest | CompletionR
         model=context.model.name,
         usage_in_stream=body.stream_options is not None and bool(body.stream_options.include_usage),
         has_logprobs=body.logprobs is not None and body.logprobs is not False,
+        num_prompt_logprobs=body.prompt_logprobs,
     )
 
 

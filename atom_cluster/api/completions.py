@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from atom_cluster.api.answering import answer_header, answer_prompts, checked_grammar
 from atom_cluster.api.context import ApiContext
+from atom_cluster.api.echoes import echoes_of
 from atom_cluster.api.formats import CompletionFormat
 from atom_cluster.api.openai_types import CompletionRequest
 from atom_cluster.api.openapi.generation import COMPLETIONS
@@ -32,7 +33,8 @@ def add_completion_routes(app: FastAPI, context: ApiContext) -> None:
             lambda: completion_prompts(body, tokenizer=tokenizer.tokenizer, max_tokens=model.max_model_len)
         )
         answer_id = f"cmpl-{uuid.uuid4().hex}"
-        words = CompletionFormat(answer_header(context, body, answer_id), tokenizer.tokenizer)
+        echoes = await tokenizer.run(lambda: echoes_of(body, prompts, tokenizer.tokenizer)) if body.echo else None
+        words = CompletionFormat(answer_header(context, body, answer_id), tokenizer.tokenizer, echoes=echoes)
         terms = terms.with_priority(body.priority)
         wanted = wanted_grammar(body, max_bytes=context.limits.max_grammar_bytes)
         grammar = await checked_grammar(context, body, wanted)

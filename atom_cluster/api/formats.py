@@ -8,9 +8,11 @@ from typing import Protocol
 
 from msgspec import UNSET, Struct, UnsetType
 
+from atom_cluster.api.echoes import Echoes, echo_logprobs, joined_logprobs, prompt_logprobs
 from atom_cluster.api.error_responses import error_body
 from atom_cluster.api.outputs import OutputNews, TokenScore
 from atom_cluster.api.pieces import Piece, ReasoningPiece, TextPiece, ToolCallBegun, calls_of, reasoning_of
+from atom_cluster.api.token_texts import finite, token_text
 from atom_cluster.api.tokenizer import Tokenizer
 from atom_cluster.api.wire import (
     AssistantMessage,
@@ -25,6 +27,7 @@ from atom_cluster.api.wire import (
     FunctionCall,
     FunctionCallDelta,
     MessageDelta,
+    PromptTokenLogprob,
     TextChoice,
     ToolCall,
     ToolCallDelta,
@@ -45,6 +48,8 @@ class AnswerHeader:
     usage_in_stream: bool
     """Whether the client asked for a last chunk with usage; the others then say `usage: null`."""
     has_logprobs: bool
+    num_prompt_logprobs: int | None = None
+    """Alternatives to each prompt token, if the client asked for `prompt_logprobs`."""
 
     @property
     def chunk_usage(self) -> UnsetType | None:
@@ -134,7 +139,14 @@ class ChatFormat:
             for entry in news
         ]
         header = self._header
-        return ChatCompletion(id=header.id, created=header.created, model=header.model, choices=choices, usage=usage)
+        return ChatCompletion(
+            id=header.id,
+            created=header.created,
+            model=header.model,
+            choices=choices,
+            usage=usage,
+            prompt_logprobs=_prompt_logprobs(news[0], header, self._tokenizer),  # all outputs have the one prompt
+        )
 
     def _chunk(
         self,
@@ -177,9 +189,13 @@ class CompletionFormat:
 
     is_typed = False
 
-    def __init__(self, header: AnswerHeader, tokenizer: Tokenizer) -> None:
+    def __init__(self, header: AnswerHeader, tokenizer: Tokenizer, *, echoes: Echoes | None = None) -> None:
+        """`echoes`: what outputs begin with, if they repeat their prompts."""
         self._header = header
         self._tokenizer = tokenizer
+        self._echoes = echoes
+        self._begun: set[int] = set()
+        """Outputs of which something was told, and so their prompt."""
 
     def opening(self, index: int, usage: Usage) -> list[Struct]:
         """Nothing: a text answer has no role."""
@@ -216,35 +232,68 @@ class CompletionFormat:
 
     def _choice(self, news: OutputNews) -> TextChoice:
         logprobs = self._logprobs(news) if self._header.has_logprobs else None
-        return TextChoice(index=news.index, text=news.text, logprobs=logprobs, finish_reason=news.finish_reason)
+        return TextChoice(
+            index=news.index,
+            text=self._echoed_text(news) + news.text,
+            logprobs=logprobs,
+            finish_reason=news.finish_reason,
+            prompt_logprobs=_prompt_logprobs(news, self._header, self._tokenizer),
+        )
+
+    def _echoed_text(self, news: OutputNews) -> str:
+        """The prompt, in the first that is told of an output."""
+        if self._echoes is None or news.index in self._begun:
+            return ""
+        self._begun.add(news.index)
+        return self._echoes.of_output(news.index).text
 
     def _logprobs(self, news: OutputNews) -> CompletionLogprobs:
+        """Of the prompt's tokens, where it is repeated and its scores are news, and of the output's."""
+        if self._echoes is None:
+            return self._output_logprobs(news, 0)
+        echo = self._echoes.of_output(news.index)
+        of_output = self._output_logprobs(news, len(echo.text))
+        if news.prompt is None:
+            return of_output
+        of_prompt = echo_logprobs(echo, news.prompt, self._echoes.num_top, self._tokenizer)
+        return joined_logprobs(of_prompt, of_output)
+
+    def _output_logprobs(self, news: OutputNews, num_before: int) -> CompletionLogprobs:
+        """`num_before` characters of prompt are in front of the output."""
         return CompletionLogprobs(
             tokens=[self._text(score.token_id) for score in news.scores],
-            token_logprobs=[_finite(score.logprobs.logprob) for score in news.scores],
+            token_logprobs=[finite(score.logprobs.logprob) for score in news.scores],
             top_logprobs=[self._top(score) for score in news.scores],
-            text_offset=[score.text_offset for score in news.scores],
+            text_offset=[num_before + score.text_offset for score in news.scores],
         )
 
     def _top(self, score: TokenScore) -> dict[str, float]:
         """The sampled token is among them even when it was not one of the most likely."""
-        top = {self._text(entry.token_id): _finite(entry.logprob) for entry in score.logprobs.top}
-        top.setdefault(self._text(score.token_id), _finite(score.logprobs.logprob))
+        top = {self._text(entry.token_id): finite(entry.logprob) for entry in score.logprobs.top}
+        top.setdefault(self._text(score.token_id), finite(score.logprobs.logprob))
         return top
 
     def _text(self, token_id: int) -> str:
-        return _token_text(self._tokenizer.token_bytes(token_id))
+        return token_text(self._tokenizer.token_bytes(token_id))
+
+
+def _prompt_logprobs(
+    news: OutputNews, header: AnswerHeader, tokenizer: Tokenizer
+) -> list[dict[str, PromptTokenLogprob] | None] | UnsetType:
+    if header.num_prompt_logprobs is None or news.prompt is None:
+        return UNSET
+    return prompt_logprobs(news.prompt, header.num_prompt_logprobs, tokenizer)
 
 
 def token_logprobs(score: TokenScore, tokenizer: Tokenizer) -> ChatTokenLogprob:
     """One output token and its alternatives, as chat answers and responses show them."""
     value = tokenizer.token_bytes(score.token_id)
     return ChatTokenLogprob(
-        token=_token_text(value),
-        logprob=_finite(score.logprobs.logprob),
+        token=token_text(value),
+        logprob=finite(score.logprobs.logprob),
         bytes=list(value),
         top_logprobs=[
-            TopChatLogprob(token=_token_text(other), logprob=_finite(top.logprob), bytes=list(other))
+            TopChatLogprob(token=token_text(other), logprob=finite(top.logprob), bytes=list(other))
             for top in score.logprobs.top
             for other in (tokenizer.token_bytes(top.token_id),)
         ],
@@ -262,16 +311,3 @@ def _delta(piece: Piece) -> MessageDelta:
             tool_calls=[ToolCallDelta(index=piece.index, id=piece.call_id, type="function", function=function)]
         )
     return MessageDelta(tool_calls=[ToolCallDelta(index=piece.index, function=FunctionCallDelta(arguments=piece.text))])
-
-
-def _finite(logprob: float) -> float:
-    """JSON has no infinity; OpenAI writes -9999 for a probability of zero."""
-    return max(logprob, -9999.0)
-
-
-def _token_text(value: bytes) -> str:
-    """Text of a token; one that is not whole characters is written as `bytes:\\xNN...`, so that no two look alike."""
-    try:
-        return value.decode("utf-8")
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in value)

@@ -85,8 +85,9 @@ class GenerationFields(StructuredFields):
     """Whether to send the answer as events, as it is generated."""
     stream_options: StreamOptions | None = None
     """Goes with `stream`."""
-    max_tokens: int | None = Field(None, ge=1, le=_INT64_MAX)
-    """Most output tokens. If not given, what the context leaves, or the server's configured number."""
+    max_tokens: int | None = Field(None, ge=0, le=_INT64_MAX)
+    """Most output tokens; 0 goes with `prompt_logprobs` or `echo` only. If not given, what the context leaves, or the
+    server's configured number."""
     min_tokens: int | None = Field(None, ge=0, le=_INT64_MAX)
     """End tokens are not sampled before this many output tokens."""
     temperature: float | None = Field(None, ge=0, le=100)
@@ -103,6 +104,9 @@ class GenerationFields(StructuredFields):
     """Subtracted from the logits of tokens seen in the output."""
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     """Subtracted, per occurrence in the output, from logits."""
+    prompt_logprobs: int | None = Field(None, ge=0)
+    """Send the log probability and rank of each prompt token, and of so many of the most likely ones in its place; not
+    in streams."""
     seed: int | None = Field(None, ge=-(2**63), le=_INT64_MAX)
     """The i-th output of a prompt uses seed + i. A random one if not given."""
     stop: Annotated[
@@ -187,10 +191,10 @@ class CompletionRequest(GenerationFields):
     prompt: Annotated[tuple[Prompt, ...], PlainValidator(_parse_prompts, json_schema_input_type=_PromptInput)]
     """Text or token ids, or a list of either."""
     logprobs: int | None = Field(None, ge=0)
-    """Send log probabilities of output tokens, and of so many alternatives to each."""
+    """Send log probabilities of output tokens, and so many alternatives to each; with `echo`, of the prompt's too."""
     best_of: int | None = Field(None, ge=1)
     """Only equal to `n`: outputs are not ranked."""
-    echo: Unsupported = None
-    """Not supported."""
+    echo: bool | None = None
+    """Whether outputs begin with their prompt."""
     suffix: Unsupported = None
     """Not supported."""

@@ -20,7 +20,7 @@ from atom_cluster.api.pieces import PLAIN, OutputParser, Piece, ToolCallBegun, j
 from atom_cluster.api.tokenizer import IncrementalDetokenizer, Tokenizer
 from atom_cluster.api.wire import WireFinishReason
 from atom_cluster.errors import RequestFailed
-from atom_cluster.messages.requests import TokenDelta, TokenLogprobs
+from atom_cluster.messages.requests import PromptScore, TokenDelta, TokenLogprobs
 
 
 class ClientLeftError(Exception):
@@ -37,6 +37,15 @@ class TokenScore:
     """Characters of output before this token."""
 
 
+@dataclass(frozen=True, slots=True)
+class ScoredPrompt:
+    """An output's prompt and how likely its tokens are."""
+
+    token_ids: tuple[int, ...]
+    scores: tuple[PromptScore | None, ...]
+    """One per token, None for the first."""
+
+
 @dataclass(slots=True)
 class OutputNews:
     """What an output has produced since it was last asked."""
@@ -48,6 +57,8 @@ class OutputNews:
     finish_reason: WireFinishReason | None = None
     matched_stop: str | None = None
     """The stop string that ended the output, if one did."""
+    prompt: ScoredPrompt | None = None
+    """With the first news of an output, if its prompt was scored."""
 
     @property
     def text(self) -> str:
@@ -84,6 +95,7 @@ class Output:
         self._hidden_last_ids = hidden if request.sampling.ignore_eos else hidden | eos
         self._pieces: list[Piece] = []
         self._scores: list[TokenScore] = []
+        self._prompt: ScoredPrompt | None = None
         self._finish_is_news = False
         self._has_called = False
         self._token_ends: deque[int] = deque()
@@ -99,6 +111,8 @@ class Output:
     def push(self, delta: TokenDelta) -> None:
         """Take new tokens. Sets `finish_reason` when they end the output, a stop string or the only call."""
         self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
+        if delta.prompt_logprobs is not None:
+            self._prompt = ScoredPrompt(self.request.token_ids, delta.prompt_logprobs)
         if delta.token_ids:
             self.last_token_at_s = time.monotonic()
             if self.first_token_at_s is None:
@@ -117,10 +131,10 @@ class Output:
         pieces = joined(self._pieces)
         if not pieces and not self._finish_is_news:
             return None
-        news = OutputNews(self.index, pieces, self._scores)
+        news = OutputNews(self.index, pieces, self._scores, prompt=self._prompt)
         if self._finish_is_news:
             news.finish_reason, news.matched_stop = self.finish_reason, self._detokenizer.matched_stop
-        self._pieces, self._scores, self._finish_is_news = [], [], False
+        self._pieces, self._scores, self._prompt, self._finish_is_news = [], [], None, False
         return news
 
     @property

@@ -37,6 +37,7 @@ def check_request(request: GenerationFields, *, model: ServedModel, limits: ApiC
     _at_most(request.n, limits.max_n, "n")
     if request.stream_options is not None and not request.stream:
         raise InvalidRequest("`stream_options` needs `stream` to be true", param="stream_options")
+    _check_prompt_logprobs(request, limits)
     _check_stops(request, model, limits)
     _check_biases(request.logit_bias or {}, model, limits)
     if isinstance(request, ChatCompletionRequest):
@@ -66,6 +67,7 @@ def sampling_params(request: GenerationFields, *, model: ServedModel) -> Samplin
         stop_strings=tuple(request.stop or ()),
         ignore_eos=bool(request.ignore_eos),
         logprobs=_num_logprobs(request),
+        prompt_logprobs=_num_prompt_logprobs(request),
         n=request.n or 1,
         logit_bias=tuple((int(token_id), bias) for token_id, bias in (request.logit_bias or {}).items()),
     )
@@ -84,8 +86,10 @@ def output_inputs(
     """One input per output: those of the first prompt, then those of the second, and so on.
 
     The i-th output of a prompt uses seed + i. Raises `ContextLengthExceeded` when prompt plus `max_tokens` exceed the
-    context, and `InvalidRequest` for an empty prompt; both name `prompt_param`.
+    context, and `InvalidRequest` for an empty prompt or more log probabilities of prompts than one answer may have; all
+    name `prompt_param`.
     """
+    _check_num_scores(params, prompts, limits=limits, prompt_param=prompt_param)
     inputs: list[GenerateInput] = []
     for prompt in prompts:
         resolved = _fit_context(params, len(prompt), model=model, limits=limits, prompt_param=prompt_param)
@@ -116,15 +120,37 @@ def _fit_context(
         )
     room = model.max_model_len - num_prompt_tokens
     wanted = params.max_tokens
-    if room < (wanted or 1):
+    if room < (1 if wanted is None else wanted):
         detail = f"{num_prompt_tokens} tokens of prompt" + (f" and {wanted} of output" if wanted else "")
         raise ContextLengthExceeded(
             f"the model's context holds {model.max_model_len} tokens; the request has {detail}", param=prompt_param
         )
-    max_tokens = wanted or min(room, limits.default_max_tokens or room)
+    max_tokens = min(room, limits.default_max_tokens or room) if wanted is None else wanted
     if params.min_tokens > max_tokens:
         raise InvalidRequest(f"`min_tokens` is larger than the {max_tokens} output tokens allowed", param="min_tokens")
     return msgspec.structs.replace(params, max_tokens=max_tokens)
+
+
+def _check_num_scores(
+    params: SamplingParams, prompts: Sequence[tuple[int, ...]], *, limits: ApiConfig, prompt_param: str
+) -> None:
+    if params.prompt_logprobs is None:
+        return
+    num_scores = (1 + params.prompt_logprobs) * params.n * sum(len(prompt) for prompt in prompts)
+    if num_scores > limits.max_prompt_scores:
+        raise InvalidRequest(
+            f"an answer has at most {limits.max_prompt_scores} log probabilities of prompt tokens and their "
+            f"alternatives; this one would have {num_scores}",
+            param=prompt_param,
+        )
+
+
+def _check_prompt_logprobs(request: GenerationFields, limits: ApiConfig) -> None:
+    _at_most(request.prompt_logprobs, limits.max_logprobs, "prompt_logprobs")
+    if request.prompt_logprobs is not None and request.stream:
+        raise InvalidRequest("`prompt_logprobs` cannot be sent in a stream", param="prompt_logprobs")
+    if _max_tokens(request) == 0 and _num_prompt_logprobs(request) is None:
+        raise InvalidRequest("`max_tokens` is at least 1 without `prompt_logprobs` or `echo`", param="max_tokens")
 
 
 def _check_stops(request: GenerationFields, model: ServedModel, limits: ApiConfig) -> None:
@@ -193,3 +219,16 @@ def _num_logprobs(request: GenerationFields) -> int | None:
     if isinstance(request, ChatCompletionRequest):
         return (request.top_logprobs or 0) if request.logprobs else None
     return request.logprobs if isinstance(request, CompletionRequest) else None
+
+
+def _num_prompt_logprobs(request: GenerationFields) -> int | None:
+    """The most that some part of the answer needs. A prompt that is repeated and nothing else is scored all the same:
+    what an engine does for a request without output is to score its prompt."""
+    wanted = [] if request.prompt_logprobs is None else [request.prompt_logprobs]
+    if (
+        isinstance(request, CompletionRequest)
+        and request.echo
+        and (request.logprobs is not None or request.max_tokens == 0)
+    ):
+        wanted.append(request.logprobs or 0)
+    return max(wanted, default=None)

@@ -99,16 +99,27 @@ class ChatLogprobs(Struct, frozen=True, kw_only=True):
 
 
 class CompletionLogprobs(Struct, frozen=True, kw_only=True):
-    """Log probabilities of a text choice: parallel lists with one entry per output token."""
+    """Log probabilities of a text choice: parallel lists with one entry per token of its text."""
 
     tokens: list[str]
     """Their texts; bytes that are no text are escaped."""
-    token_logprobs: list[float]
-    """Natural logarithms of their probabilities."""
-    top_logprobs: list[dict[str, float]]
-    """Of the alternatives, by text."""
+    token_logprobs: list[float | None]
+    """Natural logarithms of their probabilities; null for the first token of a prompt."""
+    top_logprobs: list[dict[str, float] | None]
+    """Of the alternatives, by text; null for the first token of a prompt."""
     text_offset: list[int]
     """Where each token's text begins in the choice's text."""
+
+
+class PromptTokenLogprob(Struct, frozen=True, kw_only=True):
+    """One token that may follow the prompt's tokens before it: the prompt's own, or one of the most likely."""
+
+    logprob: float
+    """Natural logarithm of its probability."""
+    rank: int
+    """1 plus the number of tokens that are more likely in its place."""
+    decoded_token: str
+    """Its text; bytes that are no text are escaped."""
 
 
 class FunctionCall(Struct, frozen=True, kw_only=True):
@@ -213,6 +224,8 @@ class TextChoice(Struct, frozen=True, kw_only=True):
     """If asked for."""
     finish_reason: WireFinishReason | None
     """Why it ended; null in a stream until it does."""
+    prompt_logprobs: list[dict[str, PromptTokenLogprob] | None] | UnsetType = UNSET
+    """One entry per prompt token, by token id, if asked for; null for the first."""
 
 
 class ChatCompletion(Struct, frozen=True, kw_only=True):
@@ -229,6 +242,8 @@ class ChatCompletion(Struct, frozen=True, kw_only=True):
     """The outputs."""
     usage: Usage
     """Counts and times."""
+    prompt_logprobs: list[dict[str, PromptTokenLogprob] | None] | UnsetType = UNSET
+    """One entry per prompt token, by token id, if asked for; null for the first."""
 
 
 class ChatCompletionChunk(Struct, frozen=True, kw_only=True):

@@ -99,7 +99,10 @@ class ApiConfig(FrozenConfig):
     """How the model marks reasoning. auto: what its chat template or its vocabulary has; none: it is left in the
     content."""
     max_logprobs: int = Field(20, ge=0)
-    """Most alternatives per token (`top_logprobs`, `logprobs`)."""
+    """Most alternatives per token (`top_logprobs`, `logprobs`, `prompt_logprobs`)."""
+    max_prompt_scores: int = Field(131_072, ge=1, le=2**21)
+    """Most log probabilities of prompt tokens in one answer (`prompt_logprobs`, `echo`), those of alternatives
+    included: tokens of all prompts, times `n`, times one more than the alternatives to each."""
     max_stop_strings: int = Field(16, ge=0)
     """Most stop strings in one request."""
     max_stop_chars: int = Field(256, ge=1)

@@ -26,6 +26,8 @@ def make_request(
         raise InvalidRequest("an engine needs an integer seed and n == 1", param="seed")
     if sampling.grammar is not None and not (message.eos_token_ids or sampling.stop_token_ids):
         raise InvalidRequest("the model has no end token, which an output with a grammar needs", param="grammar")
+    if sampling.prompt_logprobs is not None and isinstance(message, PrefillOrder):
+        raise InvalidRequest("a prompt is scored where its output is generated", param="prompt_logprobs")
     max_tokens = _check_lengths(message, info)
     return Request(
         request_id=message.request_id,
@@ -54,10 +56,11 @@ def _check_lengths(message: EngineRequest | PrefillOrder, info: RunnerInfo) -> i
     is_order = isinstance(message, PrefillOrder)
     # A request whose output fills the room already ends with that; an order must get its token.
     num_known = num_prompt + len(message.emitted) if is_order else num_prompt
-    if num_known >= limit:
+    wanted = message.sampling.max_tokens
+    if num_known > limit or (num_known == limit and wanted != 0):
         what = "context" if limit == info.max_model_len else "KV cache"
         raise ContextLengthExceeded(
             f"the prompt has {num_known} tokens, the {what} holds {limit} with at least one of output", param="prompt"
         )
-    max_tokens = len(message.emitted) + 1 if is_order else message.sampling.max_tokens
-    return min(max_tokens or limit, limit - num_prompt)
+    max_tokens = len(message.emitted) + 1 if is_order else wanted
+    return min(limit if max_tokens is None else max_tokens, limit - num_prompt)

@@ -29,7 +29,7 @@ from atom_cluster.engine.protocols import EngineInput, Outbox, StepRunner
 from atom_cluster.engine.replies import Replies
 from atom_cluster.engine.reporting import CacheReporter, count_prefix, queue_details, take_status
 from atom_cluster.engine.request import Phase, Request
-from atom_cluster.engine.results import NewTokens, append_tokens, confirm_row, end_before_first, failure_of
+from atom_cluster.engine.results import NewTokens, append_tokens, confirm_row, end_before_first, failure_of, note_scores
 from atom_cluster.engine.scheduler import ScheduledRow, Scheduler
 from atom_cluster.engine.speculation import DraftStatistics
 from atom_cluster.engine.speed import SpeedMeter
@@ -289,6 +289,7 @@ class EngineCore:
         if result.step_id != flight.plan.step_id:
             raise AssertionError(f"step {flight.plan.step_id} was submitted, {result.step_id} came back")
         self._meter.collected(flight.rows, result)
+        note_scores(flight.rows, flight.plan.rows, result.prompt_scores)
         if flight.plan.rows:
             self._scheduler.note_step_time(sum(row.num_prompt_tokens for row in flight.rows), result.run_s)
             self._speed.note_step(flight.rows, result.run_s)
@@ -400,7 +401,7 @@ class EngineCore:
         self._metrics.inc(PROMPT_TOKENS, request.num_prompt)
         if message.deadline_s is not None:
             heapq.heappush(self._deadlines, (request.arrived_s + message.deadline_s, request.order, request))
-        if message.prefill is not None and self._decode.wants(request.tokens):
+        if message.prefill is not None and self._decode.wants(request):
             self._decode.add(request, message.prefill)
         else:
             self._scheduler.add(request)

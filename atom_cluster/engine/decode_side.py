@@ -98,11 +98,12 @@ class DecodeSide:
         """Requests that wait for blocks before they are sent to prefill."""
         return len(self._queue)
 
-    def wants(self, prompt: Sequence[int]) -> bool:
-        """Whether a prompt is worth sending to prefill."""
-        if not self._transports:
+    def wants(self, request: Request) -> bool:
+        """Whether a request's prompt is worth sending to prefill. One that is to be scored is not: that takes the
+        output head at each position, on the engine that answers, and its scores would be no part of what is read."""
+        if not self._transports or request.wants_prompt_scores:
             return False
-        return len(prompt) - self._blocks.count_matching(prompt) >= self._config.min_remote_tokens
+        return len(request.tokens) - self._blocks.count_matching(request.tokens) >= self._config.min_remote_tokens
 
     def add(self, request: Request, address: PeerAddress) -> None:
         """Queue a request for prefill."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
@@ -49,14 +49,7 @@ class Replies:
         """Tokens that the request's `tokens` already end with, and maybe its end."""
         now_s = self._clock()
         is_first = request.first_token_s is None
-        if request.first_token_s is None:
-            request.first_token_s = now_s
-            if not request.num_replayed:  # else its client has had the first token long since
-                self._metrics.observe(TTFT_S, now_s - request.arrived_s)
-            self._metrics.observe(QUEUE_S, (request.scheduled_s or now_s) - request.arrived_s)
-        elif request.last_token_s is not None:
-            self._metrics.observe(ITL_S, (now_s - request.last_token_s) / len(new.token_ids))
-        request.last_token_s = now_s
+        self._observe_times(request, len(new.token_ids), now_s)
         timing = request.marks.timing(now_s) if is_first or new.finish_reason is not None else None
         if request.phase is Phase.RUNNING:  # else it waits, for its blocks or for its turn
             request.marks.begin("first_decode" if is_first else "decode", now_s)
@@ -68,11 +61,24 @@ class Replies:
                 first_index=request.num_output - len(new.token_ids),
                 token_ids=new.token_ids,
                 logprobs=new.logprobs,
+                prompt_logprobs=request.take_prompt_scores(),
                 finish_reason=new.finish_reason,
                 num_cached_tokens=min(request.num_cached or 0, request.num_prompt),
                 timing=timing,
             ),
         )
+
+    def _observe_times(self, request: Request, num_tokens: int, now_s: float) -> None:
+        if request.first_token_s is None:
+            request.first_token_s = now_s
+            if (
+                num_tokens and not request.num_replayed
+            ):  # else its client has had the first token long since, or gets none
+                self._metrics.observe(TTFT_S, now_s - request.arrived_s)
+            self._metrics.observe(QUEUE_S, (request.scheduled_s or now_s) - request.arrived_s)
+        elif request.last_token_s is not None:
+            self._metrics.observe(ITL_S, (now_s - request.last_token_s) / num_tokens)
+        request.last_token_s = now_s
 
     def end(self, request: Request, reason: FinishReason) -> None:
         """The request has all its tokens already."""
@@ -112,7 +118,8 @@ class Replies:
     def flush(self) -> None:
         """Send what was gathered."""
         for client, deltas in self._deltas_by_client.items():
-            self._outbox.send(client, TokenBatch(tuple(deltas)))
+            for batch in _batches(deltas):
+                self._outbox.send(client, TokenBatch(batch))
         self._deltas_by_client.clear()
 
     def forget(self, client: str) -> None:
@@ -134,6 +141,19 @@ class Replies:
     def _error_delta(self, request: Request, error: AtomClusterError) -> TokenDelta:
         delta = error_delta(request.request_id, request.num_output, error)
         return msgspec.structs.replace(delta, timing=request.marks.timing(self._clock()))
+
+
+def _batches(deltas: Sequence[TokenDelta]) -> Iterator[tuple[TokenDelta, ...]]:
+    """Messages of a turn to one client, in order: one, but that scores of a prompt, which are long, come alone."""
+    start = 0
+    for end, delta in enumerate(deltas):
+        if delta.prompt_logprobs is not None:
+            if deltas[start:end]:
+                yield tuple(deltas[start:end])
+            yield (delta,)
+            start = end + 1
+    if deltas[start:]:
+        yield tuple(deltas[start:])
 
 
 def error_delta(request_id: str, first_index: int, error: AtomClusterError) -> TokenDelta:

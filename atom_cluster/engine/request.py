@@ -4,12 +4,15 @@ the engine core and the handoffs only; knows nothing of other requests."""
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+import msgspec
+
 from atom_cluster.engine.marks import Marks
 from atom_cluster.kv_cache.block_manager import BlockTable
-from atom_cluster.messages.requests import SamplingParams
+from atom_cluster.messages.requests import PromptScore, SamplingParams
 from atom_cluster.messages.timing import SpanName
 
 
@@ -70,6 +73,8 @@ class Request:
     """Counts its stays in the batch; results of an earlier stay do not confirm KV."""
     num_cached: int | None = None
     """Prompt tokens found in a prefix cache when it was first scheduled, here or on prefill."""
+    prompt_scores: list[PromptScore] = field(default_factory=list)
+    """Of its prompt's tokens from the second on, as far as they are computed and not given out."""
     scheduled_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float | None = None
@@ -131,6 +136,27 @@ class Request:
         num_skipped = self.in_place.popleft().stop - self.num_computed
         self.num_computed += num_skipped
         return num_skipped
+
+    @property
+    def wants_prompt_scores(self) -> bool:
+        """Whether its prompt is to be scored, and its client has not been told. Then every position is computed here:
+        a prefix's KV, found in a cache or read from another engine, says nothing of how likely its tokens are."""
+        return self.sampling.prompt_logprobs is not None
+
+    def note_prompt_scores(self, start: int, scores: Sequence[PromptScore]) -> None:
+        """Scores of the tokens from `start + 1` on. Those known already, from before a preemption, are left alone."""
+        if start <= len(self.prompt_scores):
+            self.prompt_scores += scores[len(self.prompt_scores) - start :]
+
+    def take_prompt_scores(self) -> tuple[PromptScore | None, ...] | None:
+        """All of them, for its client, who gets them once; None if they are not wanted, or not any more."""
+        if not self.wants_prompt_scores:
+            return None
+        if len(self.prompt_scores) != self.num_prompt - 1:
+            raise AssertionError(f"{self.request_id}: {len(self.prompt_scores)} scores of {self.num_prompt} tokens")
+        scores, self.prompt_scores = self.prompt_scores, []
+        self.sampling = msgspec.structs.replace(self.sampling, prompt_logprobs=None)
+        return (None, *scores)
 
     @property
     def is_done(self) -> bool:

@@ -13,7 +13,7 @@ from atom_cluster.engine.scheduler import ScheduledRow
 from atom_cluster.engine.stopping import finish_reason
 from atom_cluster.errors import RequestFailed
 from atom_cluster.messages.requests import FinishReason, TokenLogprobs
-from atom_cluster.messages.steps import SampledTokens
+from atom_cluster.messages.steps import PromptScores, RowStep, SampledTokens
 
 
 class NewTokens(NamedTuple):
@@ -27,7 +27,9 @@ class NewTokens(NamedTuple):
 def append_tokens(
     request: Request, token_ids: Sequence[int], logprobs: tuple[TokenLogprobs, ...] | None, *, max_model_len: int
 ) -> NewTokens:
-    """Append at least one token, and no more than the output takes: what follows its end is dropped."""
+    """Append tokens, and no more than the output takes: what follows its end is dropped."""
+    if request.sampling.max_tokens == 0:
+        return NewTokens((), None, "length")  # its prompt was to be scored
     count, reason = 0, None
     for token_id in token_ids:
         request.tokens.append(token_id)
@@ -64,6 +66,15 @@ def failure_of(sampled: SampledTokens | None) -> RequestFailed | None:
     if sampled is None or sampled.error is None:
         return None
     return RequestFailed(f"the output cannot be given the structure that was asked for: {sampled.error}")
+
+
+def note_scores(rows: Sequence[ScheduledRow], steps: Sequence[RowStep], found: Sequence[PromptScores]) -> None:
+    """Give scores to the requests of a step's rows. They hold whatever became of the row: tokens do not change."""
+    by_row = {scores.row: scores for scores in found}
+    for row, step in zip(rows, steps, strict=True):
+        scores = by_row.get(step.row)
+        if scores is not None and row.request.wants_prompt_scores:
+            row.request.note_prompt_scores(scores.start, scores.scores)
 
 
 def confirm_row(row: ScheduledRow, sampled: SampledTokens | None) -> None:

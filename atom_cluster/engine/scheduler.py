@@ -250,7 +250,8 @@ class Scheduler:
 
     def _num_left(self, request: Request) -> float:
         """Tokens to sample that are not on their way."""
-        return (request.sampling.max_tokens or math.inf) - request.num_output - request.num_sampling
+        max_tokens = request.sampling.max_tokens
+        return (math.inf if max_tokens is None else max_tokens) - request.num_output - request.num_sampling
 
     def _num_drafts_for(self, request: Request) -> int:
         """Drafts worth verifying: behind each there must be a token left to sample. That keeps them in the context,
@@ -354,7 +355,8 @@ class Scheduler:
     def _try_admit(self, request: Request) -> bool:
         is_matched = not request.table.block_ids
         if is_matched:
-            request.table = self._blocks.match(request.tokens, "running")
+            reuses = not request.wants_prompt_scores
+            request.table = self._blocks.match(request.tokens, "running", reuses=reuses)
             request.num_computed = len(request.table.block_ids) * self._blocks.block_size
             request.num_confirmed = request.num_computed
         part = self._part_for(request, is_prefilling=request.is_prefilling)

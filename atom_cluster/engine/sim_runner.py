@@ -24,11 +24,12 @@ from atom_cluster.engine.protocols import RunnerInfo
 from atom_cluster.engine.sim_grammar import SimulatedGrammar
 from atom_cluster.engine.sim_groups import GroupView, check_nobody_interferes, make_views
 from atom_cluster.engine.sim_memory import KvView, SimulatedMemory, mix
+from atom_cluster.engine.sim_scores import made_up_logprobs, made_up_score
 from atom_cluster.engine.sim_transfer import TRANSPORT, SimulatedTransfers
 from atom_cluster.errors import AtomClusterError, ProtocolError
 from atom_cluster.kv_cache.layout import PageGroup
-from atom_cluster.messages.requests import SamplingParams, TokenLogprobs, TopLogprob
-from atom_cluster.messages.steps import NewRow, RowStep, SampledTokens, StepPlan, StepResult
+from atom_cluster.messages.requests import SamplingParams
+from atom_cluster.messages.steps import NewRow, PromptScores, RowStep, SampledTokens, StepPlan, StepResult
 from atom_cluster.messages.transfer import KvCommand, KvOffer, KvReport, TagBlocks
 from atom_cluster.structured.compiler import GrammarCompiler
 from atom_cluster.structured.masks import MaskFiller
@@ -233,8 +234,13 @@ class SimulatedRunner:
             ]
         )
         sampled = [token for step in steps if (token := self._run(step)) is not None]
-        run_s = flight.ends_s - flight.begins_s
-        return StepResult(step_id=plan.step_id, sampled=tuple(sampled), run_s=run_s, execution="simulated")
+        return StepResult(
+            step_id=plan.step_id,
+            sampled=tuple(sampled),
+            prompt_scores=tuple(scores for step in steps if (scores := self._score(step)) is not None),
+            run_s=flight.ends_s - flight.begins_s,
+            execution="simulated",
+        )
 
     def _free(self, row: int) -> None:
         freed = self._rows.pop(row, None)
@@ -297,6 +303,19 @@ class SimulatedRunner:
             pages.write(view, step.start, end, step.num_drafts)
         return self._sample(step, row, num_known) if step.samples else None
 
+    def _score(self, step: RowStep) -> PromptScores | None:
+        """Scores of the prompt tokens behind those of a step that was run, if they are wanted and there are any."""
+        row = self._rows[step.row]
+        last = min(step.start + step.num_tokens, row.num_prompt_tokens - 1)
+        if row.sampling.prompt_logprobs is None or last <= step.start:
+            return None
+        num_top, vocab_size = row.sampling.prompt_logprobs, self._info.vocab_size
+        scores = tuple(
+            made_up_score(row.view.digests[at], row.view.token_ids[at + 1], num_top, vocab_size)
+            for at in range(step.start, last)
+        )
+        return PromptScores(step.row, step.start, scores)
+
     def _sample(self, step: RowStep, row: _Row, num_known: int) -> SampledTokens:
         """Sample behind the newest token, and behind each draft as long as drafts are right."""
         view, first = row.view, step.start + step.num_tokens - step.num_drafts
@@ -314,7 +333,7 @@ class SimulatedRunner:
         view.token_ids[num_known:] = token_ids
         row.drafts = self._draft(row)
         num_top = row.sampling.logprobs
-        logprobs = [_made_up_logprobs(token_id, num_top or 0, self._info.vocab_size) for token_id in token_ids]
+        logprobs = [made_up_logprobs(token_id, num_top or 0, self._info.vocab_size) for token_id in token_ids]
         return SampledTokens(
             step.row,
             tuple(token_ids),
@@ -368,12 +387,3 @@ def _choose(digest: int, barred: frozenset[int], vocab_size: int) -> int:
         if token_id % vocab_size not in barred:
             return token_id % vocab_size
     return first
-
-
-def _made_up_logprobs(token_id: int, num_top: int, vocab_size: int) -> TokenLogprobs:
-    """The chosen token has probability 1/2, the next id 1/4, and so on."""
-    top = (
-        TopLogprob((token_id + rank) % vocab_size, -(rank + 1) * math.log(2))
-        for rank in range(min(num_top, vocab_size))
-    )
-    return TokenLogprobs(-math.log(2), tuple(top))

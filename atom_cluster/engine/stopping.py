@@ -17,7 +17,14 @@ _RANGES: tuple[tuple[str, float, float, bool], ...] = (
 )
 """Name, lowest, highest, and whether the lowest is allowed itself."""
 
-_LEAST: tuple[tuple[str, int], ...] = (("top_k", 0), ("max_tokens", 1), ("min_tokens", 0), ("logprobs", 0), ("n", 1))
+_LEAST: tuple[tuple[str, int], ...] = (
+    ("top_k", 0),
+    ("max_tokens", 0),
+    ("min_tokens", 0),
+    ("logprobs", 0),
+    ("prompt_logprobs", 0),
+    ("n", 1),
+)
 
 
 def validate_sampling(sampling: SamplingParams) -> None:
@@ -32,6 +39,8 @@ def validate_sampling(sampling: SamplingParams) -> None:
         value = getattr(sampling, name)
         if value is not None and value < least:
             raise InvalidRequest(f"{name} must be at least {least}, and is {value}", param=name)
+    if sampling.max_tokens == 0 and sampling.prompt_logprobs is None:
+        raise InvalidRequest("max_tokens must be at least 1 unless the prompt is to be scored", param="max_tokens")
     if "" in sampling.stop_strings:
         raise InvalidRequest("stop strings must not be empty", param="stop")
     for token_id, bias in sampling.logit_bias:

@@ -88,12 +88,15 @@ class BlockManager:
 
     # --- prefixes
 
-    def match(self, prompt: Sequence[int], holder: Holder, *, in_first_group: bool = False) -> BlockTable:
+    def match(
+        self, prompt: Sequence[int], holder: Holder, *, in_first_group: bool = False, reuses: bool = True
+    ) -> BlockTable:
         """A table that holds the longest cached prefix of the prompt, without its last token.
 
         With `in_first_group`, other groups neither count nor take part: what they need comes from another engine.
+        Without `reuses` it holds nothing: all of the prompt is to be computed.
         """
-        prefixes = self._find_prefixes(prompt)
+        prefixes = self._find_prefixes(prompt) if reuses else []
         if not in_first_group:
             prefixes = prefixes[: self._num_common(prefixes)]
         table = BlockTable(holder, [group.new_pages(len(prompt)) for group in self._groups])

@@ -64,6 +64,9 @@ class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Do not stop at the model's end-of-sequence tokens."""
     logprobs: int | None = None
     """None: off. k >= 0: log probability of each sampled token and of the k most likely ones."""
+    prompt_logprobs: int | None = None
+    """None: off. k >= 0: log probability of each prompt token but the first, given those before it, and of the k most
+    likely ones in its place. Then `max_tokens` may be 0: the prompt is scored and nothing is generated."""
     n: int = 1
     """Number of independent outputs."""
     logit_bias: tuple[tuple[int, float], ...] = ()
@@ -118,6 +121,16 @@ class TokenLogprobs(Struct, frozen=True, array_like=True):
     top: tuple[TopLogprob, ...] = ()
 
 
+class PromptScore(Struct, frozen=True, array_like=True):
+    """How likely the model finds one prompt token behind those before it. Logarithms as in `TokenLogprobs`."""
+
+    logprob: float
+    rank: int
+    """1 plus the number of tokens that are more likely in its place."""
+    top: tuple[TopLogprob, ...] = ()
+    """Most likely first; the prompt's own token may be among them."""
+
+
 class RequestError(Struct, frozen=True, kw_only=True):
     """Why a request ended with `finish_reason == "error"`. `kind` is a class name of `atom_cluster.errors`."""
 
@@ -136,6 +149,8 @@ class TokenDelta(Struct, frozen=True, kw_only=True, omit_defaults=True):
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] | None = None
     """One per token id, when asked for."""
+    prompt_logprobs: tuple[PromptScore | None, ...] | None = None
+    """One per prompt token, None for the first, when asked for: once, in the request's first delta that is no error."""
     finish_reason: FinishReason | None = None
     error: RequestError | None = None
     num_cached_tokens: int = 0

@@ -25,7 +25,7 @@ from typing import Literal
 from msgspec import Struct
 
 from atom_cluster.messages.profile import WindowCommand
-from atom_cluster.messages.requests import SamplingParams, TokenLogprobs
+from atom_cluster.messages.requests import PromptScore, SamplingParams, TokenLogprobs
 from atom_cluster.messages.transfer import KvCommand
 
 
@@ -99,6 +99,15 @@ class SampledTokens(Struct, frozen=True, array_like=True):
     """Why the row cannot go on, of which there is one reason: its grammar. Its tokens are not to be used."""
 
 
+class PromptScores(Struct, frozen=True, array_like=True):
+    """Of a row that asks for them: scores of the prompt tokens behind those that the step computed."""
+
+    row: int
+    start: int
+    """The row's first position that the step computed: the first score is that of the token at `start + 1`."""
+    scores: tuple[PromptScore, ...]
+
+
 Execution = Literal["eager", "graph", "pieces", "simulated"]
 """Kernel by kernel; as a graph; as pieces of graphs with eager attention between; not at all."""
 
@@ -109,6 +118,8 @@ class StepResult(Struct, frozen=True, kw_only=True):
     step_id: int
     sampled: tuple[SampledTokens, ...] = ()
     """One entry per row with `samples`, in plan order."""
+    prompt_scores: tuple[PromptScores, ...] = ()
+    """At most one entry per chunk, in plan order, and no more scores than the step has tokens."""
     run_s: float = 0.0
     """Seconds the runner spent on the step, for metrics."""
     execution: Execution = "eager"

@@ -31,6 +31,7 @@ from atom_cluster.quantization.online import with_online
 from atom_cluster.quantization.plan import read_plan
 from atom_cluster.runner.build import dummy_weight_dtype, num_loaded_draft_layers
 from atom_cluster.runner.kv_sizing import KvSizing, left_for_kv
+from atom_cluster.runner.prompt_scores import SLICE
 from atom_cluster.runner.row_state import slack
 from atom_cluster.units import GiB, ceil_div
 
@@ -46,6 +47,9 @@ _KEPT_HIDDEN = 3
 """Hidden states of all tokens that exist at once around a layer: input, residual stream, output."""
 _KEPT_HIDDEN_DRAFTING = 5
 """More while layers draft: the main model's output, embeddings, and both side by side."""
+
+_SCORING_BYTES = 5
+"""Per logit while prompts are scored: the logit, and whether it is above another."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,12 +155,18 @@ def measure(config: HfConfig, shape: RankShape) -> RankMemory:
     model.finish_loading()
     hidden = spec.hidden_size * (_KEPT_HIDDEN + (_KEPT_HIDDEN_DRAFTING if shape.num_drafts else 0))
     logits = shape.max_num_requests * (1 + shape.num_drafts) * ceil_div(spec.vocab_size, shape.num_ranks) * 4
+    scoring = SLICE * ceil_div(spec.vocab_size, shape.num_ranks) * _SCORING_BYTES
     known_tokens = shape.max_num_requests * max_len * 4  # as `RowTable` holds them
+    num_tokens = shape.max_num_batched_tokens
     return RankMemory(
         shape=shape,
         weights=_count(model),
         layout=model.kv_layout,
-        step_bytes=shape.max_num_batched_tokens * (hidden + widest) * dtype.itemsize + logits + known_tokens,
+        # Prompts are scored when the memory that layers work in is free again.
+        step_bytes=num_tokens * hidden * dtype.itemsize
+        + max(num_tokens * widest * dtype.itemsize, scoring)
+        + logits
+        + known_tokens,
     )
 
 

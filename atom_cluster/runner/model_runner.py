@@ -2,11 +2,12 @@
 
 Rows are brought up to date (runner/row_state.py) and the plan becomes a layout (runner/step_layout.py). What follows
 happens on the device alone (runner/step_program.py): the layout becomes tensors (runner/inputs.py), the model computes
-logits, tokens are chosen from them (runner/sampler.py), compared with the drafts that the step verifies, if any
-(runner/speculation.py), and written to their rows; with speculation, the next drafts follow (runner/drafter.py). On
-GPUs, steps that only decode are graphs (runner/graphs.py), and small ones with prompts pieces of graphs
-(runner/pieces.py). All ranks of a gang execute the same plans and choose the same tokens, so each rank knows the tokens
-of every row and the next plan needs none. Knows rows and pages; knows no requests, policies or sockets.
+logits, prompts are scored where a request asks for it (runner/prompt_scores.py), tokens are chosen from logits
+(runner/sampler.py), compared with the drafts that the step verifies, if any (runner/speculation.py), and written to
+their rows; with speculation, the next drafts follow (runner/drafter.py). On GPUs, steps that only decode are graphs
+(runner/graphs.py), and small ones with prompts pieces of graphs (runner/pieces.py). All ranks of a gang execute the
+same plans and choose the same tokens, so each rank knows the tokens of every row and the next plan needs none. Knows
+rows and pages; knows no requests, policies or sockets.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from atom_cluster.runner.graphs import StepGraphs
 from atom_cluster.runner.inputs import InputBuilder
 from atom_cluster.runner.kv_memory import KvMemory
 from atom_cluster.runner.pieces import PiecewiseForward
+from atom_cluster.runner.prompt_scores import PendingScores, PromptScorer
 from atom_cluster.runner.rank_info import RankInfo
 from atom_cluster.runner.row_state import RowTable
 from atom_cluster.runner.sampler import LogprobTensors, Samples, TokenMasks, choose, sample
@@ -91,13 +93,23 @@ class _Chosen:
     """By row, why it cannot go on."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Outputs:
+    """What a step's rows get, on its way to the host. On the first rank only."""
+
+    sampled: _Sampled | None = None
+    """None when no row samples."""
+    scores: PendingScores | None = None
+    """None when no row asks for them."""
+
+
 class LaunchedStep:
     """A step whose work was issued. On GPUs it may still be running; `wait` is where the host waits for it."""
 
-    def __init__(self, plan: StepPlan, *, sampled: _Sampled | None, execution: Execution, timer: _StepTimer) -> None:
+    def __init__(self, plan: StepPlan, *, outputs: _Outputs, execution: Execution, timer: _StepTimer) -> None:
         self._plan = plan
         self._execution = execution
-        self._sampled = sampled
+        self._outputs = outputs
         self._timer = timer
         timer.stop()
 
@@ -106,10 +118,16 @@ class LaunchedStep:
         return self._timer.is_done()
 
     def wait(self) -> StepResult:
-        """The result; empty `sampled` on ranks other than 0. May be called from another thread than `launch`."""
+        """The result; nothing is in it on ranks other than 0. May be called from another thread than `launch`."""
         run_s = self._timer.wait()
-        sampled = () if self._sampled is None else self._sampled.read()
-        return StepResult(step_id=self._plan.step_id, sampled=sampled, run_s=run_s, execution=self._execution)
+        sampled, scores = self._outputs.sampled, self._outputs.scores
+        return StepResult(
+            step_id=self._plan.step_id,
+            sampled=() if sampled is None else sampled.read(),
+            prompt_scores=() if scores is None else scores.read(),
+            run_s=run_s,
+            execution=self._execution,
+        )
 
 
 class ModelRunner:
@@ -166,6 +184,7 @@ class ModelRunner:
             )
             drafter = LabelledDrafter(drafter, self._profiler, info.max_drafts)
         self._program = StepProgram(model=model, inputs=self._inputs, table=self._table, ops=ops, drafter=drafter)
+        self._scorer = PromptScorer(model, self._table, is_first_rank=groups.tensor.rank == 0)
         self.graphs: StepGraphs | None = None
         self.pieces: PiecewiseForward | None = None
         pool = torch.cuda.graph_pool_handle() if graph_sizes or piecewise_sizes else None
@@ -222,8 +241,8 @@ class ModelRunner:
             # They are about blocks of earlier steps, and need not wait for this one.
             self._agent.execute(plan.kv)
         execution = self._execution_of(plan)
-        sampled = self._step(plan) if plan.rows else None
-        return LaunchedStep(plan, sampled=sampled, execution=execution, timer=timer)
+        outputs = self._step(plan) if plan.rows else _Outputs()
+        return LaunchedStep(plan, outputs=outputs, execution=execution, timer=timer)
 
     def _execution_of(self, plan: StepPlan) -> Execution:
         """How the step will be run."""
@@ -281,26 +300,28 @@ class ModelRunner:
         self.graphs = self.pieces = None  # before the groups, whose collectives they hold
         self._groups.close()
 
-    def _step(self, plan: StepPlan) -> _Sampled | None:
-        """Model, sampling and drafting; None on ranks other than 0 and when no row samples."""
+    def _step(self, plan: StepPlan) -> _Outputs:
+        """Model, scores of prompts, sampling and drafting."""
         graphs = self.graphs
         pending = None if self._grammars is None else self._grammars.read(plan.rows, self._table)
         if graphs is None or not graphs.takes(plan.rows):
             layout = self._inputs.lay_out(plan)
             computed = self._program.compute(layout, pieces=self.pieces)
+            scores = self._scorer.score(plan.rows, layout.query_start_cpu, computed.hidden)
             chosen = self._choose(computed, layout.sampling, pending)
             outcome = self._program.finish(computed, chosen.token_ids, self._draw(layout.sampling))
-            return self._send(layout, layout.sampling, outcome, chosen)
+            return _Outputs(sampled=self._send(layout, layout.sampling, outcome, chosen), scores=scores)
         sampling = sampling_steps(plan.rows)
         draw = self._draw(sampling)
         # What only some requests ask for is no part of graphs.
         is_captured = all(self._table.get(step.row).is_plain for step in sampling)
         graphed = graphs.run(plan.rows, draw if is_captured else None)
         if graphed.outcome is not None:
-            return self._send(graphed.layout, sampling, graphed.outcome, _Chosen(token_ids=graphed.outcome.token_ids))
+            chosen = _Chosen(token_ids=graphed.outcome.token_ids)
+            return _Outputs(sampled=self._send(graphed.layout, sampling, graphed.outcome, chosen))
         chosen = self._choose(graphed.computed, sampling, pending)
         outcome = self._program.finish(graphed.computed, chosen.token_ids, draw)
-        return self._send(graphed.layout, sampling, outcome, chosen)
+        return _Outputs(sampled=self._send(graphed.layout, sampling, outcome, chosen))
 
     def _choose(self, computed: Computed, sampling: Sequence[SamplingStep], pending: PendingMasks | None) -> _Chosen:
         """Tokens for a step that was issued; rows behind `sampling` stand for none."""

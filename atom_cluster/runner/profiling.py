@@ -119,8 +119,8 @@ def largest_step(*, max_num_requests: int, max_model_len: int, max_num_batched_t
 def step_plans(
     lengths: list[int], *, layout: KvLayout, block_size: int, max_model_len: int, num_drafts: int
 ) -> tuple[list[StepPlan], tuple[int, ...]]:
-    """A step of rows with these numbers of tokens, one that verifies drafts, one that decodes beside a prompt of an odd
-    length; and the pages that they need.
+    """A step of rows with these numbers of tokens, whose prompts are scored; one that verifies drafts; one that decodes
+    beside a prompt of an odd length; and the pages that they need.
 
     The last one is smaller: it is for kernels, of which there are others for sizes that are no multiple of 16, to be
     compiled before a request waits for them. Rows share the pages of states, which may take more memory than there is
@@ -141,7 +141,7 @@ def step_plans(
                 token_ids=(0,) * length,
                 num_prompt_tokens=length,
                 pages=(blocks,) * num_paged + ((),) * has_states,
-                sampling=SamplingParams(seed=0),
+                sampling=SamplingParams(seed=0, prompt_logprobs=1),
             )
         )
         num_blocks = last_block

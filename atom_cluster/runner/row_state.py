@@ -35,11 +35,12 @@ class Row:
     """What it takes to choose its tokens."""
     is_plain: bool
     """Whether they follow from logits, temperature and truncation alone, and are all that is wanted."""
+    num_prompt_tokens: int
 
     @classmethod
-    def of(cls, sampling: SamplingParams) -> Row:
+    def of(cls, sampling: SamplingParams, num_prompt_tokens: int) -> Row:
         """For a request with these parameters; worked out once, as every step asks."""
-        return cls(sampling, draw_of(sampling), is_plain(sampling))
+        return cls(sampling, draw_of(sampling), is_plain(sampling), num_prompt_tokens)
 
 
 def slack(num_drafts: int) -> int:
@@ -138,7 +139,7 @@ class RowTable:
             raise ProtocolError(f"request {new.request_id} has {len(new.token_ids)} tokens, more than a row holds")
         sampling = new.sampling
         eos_token_ids = () if sampling.ignore_eos else new.eos_token_ids
-        self.rows[new.row] = Row.of(sampling)
+        self.rows[new.row] = Row.of(sampling, new.num_prompt_tokens)
         self.sampling.fill(
             new.row,
             sampling,

@@ -284,7 +284,7 @@ class ClusterClient:
         self._num_queries += 1
         query = RouteQuery(
             query_id=self._num_queries,
-            block_hashes=await self._hash_prompt(token_ids),
+            block_hashes=await self._hash_reusable(opened),
             num_tokens=len(token_ids),
             expected_output_tokens=max(0, (opened.input.sampling.max_tokens or 0) - opened.num_emitted),
             excluded=tuple(sorted(excluded)),
@@ -296,6 +296,12 @@ class ClusterClient:
             decision = self._fallback.decide(query, self._engines.values())
             self._metrics.inc(ROUTER_DECISIONS, reason=decision.reason)
         return decision
+
+    async def _hash_reusable(self, opened: OpenRequest) -> tuple[tuple[int, ...], ...]:
+        """Hashes of the blocks that an engine may have; none of a prompt that is to be scored, which reuses nothing."""
+        if opened.wants_prompt_scores:
+            return ()
+        return await self._hash_prompt(opened.known_token_ids)
 
     async def _hash_prompt(self, token_ids: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
         """As `RouteQuery.block_hashes`. Kinds beyond the first few are placed by load alone."""

@@ -54,6 +54,7 @@ class OpenRequest:
         self._clock = clock
         self._emitted: list[int] = []
         self._num_cached_tokens = 0
+        self._has_prompt_scores = False
         self._num_placements = self._num_lost = 0
         self._avoided_until_s: dict[str, float] = {}
         self.attempt = AttemptRecord(clock())
@@ -68,6 +69,11 @@ class OpenRequest:
     def known_token_ids(self) -> tuple[int, ...]:
         """Prompt and output so far: what the next engine computes first."""
         return (*self.input.token_ids, *self._emitted)
+
+    @property
+    def wants_prompt_scores(self) -> bool:
+        """Whether its prompt is to be scored, and its client has not been told."""
+        return self.input.sampling.prompt_logprobs is not None and not self._has_prompt_scores
 
     @property
     def is_new(self) -> bool:
@@ -86,12 +92,14 @@ class OpenRequest:
     def place(self, *, prefill: PeerAddress | None, eos_token_ids: tuple[int, ...]) -> EngineRequest:
         """The message to the next engine."""
         self._num_placements += 1
-        request_id = self.input.request_id
+        request_id, sampling = self.input.request_id, self.input.sampling
+        if not self.wants_prompt_scores:
+            sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
         return EngineRequest(
             request_id=request_id if self._num_placements == 1 else f"{request_id}#{self._num_placements}",
             token_ids=self.input.token_ids,
             emitted=tuple(self._emitted),
-            sampling=self.input.sampling,
+            sampling=sampling,
             eos_token_ids=eos_token_ids,
             prefill=prefill,
             deadline_s=self.deadline.remaining_s,
@@ -105,6 +113,7 @@ class OpenRequest:
             # Later engines find what earlier ones computed; all the same the prompt was computed for this request.
             self._num_cached_tokens = delta.num_cached_tokens
         self._emitted += delta.token_ids
+        self._has_prompt_scores |= delta.prompt_logprobs is not None
         if self._num_placements == 1:
             return delta
         return msgspec.structs.replace(

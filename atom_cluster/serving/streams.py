@@ -62,7 +62,7 @@ class DeltaStream:
         pending, self._pending = self._pending, []
         delta = pending[0] if len(pending) == 1 else _merge(pending)
         if delta.error is not None:
-            if not delta.token_ids:
+            if not delta.token_ids and delta.prompt_logprobs is None:
                 raise error_of(delta.error)
             # Tokens first, the error when the reader comes back.
             self._error = error_of(delta.error)
@@ -94,6 +94,8 @@ def _merge(deltas: list[TokenDelta]) -> TokenDelta:
         first_index=deltas[0].first_index,
         token_ids=tuple(token for delta in deltas for token in delta.token_ids),
         logprobs=tuple(entry for delta in deltas for entry in delta.logprobs or ()) if has_logprobs else None,
+        # Those of the engine that gave the first delta: no other is asked for them.
+        prompt_logprobs=next((delta.prompt_logprobs for delta in deltas if delta.prompt_logprobs is not None), None),
         finish_reason=last.finish_reason,
         error=last.error,
         num_cached_tokens=max(delta.num_cached_tokens for delta in deltas),
