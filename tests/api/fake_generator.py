@@ -9,7 +9,7 @@ from typing import Any
 from atom_cluster.api.generator import FoundTimeline, GenerateInput
 from atom_cluster.api.profile_types import ProfileRequest, ProfileTarget
 from atom_cluster.errors import AtomClusterError, NotReady
-from atom_cluster.messages.requests import FinishReason, TokenDelta, TokenLogprobs, TopLogprob
+from atom_cluster.messages.requests import FinishReason, PromptScore, TokenDelta, TokenLogprobs, TopLogprob
 
 Step = tuple[int, ...] | AtomClusterError | Exception | FinishReason | asyncio.Event
 """New tokens, an error to raise, how the output finishes, or something to wait for."""
@@ -43,6 +43,7 @@ class FakeGenerator:
         self.all_closed.clear()
         try:
             num_tokens = 0
+            prompt_scores = self._prompt_scores(request)
             for step in self.script(request):
                 if isinstance(step, Exception):
                     raise step
@@ -55,10 +56,12 @@ class FakeGenerator:
                     first_index=num_tokens,
                     token_ids=token_ids,
                     logprobs=self._logprobs(request, token_ids),
+                    prompt_logprobs=prompt_scores,
                     finish_reason=step if isinstance(step, str) else None,
                     num_cached_tokens=self.num_cached_tokens,
                 )
                 num_tokens += len(token_ids)
+                prompt_scores = None
                 await asyncio.sleep(0)
         finally:
             self.open_ids.remove(request.request_id)
@@ -86,6 +89,18 @@ class FakeGenerator:
             raise self.profile_error
         self.profile_calls.append(target)
         return {"replicas": [{"replica": "decode-1"}]}
+
+    def _prompt_scores(self, request: GenerateInput) -> tuple[PromptScore | None, ...] | None:
+        """Each token but the first is the second most likely one, behind the one after it in the vocabulary."""
+        num_top = request.sampling.prompt_logprobs
+        if num_top is None:
+            return None
+
+        def score(token_id: int) -> PromptScore:
+            top = (TopLogprob(token_id + 1, -0.25), TopLogprob(token_id, -1.5), TopLogprob(token_id + 2, -9.0))
+            return PromptScore(-1.5, 2, top[:num_top])
+
+        return (None, *(score(token_id) for token_id in request.token_ids[1:]))
 
     def _logprobs(self, request: GenerateInput, token_ids: tuple[int, ...]) -> tuple[TokenLogprobs, ...] | None:
         if request.sampling.logprobs is None:

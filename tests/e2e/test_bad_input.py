@@ -128,7 +128,9 @@ def test_a_chat_with_a_bad_field_is_refused_by_that_name(client: httpx.Client, f
         ({"logprobs": -1}, "logprobs"),
         ({"logprobs": True}, "logprobs"),
         ({"best_of": 3}, "best_of"),
-        ({"echo": True}, "echo"),
+        ({"echo": 1}, "echo"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs"),
     ],
     ids=lambda value: str(value)[:40],
 )

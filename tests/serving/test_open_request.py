@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from atom_cluster.api.generator import GenerateInput
@@ -15,7 +16,7 @@ from atom_cluster.errors import (
     RequestTimeout,
 )
 from atom_cluster.messages.cluster import PeerAddress
-from atom_cluster.messages.requests import SamplingParams, TokenDelta
+from atom_cluster.messages.requests import PromptScore, SamplingParams, TokenDelta
 from atom_cluster.serving.open_request import MAX_PLACEMENTS, OpenRequest
 from atom_cluster.units import Deadline
 from tests.fakes import VirtualClock
@@ -76,6 +77,20 @@ def test_cached_tokens_are_those_that_the_engine_of_the_first_token_found(opened
     assert opened.take(delta(0, 20, cached=1)).num_cached_tokens == 1
     opened.place(prefill=None, eos_token_ids=())
     assert opened.take(delta(1, 21, cached=2)).num_cached_tokens == 1
+
+
+def test_a_prompt_is_scored_again_until_its_scores_were_given_out() -> None:
+    sampling = SamplingParams(seed=5, max_tokens=9, prompt_logprobs=1)
+    opened = OpenRequest(
+        GenerateInput(request_id="r", token_ids=(7, 8), sampling=sampling), timeout_s=60.0, avoid_s=AVOID_S
+    )
+    placed = [opened.place(prefill=None, eos_token_ids=()) for _ in range(2)]
+    assert [message.sampling.prompt_logprobs for message in placed] == [1, 1]
+    assert opened.wants_prompt_scores
+    scores = (None, PromptScore(-1.0, 1))
+    opened.take(msgspec.structs.replace(delta(0, 20), prompt_logprobs=scores))
+    assert not opened.wants_prompt_scores
+    assert opened.place(prefill=None, eos_token_ids=()).sampling.prompt_logprobs is None
 
 
 def test_engines_may_be_lost_a_few_times_and_are_avoided_for_a_while(opened: OpenRequest, clock: VirtualClock) -> None:

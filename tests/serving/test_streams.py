@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from atom_cluster.errors import EngineLost, InvalidRequest, Overloaded, RequestFailed, RequestTimeout
-from atom_cluster.messages.requests import RequestError, TokenDelta, TokenLogprobs
+from atom_cluster.messages.requests import PromptScore, RequestError, TokenDelta, TokenLogprobs
 from atom_cluster.serving.streams import DeltaStream, error_of
 from atom_cluster.units import Deadline
 
@@ -38,6 +38,16 @@ async def test_logprobs_stay_with_their_tokens_when_merged() -> None:
         entry = (TokenLogprobs(-float(index)),)
         stream.push(TokenDelta(request_id="r", first_index=index, token_ids=(index,), logprobs=entry))
     assert (await stream.read(soon())).logprobs == tuple(TokenLogprobs(-float(index)) for index in range(3))
+
+
+async def test_scores_of_the_prompt_survive_a_merge() -> None:
+    scores = (None, PromptScore(-1.0, 1))
+    first = TokenDelta(request_id="r", first_index=0, token_ids=(7,), prompt_logprobs=scores)
+    stream = DeltaStream("r", "engine")
+    stream.push(first)
+    stream.push(delta(1, 8))
+    merged = await stream.read(soon())
+    assert (merged.token_ids, merged.prompt_logprobs) == ((7, 8), scores)
 
 
 @pytest.mark.parametrize("next_index", [0, 2])
