@@ -100,7 +100,7 @@ class ApiConfig(FrozenConfig):
     content."""
     max_logprobs: int = Field(20, ge=0)
     """Most alternatives per token (`top_logprobs`, `logprobs`, `prompt_logprobs`)."""
-    max_prompt_scores: int = Field(131_072, ge=1, le=2**21)
+    max_prompt_scores: int = Field(32_768, ge=1, le=2**21)
     """Most log probabilities of prompt tokens in one answer (`prompt_logprobs`, `echo`), those of alternatives
     included: tokens of all prompts, times `n`, times one more than the alternatives to each."""
     max_stop_strings: int = Field(16, ge=0)

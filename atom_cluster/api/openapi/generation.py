@@ -115,6 +115,30 @@ COMPLETIONS = Operation(
                 "usage": _USAGE,
             },
         ),
+        Example(
+            summary="How likely a text is",
+            request={"model": SERVED_MODEL, "prompt": [[1, 2]], "echo": True, "logprobs": 0, "max_tokens": 0},
+            answer={
+                "id": "cmpl-6f1e",
+                "object": "text_completion",
+                "created": 1767225600,
+                "model": SERVED_MODEL,
+                "choices": [
+                    {
+                        "index": 0,
+                        "text": "One two",
+                        "logprobs": {
+                            "tokens": ["One", " two"],
+                            "token_logprobs": [None, -2.5],
+                            "top_logprobs": [None, {" two": -2.5}],
+                            "text_offset": [0, 3],
+                        },
+                        "finish_reason": "length",
+                    }
+                ],
+                "usage": {**_USAGE, "prompt_tokens": 2, "completion_tokens": 0, "total_tokens": 2},
+            },
+        ),
     ),
 )
 _RESPONSE: dict[str, Any] = {
