@@ -8,9 +8,11 @@ import msgspec
 import pytest
 
 from atom_cluster.config.scheduler import SchedulerConfig
+from atom_cluster.config.serving import ApiConfig
 from atom_cluster.engine.request import Request
 from atom_cluster.errors import InvalidRequest
-from atom_cluster.messages.requests import EngineRequest, PromptScore, TokenBatch, TokenDelta
+from atom_cluster.link.codec import MAX_MESSAGE_BYTES, encode
+from atom_cluster.messages.requests import EngineRequest, PromptScore, TokenBatch, TokenDelta, TopLogprob
 from atom_cluster.messages.transfer import PrefillOrder
 from tests.engine.split import CLIENT, make_split
 from tests.factories import (
@@ -138,6 +140,15 @@ def test_scores_are_long_and_come_in_messages_of_their_own() -> None:
     assert [len(batch.deltas) for batch in with_scores] == [1, 1]
     for i in range(4):
         assert [delta.first_index for delta in deltas_of(batches, f"r{i}")] == [0, 1]
+
+
+@pytest.mark.parametrize("num_top", [0, 20])
+def test_the_longest_answer_that_can_be_configured_fits_a_message(num_top: int) -> None:
+    (bound,) = (item.le for item in ApiConfig.model_fields["max_prompt_scores"].metadata if hasattr(item, "le"))
+    score = PromptScore(-1.5, 200_000, (TopLogprob(200_000, -2.5),) * num_top)
+    delta = TokenDelta(request_id="r", first_index=0, prompt_logprobs=(score,) * 1000)
+    num_bytes = len(encode(TokenBatch((delta,))))
+    assert num_bytes * bound / (1000 * (1 + num_top)) < MAX_MESSAGE_BYTES
 
 
 def test_scores_from_before_a_preemption_are_kept_and_not_doubled() -> None:
