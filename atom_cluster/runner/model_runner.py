@@ -221,12 +221,15 @@ class ModelRunner:
         if self._agent is not None and plan.kv:
             # They are about blocks of earlier steps, and need not wait for this one.
             self._agent.execute(plan.kv)
-        execution = self._execution_of(plan)
-        sampled = self._step(plan) if plan.rows else None
+        execution: Execution = "eager"
+        sampled: _Sampled | None = None
+        if plan.rows:
+            execution = self._execution_of(plan)
+            sampled = self._step(plan, self.graphs if execution == "graph" else None)
         return LaunchedStep(plan, sampled=sampled, execution=execution, timer=timer)
 
     def _execution_of(self, plan: StepPlan) -> Execution:
-        """How the step will be run."""
+        """How a step with rows will be run."""
         if self.graphs is not None and self.graphs.takes(plan.rows):
             return "graph"
         return "pieces" if self.pieces is not None and self.pieces.takes(plan.num_tokens) else "eager"
@@ -281,11 +284,11 @@ class ModelRunner:
         self.graphs = self.pieces = None  # before the groups, whose collectives they hold
         self._groups.close()
 
-    def _step(self, plan: StepPlan) -> _Sampled | None:
-        """Model, sampling and drafting; None on ranks other than 0 and when no row samples."""
-        graphs = self.graphs
+    def _step(self, plan: StepPlan, graphs: StepGraphs | None) -> _Sampled | None:
+        """Model, sampling and drafting; None on ranks other than 0 and when no row samples. graphs: None: not one of
+        theirs."""
         pending = None if self._grammars is None else self._grammars.read(plan.rows, self._table)
-        if graphs is None or not graphs.takes(plan.rows):
+        if graphs is None:
             layout = self._inputs.lay_out(plan)
             computed = self._program.compute(layout, pieces=self.pieces)
             chosen = self._choose(computed, layout.sampling, pending)
