@@ -214,6 +214,20 @@ class RecordingRunner:
         self._inner.close()
 
 
+class InterruptedRunner(RecordingRunner):
+    """Something happens whenever its engine looks up from waiting for a step."""
+
+    def __init__(self, inner: StepRunner, *, during_step: Callable[[], object]) -> None:
+        super().__init__(inner)
+        self.during_step = during_step
+
+    def collect(self, timeout_s: float | None = None) -> StepResult | None:
+        result = super().collect(timeout_s)
+        if result is None:
+            self.during_step()
+        return result
+
+
 class FailingRunner(RecordingRunner):
     """Loses its device when a given step is collected."""
 

@@ -70,7 +70,7 @@ class Answer(Response):
             try:
                 if plan.is_streamed:
                     await self._send_stream(running, send, times)
-                    if running.error is not None:
+                    if running.error is not None and not isinstance(running.error, ClientLeftError):
                         note_error(scope, running.error)
                 else:
                     await self._send_whole(running, scope, receive, send)

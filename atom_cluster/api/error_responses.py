@@ -16,7 +16,7 @@ from starlette.types import Scope
 
 from atom_cluster.api.anthropic.errors import messages_error, speaks_anthropic
 from atom_cluster.api.error_ledger import ErrorLedger
-from atom_cluster.api.request_id import HEADER, request_id
+from atom_cluster.api.request_id import missing_header, request_id
 from atom_cluster.api.request_record import note_failure
 from atom_cluster.api.wire import ErrorBody, ErrorDetail
 from atom_cluster.errors import AtomClusterError, BodyTimeout, InvalidRequest, Overloaded, RequestTooLarge
@@ -55,9 +55,9 @@ def error_response(error: BaseException, *, scope: Scope) -> Response:
     if isinstance(error, (RequestTooLarge, BodyTimeout)):
         # The rest of the body is not worth reading just to keep the connection.
         headers["Connection"] = "close"
-    if not isinstance(error, AtomClusterError) and (found := request_id(scope)):
+    if not isinstance(error, AtomClusterError):
         # The framework answers these outside of the middleware that would say it.
-        headers[HEADER] = found
+        headers |= missing_header(scope)
     return _worded(error_body(error), scope=scope, status=status_of(error), headers=headers)
 
 

@@ -36,14 +36,12 @@ class GrammarService:
             raise InvalidRequest("there is no structured output for this model", param=param)
         if self._num_pending >= _MAX_PENDING:
             raise Overloaded("too many grammars are waiting to be compiled")
-        self._num_pending += 1
         compiled = self._compiler.submit(spec)
         waiter = asyncio.wrap_future(compiled)
-        waiter.add_done_callback(_look_at)
-        try:
-            done, _ = await asyncio.wait((waiter,), timeout=self._timeout_s)
-        finally:
-            self._num_pending -= 1
+        # It is pending until it is compiled, whether somebody still waits for it or not: so the queue is bounded.
+        self._num_pending += 1
+        waiter.add_done_callback(self._end)
+        done, _ = await asyncio.wait((waiter,), timeout=self._timeout_s)
         if not done:
             if compiled.running():
                 raise InvalidRequest(f"the grammar takes longer than {self._timeout_s:g} s to compile", param=param)
@@ -60,6 +58,12 @@ class GrammarService:
         if self._compiler is not None:
             self._compiler.close()
 
+    def _end(self, waiter: asyncio.Future[CompiledGrammar]) -> None:
+        self._num_pending -= 1
+        if not waiter.cancelled():
+            # A failure that nobody waits for any more is none to be logged.
+            waiter.exception()
+
 
 def reasoning_end(dialect: Dialect, prompt_end: str, tokenizer: Tokenizer) -> tuple[int, ...]:
     """Tokens behind which an answer begins: a grammar applies to it, not to the reasoning before it.
@@ -75,9 +79,3 @@ def reasoning_end(dialect: Dialect, prompt_end: str, tokenizer: Tokenizer) -> tu
     closer = tokenizer.token_id(reasoning.closer)
     is_open = prompt_end.rstrip().endswith(reasoning.opener)
     return (closer,) if is_open and closer is not None else ()
-
-
-def _look_at(waiter: asyncio.Future[CompiledGrammar]) -> None:
-    """A failure that nobody waits for any more is none to be logged."""
-    if not waiter.cancelled():
-        waiter.exception()

@@ -21,6 +21,10 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 
 MAX_DEPTH = 64
 """Deepest nesting of a body that is passed on."""
+MAX_KEYS = 4096
+"""Most keys of one object: each may be an error of its own, and all of them are looked at."""
+MAX_OBJECTS = 32768
+"""Most objects of a body. Checking one against its schema takes microseconds, while nobody else is served."""
 _MAX_NAME_CHARS = 100
 
 
@@ -49,7 +53,7 @@ def parse_json_object(body: bytes) -> dict[str, object]:
         raise _malformed("it is empty")
     try:
         text = body.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=_object_without_duplicates, parse_constant=_refuse_constant)
+        value = json.loads(text, object_pairs_hook=_ObjectMaker(), parse_constant=_refuse_constant)
     except UnicodeDecodeError as exc:
         raise _malformed(f"byte {exc.start} is not UTF-8") from exc
     except RecursionError as exc:
@@ -60,9 +64,18 @@ def parse_json_object(body: bytes) -> dict[str, object]:
         raise _malformed("it is not an object")
     if _is_deeper_than(value, MAX_DEPTH):
         raise _malformed("it is nested too deeply")
-    if "\\u" in text and _has_lone_surrogate(value):
+    if "\\u" in text and has_lone_surrogate(value):
         raise _malformed("a string has half of a surrogate pair, which is no character")
     return value
+
+
+def has_lone_surrogate(value: object) -> bool:
+    """Whether JSON has a string with half of a surrogate pair, which is not text: nothing takes it."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def validate(model: type[ModelT], body: dict[str, object]) -> ModelT:
@@ -98,23 +111,27 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _object_without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise ValueError(f"the key {json.dumps(key[:_MAX_NAME_CHARS])} appears twice in one object")
-            seen.add(key)
-    return result
+class _ObjectMaker:
+    """Makes the objects of one body."""
 
+    def __init__(self) -> None:
+        self._num_objects = 0
 
-def _has_lone_surrogate(value: object) -> bool:
-    try:
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        return True
-    return False
+    def __call__(self, pairs: list[tuple[str, object]]) -> dict[str, object]:
+        """One object from its keys and values. Raises `ValueError`."""
+        self._num_objects += 1
+        if self._num_objects > MAX_OBJECTS:
+            raise ValueError(f"it has more than {MAX_OBJECTS} objects")
+        if len(pairs) > MAX_KEYS:
+            raise ValueError(f"an object has more than {MAX_KEYS} keys")
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            seen: set[str] = set()
+            for key, _ in pairs:
+                if key in seen:
+                    raise ValueError(f"the key {json.dumps(key[:_MAX_NAME_CHARS])} appears twice in one object")
+                seen.add(key)
+        return result
 
 
 def _is_deeper_than(value: object, depth: int) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from atom_cluster.api.error_responses import CLIENT_GONE_STATUS
+from atom_cluster.api.error_responses import CLIENT_GONE_STATUS, status_of
 from atom_cluster.observability.metrics import HTTP_REQUESTS, HTTP_REQUESTS_OPEN, MetricSink
 
 
@@ -21,7 +21,7 @@ class RequestCounter:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status = CLIENT_GONE_STATUS
+        status: int | None = None
 
         async def noting_send(message: Message) -> None:
             nonlocal status
@@ -30,13 +30,18 @@ class RequestCounter:
             await send(message)
 
         self._change_open(1)
+        unanswered_status = CLIENT_GONE_STATUS
         try:
             await self._app(scope, receive, noting_send)
+        except Exception as exc:
+            # A bug; the framework answers it further out, unless the answer has begun.
+            unanswered_status = status_of(exc)
+            raise
         finally:
             self._change_open(-1)
             # The template, not the path: clients must not be able to make up label values.
             route = getattr(scope.get("route"), "path", "unknown")
-            self._metrics.inc(HTTP_REQUESTS, route=route, status=str(status))
+            self._metrics.inc(HTTP_REQUESTS, route=route, status=str(status or unanswered_status))
 
     def _change_open(self, change: int) -> None:
         self._num_open += change

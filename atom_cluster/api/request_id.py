@@ -37,7 +37,7 @@ class RequestIds:
             await self._app(scope, receive, send)
             return
         found = _chosen_id(scope)
-        scope.setdefault("state", {})["request_id"] = found
+        scope.setdefault("state", {}).update(request_id=found, proxy_answers_id=self._proxy_answers)
 
         async def naming_send(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -53,6 +53,12 @@ class RequestIds:
 def request_id(scope: Scope) -> str:
     """The id of the request that `scope` describes; empty outside of `RequestIds`."""
     return str(scope.get("state", {}).get("request_id", ""))
+
+
+def missing_header(scope: Scope) -> dict[str, str]:
+    """The header with the id, for answers that are made outside of `RequestIds`; none where a proxy adds it."""
+    found = request_id(scope)
+    return {HEADER: found} if found and not scope["state"].get("proxy_answers_id") else {}
 
 
 def _chosen_id(scope: Scope) -> str:

@@ -54,9 +54,11 @@ async def event_stream(
             news = await running.wait_for_news()
             is_done = running.is_done
             payloads: list[msgspec.Struct] = []
+            # Counted once for all that open: each count goes through all outputs.
+            so_far = usage() if any(entry.index not in opened for entry in news) else None
             for entry in news:
-                if entry.index not in opened:
-                    payloads += words.opening(entry.index, usage())
+                if so_far is not None and entry.index not in opened:
+                    payloads += words.opening(entry.index, so_far)
                     opened.add(entry.index)
                 payloads += words.chunks(entry)
             if is_done:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from atom_cluster.api.chat_messages import ChatMessage, NamedTool, Tool
 from atom_cluster.api.openai_types import ChatCompletionRequest
 from atom_cluster.api.parsers.dialect import ToolUse
+from atom_cluster.api.request_body import has_lone_surrogate
 from atom_cluster.config.serving import ApiConfig
 from atom_cluster.errors import InvalidRequest
 
@@ -102,12 +103,15 @@ class PastArguments(dict[str, object]):
 
 
 def past_arguments(text: str) -> PastArguments | str:
-    """Arguments of an earlier call for a chat template; what is not a JSON object stays text, as the model wrote it."""
+    """Arguments of an earlier call for a chat template; what is not a JSON object of text stays as the model
+    wrote it."""
     try:
         items = json.loads(text) if text.strip() else {}
     except (ValueError, RecursionError):
         return text
-    return PastArguments(text, items) if isinstance(items, dict) else text
+    if not isinstance(items, dict) or ("\\u" in text and has_lone_surrogate(items)):
+        return text
+    return PastArguments(text, items)
 
 
 def unreadable_arguments(messages: Sequence[ChatMessage]) -> str | None:

@@ -29,6 +29,7 @@ def make_request(
     if sampling.prompt_logprobs is not None and isinstance(message, PrefillOrder):
         raise InvalidRequest("a prompt is scored where its output is generated", param="prompt_logprobs")
     max_tokens = _check_lengths(message, info)
+    _check_token_ids(message, info.vocab_size)
     return Request(
         request_id=message.request_id,
         client_request_id=message.client_request_id,
@@ -50,9 +51,6 @@ def _check_lengths(message: EngineRequest | PrefillOrder, info: RunnerInfo) -> i
     num_prompt, limit = len(message.token_ids), min(info.max_model_len, info.max_request_tokens)
     if not num_prompt:
         raise InvalidRequest("the prompt is empty", param="prompt")
-    for token_ids, name in ((message.token_ids, "prompt"), (message.emitted, "emitted")):
-        if max(token_ids, default=0) >= info.vocab_size or min(token_ids, default=0) < 0:
-            raise InvalidRequest(f"{name}: token ids must be in [0, {info.vocab_size})", param=name)
     is_order = isinstance(message, PrefillOrder)
     # A request whose output fills the room already ends with that; an order must get its token.
     num_known = num_prompt + len(message.emitted) if is_order else num_prompt
@@ -64,3 +62,16 @@ def _check_lengths(message: EngineRequest | PrefillOrder, info: RunnerInfo) -> i
         )
     max_tokens = len(message.emitted) + 1 if is_order else wanted
     return min(limit if max_tokens is None else max_tokens, limit - num_prompt)
+
+
+def _check_token_ids(message: EngineRequest | PrefillOrder, vocab_size: int) -> None:
+    """Others would be an error of the whole step: the runner looks them up, or keeps them in 32 bits."""
+    named = {
+        "prompt": message.token_ids,
+        "emitted": message.emitted,
+        "stop_token_ids": message.sampling.stop_token_ids,
+        "logit_bias": [token_id for token_id, _ in message.sampling.logit_bias],
+    }
+    for name, token_ids in named.items():
+        if max(token_ids, default=0) >= vocab_size or min(token_ids, default=0) < 0:
+            raise InvalidRequest(f"{name}: token ids must be in [0, {vocab_size})", param=name)

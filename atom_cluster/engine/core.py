@@ -155,7 +155,7 @@ class EngineCore:
         self._profile = ProfileDesk(refusal=info.profile_refusal, replica=peer.peer_id, outbox=outbox)
         self._inbox = Inbox(clock)
         self._requests: dict[str, Request] = {}
-        self._deadlines: list[tuple[float, int, Request]] = []
+        self._deadlines: list[tuple[float, int, str]] = []  # of requests that are over, too, and so not the requests
         self._in_flight: deque[_InFlight] = deque()
         self._step_ids = itertools.count()
         self._orders = itertools.count()
@@ -211,11 +211,7 @@ class EngineCore:
 
     def _turn(self, items: list[Item]) -> bool:
         """Take in, plan, collect; whether anything happened that the next turn may build upon."""
-        for item in items:
-            self._handle(*item)
-        if items:
-            # Who asks while the step below runs must not find an engine without the requests it has just taken in.
-            self._stats = self._take_stats()
+        self._take_in(items)
         self._tick()
         reports = self._runner.poll_kv()
         for report in reports:
@@ -278,13 +274,16 @@ class EngineCore:
         return True
 
     def _collect(self) -> None:
-        result = self._runner.collect(self._collect_wait_s())
-        while result is None:
+        while (result := self._runner.collect(_KV_POLL_S if self._awaits_kv() else self._decode.patience_s)) is None:
             # A step may take longer than a lease, and much longer than the checksums that a first token waits for.
             self._decode.renew(self._clock())
             for report in self._runner.poll_kv():
                 self._handle_report(report)
-            result = self._runner.collect(self._collect_wait_s())
+            if self._decode.has_prefill:
+                # Prompts and first tokens go on from here, and need not wait for the step.
+                self._take_in(self._inbox.drain(0.0))
+                self._decode.start_queued()
+                self._replies.flush()
         flight = self._in_flight.popleft()
         if result.step_id != flight.plan.step_id:
             raise AssertionError(f"step {flight.plan.step_id} was submitted, {result.step_id} came back")
@@ -296,9 +295,6 @@ class EngineCore:
         sampled = iter(result.sampled)
         for row in flight.rows:
             self._apply(row, next(sampled) if row.samples else None)
-
-    def _collect_wait_s(self) -> float:
-        return _KV_POLL_S if self._awaits_kv() else self._decode.renewal_period_s
 
     def _awaits_kv(self) -> bool:
         """Whether checksums or reads are under way."""
@@ -352,6 +348,13 @@ class EngineCore:
 
     # --- messages
 
+    def _take_in(self, items: list[Item]) -> None:
+        for item in items:
+            self._handle(*item)
+        if items:
+            # Who asks while a step runs must not find an engine without the requests it has just taken in.
+            self._stats = self._take_stats()
+
     def _handle(self, source: str, message: EngineInput | Lost | SnapshotWanted | DrainWanted, came_s: float) -> None:
         if isinstance(message, EngineRequest):
             self._add_request(source, message, came_s)
@@ -392,15 +395,13 @@ class EngineCore:
         try:
             request = self._admit(client, message, came_s)
         except AtomClusterError as exc:
-            self._replies.refuse(client, message.request_id, exc)
-            return
+            return self._replies.refuse(client, message.request_id, exc)
         if (reason := end_before_first(request, max_model_len=self._info.max_model_len)) is not None:
-            self._replies.end(request, reason)
-            return
+            return self._replies.end(request, reason)
         self._requests[request.request_id] = request
         self._metrics.inc(PROMPT_TOKENS, request.num_prompt)
         if message.deadline_s is not None:
-            heapq.heappush(self._deadlines, (request.arrived_s + message.deadline_s, request.order, request))
+            heapq.heappush(self._deadlines, (request.arrived_s + message.deadline_s, request.order, request.request_id))
         if message.prefill is not None and self._decode.wants(request):
             self._decode.add(request, message.prefill)
         else:
@@ -421,8 +422,7 @@ class EngineCore:
             request = make_request(order, client=peer_id, info=self._info, order=next(self._orders), now_s=came_s)
             self._prefill.open(order, peer_id=peer_id, request=request, now_s=self._clock())
         except AtomClusterError as exc:
-            self._prefill.refuse(order, peer_id=peer_id, error=exc)
-            return
+            return self._prefill.refuse(order, peer_id=peer_id, error=exc)
         self._scheduler.add(request)
 
     # --- ends
@@ -477,9 +477,10 @@ class EngineCore:
         self._prefill.expire(now_s)
         self._decode.tick(now_s)
         while self._deadlines and self._deadlines[0][0] <= now_s:
-            _, _, request = heapq.heappop(self._deadlines)
-            if self._requests.get(request.request_id) is request:
-                self._fail(request, RequestTimeout("the request did not finish within its deadline"))
+            _, order, request_id = heapq.heappop(self._deadlines)
+            late = self._requests.get(request_id)
+            if late is not None and late.order == order:
+                self._fail(late, RequestTimeout("the request did not finish within its deadline"))
 
     def _fail_everything(self, error: AtomClusterError) -> None:
         """The runner is unusable: tell everybody, so that nobody waits for an engine that will not answer."""

@@ -52,6 +52,10 @@ Ticket = DecodeTicket[Request]
 
 _logger = get_logger(__name__)
 
+_LOOK_S = 0.001
+"""How often an engine that waits for a step, which may take long, looks for prompts to pass on to prefill and for first
+tokens to hand out."""
+
 
 class DecodeSide:
     """Opens, follows and closes tickets of a decode engine. Called from the engine's thread."""
@@ -399,6 +403,16 @@ class DecodeSide:
     def renewal_period_s(self) -> float:
         """How often tickets are renewed: several times per lease, since messages take their time."""
         return self._config.lease_s / 3
+
+    @property
+    def patience_s(self) -> float:
+        """How long the engine may wait for a step before it looks at this side again."""
+        return _LOOK_S if self.has_prefill else self.renewal_period_s
+
+    @property
+    def has_prefill(self) -> bool:
+        """Whether there is a prefill engine to hear from."""
+        return bool(self._peers or len(self.tickets))
 
     def renew(self, now_s: float) -> None:
         """Renew tickets if it is time."""

@@ -30,7 +30,7 @@ class DrainWanted:
 
 
 Item = tuple[str, EngineInput | Lost | SnapshotWanted | DrainWanted, float]
-"""Who sent it, what, and when it came, on the engine's clock: the engine looks at it after the step under way."""
+"""Who sent it, what, and when it came, on the engine's clock: it may be looked at only after the step under way."""
 
 
 @dataclass(slots=True)

@@ -42,6 +42,8 @@ class Replies:
         self._metrics = metrics
         self._clock = clock
         self._deltas_by_client: dict[str, list[TokenDelta]] = {}
+        self._num_tokens = 0
+        """Not counted in the metric yet: that once per turn costs less than once per row."""
         self.errors = RecentErrors()
         """What went wrong here, of late."""
 
@@ -53,7 +55,7 @@ class Replies:
         timing = request.marks.timing(now_s) if is_first or new.finish_reason is not None else None
         if request.phase is Phase.RUNNING:  # else it waits, for its blocks or for its turn
             request.marks.begin("first_decode" if is_first else "decode", now_s)
-        self._metrics.inc(GENERATION_TOKENS, len(new.token_ids))
+        self._num_tokens += len(new.token_ids)
         self._put(
             request,
             TokenDelta(
@@ -117,6 +119,9 @@ class Replies:
 
     def flush(self) -> None:
         """Send what was gathered."""
+        if self._num_tokens:
+            self._metrics.inc(GENERATION_TOKENS, self._num_tokens)
+            self._num_tokens = 0
         for client, deltas in self._deltas_by_client.items():
             for batch in _batches(deltas):
                 self._outbox.send(client, TokenBatch(batch))

@@ -31,7 +31,8 @@ SpanName = Literal[
 - publish: its last blocks got their checksums, and were announced to decode
 - remote_prefill: a prefill engine was asked, and did not get as far as the first token
 - wire: messages between two engines were on their way
-- step_wait: the first token was there, and was not looked at before the step under way had ended
+- step_wait: the first token was there and was not looked at, for a millisecond while a step runs, or for as long as
+  the engine does something else
 - kv_transfer: the client had the first token, and blocks were still being read. Reads before that are hidden behind
   prefill, and their time is in no span but in `RequestTiming.kv_read_s`
 - first_decode: from being in the batch with its first token to the second one

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import time
@@ -30,7 +31,8 @@ class ProcessMeter:
         cpu_s = time.process_time()
         metrics.inc(PROCESS_CPU_S, cpu_s - self._cpu_s)
         self._cpu_s = cpu_s
-        if _STATUS.exists():
+        # A process that has no file left to open cannot look, but goes on, and with it all its metrics.
+        with contextlib.suppress(OSError):
             metrics.set(PROCESS_RESIDENT, resident_bytes())
             metrics.set(PROCESS_OPEN_FILES, len(os.listdir(_FILES)))
 

@@ -7,6 +7,7 @@ counts: load and cache events of another one are ignored, so engines put the epo
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -44,6 +45,8 @@ from atom_cluster.units import ceil_div
 
 SNAPSHOT_RETRY_S = 1.0
 """A snapshot that has not arrived by then is asked for again."""
+_WEIGHING_PERIOD_S = 1.0
+"""How often engines are compared, for a gauge that is exported as often."""
 
 _logger = get_logger(__name__)
 
@@ -94,6 +97,9 @@ class RouterState:
         self._index = PrefixIndex(config.max_index_blocks)
         self._loads = LoadView(load_period_s=config.load_period_s)
         self._member_by_peer: dict[str, _Member] = {}
+        self._weighed_s = -math.inf
+        self._groups: set[str] = set()
+        """That there were engines of: what was said of them is to be taken back when there are none."""
         self._num_decisions = 0
 
     # --- members ------------------------------------------------------------------------------------------------------
@@ -153,14 +159,22 @@ class RouterState:
         for kind in ("ingress", "prefill", "decode", "unified"):
             self._metrics.set(ROUTER_MEMBERS, num_by_kind[kind], kind=kind)
         self._metrics.set(ROUTER_INDEX_BLOCKS, self._index.num_entries)
-        tokens_by_group: dict[str, list[float]] = {}
+        if now_s - self._weighed_s >= _WEIGHING_PERIOD_S:
+            self._weighed_s = now_s
+            self._set_imbalance(membership, now_s)
+
+    def _set_imbalance(self, membership: Membership, now_s: float) -> None:
+        """Looks at every engine's load, which is too much for every announcement of each of them."""
         for card in membership.members:
             if card.role is not None:
-                load = self._loads.estimate(card.address.peer_id, now_s)
-                tokens_by_group.setdefault(card.role, []).append(load.recent_tokens)
-        for group, tokens in tokens_by_group.items():
-            mean = sum(tokens) / len(tokens)
-            self._metrics.set(ROUTER_IMBALANCE, max(tokens) / mean if mean >= 1.0 else 1.0, group=group)
+                self._groups.add(card.role)
+        for group in self._groups:
+            peer_ids = (card.address.peer_id for card in membership.members if card.role == group)
+            tokens = [self._loads.estimate(peer_id, now_s).recent_tokens for peer_id in peer_ids]
+            is_idle = sum(tokens) < max(1, len(tokens))
+            self._metrics.set(
+                ROUTER_IMBALANCE, 1.0 if is_idle else max(tokens) * len(tokens) / sum(tokens), group=group
+            )
 
     # --- what engines report ------------------------------------------------------------------------------------------
 

@@ -240,12 +240,15 @@ class ModelRunner:
         if self._agent is not None and plan.kv:
             # They are about blocks of earlier steps, and need not wait for this one.
             self._agent.execute(plan.kv)
-        execution = self._execution_of(plan)
-        outputs = self._step(plan) if plan.rows else _Outputs()
+        execution: Execution = "eager"
+        outputs = _Outputs()
+        if plan.rows:
+            execution = self._execution_of(plan)
+            outputs = self._step(plan, self.graphs if execution == "graph" else None)
         return LaunchedStep(plan, outputs=outputs, execution=execution, timer=timer)
 
     def _execution_of(self, plan: StepPlan) -> Execution:
-        """How the step will be run."""
+        """How a step with rows will be run."""
         if self.graphs is not None and self.graphs.takes(plan.rows):
             return "graph"
         return "pieces" if self.pieces is not None and self.pieces.takes(plan.num_tokens) else "eager"
@@ -300,11 +303,10 @@ class ModelRunner:
         self.graphs = self.pieces = None  # before the groups, whose collectives they hold
         self._groups.close()
 
-    def _step(self, plan: StepPlan) -> _Outputs:
-        """Model, scores of prompts, sampling and drafting."""
-        graphs = self.graphs
+    def _step(self, plan: StepPlan, graphs: StepGraphs | None) -> _Outputs:
+        """Model, scores of prompts, sampling and drafting. graphs: None: not one of theirs."""
         pending = None if self._grammars is None else self._grammars.read(plan.rows, self._table)
-        if graphs is None or not graphs.takes(plan.rows):
+        if graphs is None:
             layout = self._inputs.lay_out(plan)
             computed = self._program.compute(layout, pieces=self.pieces)
             scores = self._scorer.score(plan.rows, layout.query_start_cpu, computed.hidden)

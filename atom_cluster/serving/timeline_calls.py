@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Iterable
 
 from atom_cluster.api.generator import FoundTimeline
+from atom_cluster.errors import Overloaded
 from atom_cluster.link.endpoint import Endpoint
 from atom_cluster.messages.cluster import MemberCard
 from atom_cluster.messages.timing import TimelineAnswer, TimelineQuery
@@ -19,6 +20,8 @@ from atom_cluster.observability.timeline_store import TimelineStore
 ANSWER_TIMEOUT_S = 2.0
 MAX_ID_CHARS = 256
 """Of an id in a query; longer ones are nobody's."""
+MAX_OPEN_QUERIES = 256
+"""That wait for an answer: who asks for thousands of timelines a second must not keep all ingresses busy with it."""
 
 
 class TimelineCalls:
@@ -41,10 +44,12 @@ class TimelineCalls:
             future.set_result(answer)
 
     async def ask(self, endpoint: Endpoint, members: Iterable[MemberCard], request_id: str) -> FoundTimeline:
-        """What the other ingresses among the members know."""
+        """What the other ingresses among the members know. Raises `Overloaded` while too many others ask."""
         others = [card for card in members if card.kind == "ingress" and card.address != endpoint.address]
         if len(request_id) > MAX_ID_CHARS:
             return FoundTimeline(num_asked=len(others))
+        if len(self._open) >= MAX_OPEN_QUERIES:
+            raise Overloaded("too many timelines are being looked for")
         answers = await asyncio.gather(*(self._ask(endpoint, card, request_id) for card in others))
         texts = [answer.text for answer in answers if answer is not None and answer.state == "kept"]
         return FoundTimeline(

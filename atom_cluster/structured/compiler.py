@@ -31,7 +31,7 @@ class GrammarCompiler:
         """load: makes the vocabulary, when it is first needed."""
         self._load = load
         self._capacity = capacity
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._kept: OrderedDict[tuple[str, str], Future[CompiledGrammar]] = OrderedDict()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="grammar-compiler")
 
@@ -58,7 +58,7 @@ class GrammarCompiler:
                 found.add_done_callback(lambda future: self._forget_failure(key, future))
                 while len(self._kept) > self._capacity:
                     self._kept.popitem(last=False)
-            elif key in self._kept:
+            else:
                 self._kept.move_to_end(key)
             return found
 
@@ -67,6 +67,7 @@ class GrammarCompiler:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _forget_failure(self, key: tuple[str, str], future: Future[CompiledGrammar]) -> None:
-        if future.cancelled() or future.exception() is not None:
-            # On the pool's thread, or on a submitting one that holds the lock already if the work is done by then.
-            self._kept.pop(key, None)
+        """On the pool's thread, or on the submitting one, which holds the lock, if the work is done by then."""
+        with self._lock:
+            if self._kept.get(key) is future and (future.cancelled() or future.exception() is not None):
+                del self._kept[key]

@@ -101,6 +101,7 @@ NAMED = {"type": "function", "function": {"name": "f"}}
         ),
         ({"tools": LOOSE, "guided_regex": "a/b|c"}, ["a/b", "c", G], ["a", "hello"]),
         ({"tools": LOOSE, "guided_choice": ["yes", "no"]}, ["yes", G], ["maybe"]),
+        ({"tools": LOOSE, "guided_choice": ["\x7f", "\x00", "€"]}, ["\x7f", "\x00", "€"], ["a"]),
     ],
 )
 def test_outputs_are_those_that_a_request_allows(

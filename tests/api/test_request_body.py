@@ -7,9 +7,13 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
 
+from atom_cluster.api.anthropic.requests import MessagesRequest
 from atom_cluster.api.openai_types import ChatCompletionRequest, CompletionRequest
-from atom_cluster.api.request_body import MAX_DEPTH, parse_json_object, validate
+from atom_cluster.api.request_body import MAX_DEPTH, MAX_KEYS, MAX_OBJECTS, parse_json_object, validate
+from atom_cluster.api.responses.requests import ResponsesRequest
+from atom_cluster.api.tokenization_types import DetokenizeRequest
 from atom_cluster.errors import InvalidRequest
 
 json_values = st.recursive(
@@ -45,6 +49,8 @@ def test_every_json_object_is_read_as_it_is(value: dict[str, object], escapes: b
         (b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "deeply"),
         (b'{"a":' + b"[" * MAX_DEPTH + b"]" * MAX_DEPTH + b"}", "deeply"),
         (b'{"a": "\\ud83d\\ude00"', "delimiter"),
+        (b'{"a": [' + b"{}, " * MAX_OBJECTS + b"{}]}", "objects"),
+        (json.dumps(dict.fromkeys(map(str, range(MAX_KEYS + 1)))).encode(), "keys"),
     ],
 )
 def test_anything_else_is_refused_with_its_reason(body: bytes, reason: str) -> None:
@@ -108,3 +114,32 @@ def test_fields_without_effect_and_null_are_accepted() -> None:
 )
 def test_prompts_come_in_four_shapes(prompt: object, parsed: object) -> None:
     assert validate(CompletionRequest, {"model": "m", "prompt": prompt}).prompt == parsed
+
+
+@pytest.mark.parametrize(
+    ("model", "body", "param"),
+    [
+        (ChatCompletionRequest, {"messages": [1, 1]}, "messages[0]"),
+        (
+            ChatCompletionRequest,
+            {"messages": [{"role": "assistant", "tool_calls": [1, 1]}]},
+            "messages[0].tool_calls[0]",
+        ),
+        (ChatCompletionRequest, {"messages": [{"role": "user", "content": "a"}], "stop": [1, 1]}, "stop[0]"),
+        (ResponsesRequest, {"input": [1, 1]}, "input[0]"),
+        (ResponsesRequest, {"input": [{"role": "user", "content": [1, 1]}]}, "input[0].content[0]"),
+        (MessagesRequest, {"max_tokens": 1, "messages": [1, 1]}, "messages[0]"),
+        (DetokenizeRequest, {"tokens": ["a", "a"]}, "tokens[0]"),
+    ],
+)
+def test_only_the_first_wrong_element_of_a_list_is_an_error(
+    model: type[BaseModel], body: dict[str, object], param: str
+) -> None:
+    # Millions of errors take gigabytes, and a minute in which nobody else is served.
+    known = {"model": "m"} if "model" in model.model_fields else {}
+    with pytest.raises(ValidationError) as caught:
+        model.model_validate({**known, **body})
+    assert caught.value.error_count() == 1
+    with pytest.raises(InvalidRequest) as refused:
+        validate(model, {**known, **body})
+    assert refused.value.param == param

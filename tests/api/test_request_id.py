@@ -61,6 +61,10 @@ async def test_behind_a_proxy_that_answers_with_the_id_there_is_no_second_one(ap
     async with api.client() as client:
         answer = await client.get("/health", headers={"X-Request-Id": "a"})
     assert "x-request-id" not in answer.headers
+    api.generator.script = lambda request: [KeyError("bug")]
+    async with api.client(raises=False) as client:
+        answer = await client.post("/v1/completions", json=TEXT)
+    assert answer.status_code == 500 and "x-request-id" not in answer.headers
 
 
 async def test_the_same_id_at_once_is_two_requests(make_api: MakeApi) -> None:

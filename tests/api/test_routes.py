@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, MutableMapping
+from typing import Any
 
 import httpx
 import pytest
 
 from atom_cluster.api.tokenizer import Tokenizer
 from atom_cluster.errors import Overloaded, RequestTimeout
-from atom_cluster.observability.metrics import HTTP_REQUESTS, HTTP_REQUESTS_OPEN, HTTP_TTFT_S
+from atom_cluster.observability.metrics import HTTP_ERRORS, HTTP_REQUESTS, HTTP_REQUESTS_OPEN, HTTP_TTFT_S
 from tests.api.conftest import MODEL, Api
 from tests.api.tiny_tokenizers import EOS_ID, VOCAB_SIZE
 
@@ -201,6 +202,48 @@ async def test_requests_are_counted_by_route_and_status(hello: Api) -> None:
     assert counted.value(HTTP_REQUESTS, route="unknown", status="404") == 1
     assert counted.value(HTTP_REQUESTS_OPEN) == 0
     assert counted.histogram(HTTP_TTFT_S).count == 1
+
+
+async def test_a_bug_is_counted_as_one_and_not_as_a_client_that_left(make_api: MakeApi) -> None:
+    api = make_api(lambda request: [ValueError("a bug")])
+    async with api.client(raises=False) as client:
+        assert (await client.post("/v1/completions", json=TEXT)).status_code == 500
+    assert api.metrics.value(HTTP_REQUESTS, route="/v1/completions", status="500") == 1
+    assert api.metrics.value(HTTP_REQUESTS) == 1
+    assert api.metrics.value(HTTP_ERRORS, kind="internal") == 1
+
+
+async def test_a_client_that_leaves_before_the_last_empty_write_is_no_error(make_api: MakeApi) -> None:
+    api = make_api(lambda request: [(72,), "stop"])
+    has_left = asyncio.Event()
+    body = [{"type": "http.request", "body": json.dumps({**TEXT, "stream": True}).encode(), "more_body": False}]
+    sent = b""
+
+    async def receive() -> dict[str, object]:
+        if body:
+            return body.pop()
+        await has_left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        nonlocal sent
+        sent += message.get("body", b"")
+        if sent.endswith(b"data: [DONE]\n\n"):
+            has_left.set()
+            for _ in range(5):
+                await asyncio.sleep(0)
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/completions",
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+    }
+    await api.app(scope, receive, send)
+    assert has_left.is_set()
+    assert api.metrics.value(HTTP_ERRORS) == 0
+    assert api.app.state.errors.recent.notes() == ()
 
 
 BAD_CHAT = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import threading
 from collections.abc import Callable
@@ -144,6 +146,29 @@ async def test_a_grammar_that_takes_too_long_is_refused_and_others_behind_it_com
     may_go_on.set()
     service = GrammarService(GrammarCompiler(word_vocabulary), timeout_s=20.0)
     await service.check(GrammarSpec(kind="regex", text="b"), param="guided_regex")
+    service.close()
+
+
+async def test_grammars_that_nobody_waits_for_any_more_still_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("atom_cluster.api.grammars._MAX_PENDING", 2)
+    may_go_on = threading.Event()
+
+    def load() -> Vocabulary:
+        assert may_go_on.wait(20.0)
+        return word_vocabulary()
+
+    service = GrammarService(GrammarCompiler(load), timeout_s=0.01)
+    for text in ("a", "b"):
+        with pytest.raises((InvalidRequest, Overloaded), match="compile"):
+            await service.check(GrammarSpec(kind="regex", text=text), param="guided_regex")
+    with pytest.raises(Overloaded, match="too many"):
+        await service.check(GrammarSpec(kind="regex", text="c"), param="guided_regex")
+    may_go_on.set()
+    while True:
+        with contextlib.suppress(InvalidRequest, Overloaded):
+            await service.check(GrammarSpec(kind="regex", text="c"), param="guided_regex")
+            break
+        await asyncio.sleep(0.01)
     service.close()
 
 

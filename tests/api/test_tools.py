@@ -148,6 +148,15 @@ async def test_an_assistant_s_turn_goes_back_as_it_came(say: Say) -> None:
     assert prompt.count('<tool_call>\n{"name": "') == 2 and prompt.count("it rains") == 2
 
 
+async def test_past_arguments_that_are_no_text_are_given_as_they_were_written(say: Say) -> None:
+    api = say("ok")
+    arguments = r'{"city": "\ud800"}'
+    turn = {"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "now", "arguments": arguments}}]}
+    await post(api, messages=[*BODY["messages"], turn, {"role": "tool", "tool_call_id": "c", "content": "x"}])
+    prompt = api.parts["tokenizer"].tokenizer.decode(api.generator.requests[-1].token_ids, skip_special_tokens=False)
+    assert r"\ud800" in prompt
+
+
 async def test_one_call_ends_the_output_where_no_more_are_wanted(say: Say, tokens: Callable[[str], list[int]]) -> None:
     api = say(ANSWER)
     answer = await post(api, parallel_tool_calls=False)

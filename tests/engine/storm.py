@@ -38,7 +38,7 @@ from tests.factories import (
     states,
     window,
 )
-from tests.fakes import Answer, Network, VirtualClock
+from tests.fakes import Answer, InterruptedRunner, Network, VirtualClock
 
 NAMES = ("a", "b", "c")
 MESSAGES = (PrefillOrder, PrefillAccepted, KvPublication, PrefillFailed, TicketRelease, TicketRenew)
@@ -63,6 +63,8 @@ class Sizes:
     num_drafts: int = 0
     acceptance: float = 0.7
     max_itl_s: float | None = None
+    num_heard_in_step: int = 0
+    """Messages that arrive each time an engine looks up from waiting for a step."""
 
     @property
     def other_groups(self) -> tuple[PageGroup, ...]:
@@ -91,6 +93,7 @@ SIZES = st.builds(
     num_drafts=st.sampled_from((0, 0, 1, 2, 3)),
     acceptance=st.sampled_from((0.0, 0.7, 1.0)),
     max_itl_s=st.sampled_from((None, None, 0.005, 0.00515, 0.1)),
+    num_heard_in_step=st.integers(0, 2),
 )
 
 _who = st.sampled_from(NAMES)
@@ -178,7 +181,10 @@ class Storm:
             max_itl_s=sizes.max_itl_s,
         )
         self.runners[name] = runner
-        make_engine(self.network, name, runner=runner, scheduler=scheduler, transfer=TRANSFER, epoch=self.num_epochs)
+        interrupted = InterruptedRunner(runner, during_step=lambda: self.network.deliver(sizes.num_heard_in_step))
+        make_engine(
+            self.network, name, runner=interrupted, scheduler=scheduler, transfer=TRANSFER, epoch=self.num_epochs
+        )
 
     def _alter(self, source: str, target: str, message: EngineOutput) -> EngineOutput | None:
         if type(message) in self.to_lose:

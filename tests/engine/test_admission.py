@@ -67,6 +67,17 @@ def test_prompts_that_no_model_understands_are_refused(prompt: tuple[int, ...]) 
     assert caught.value.param == "prompt"
 
 
+@pytest.mark.parametrize("token_id", [-1, 1000, 2**31])
+@pytest.mark.parametrize("field", ["stop_token_ids", "logit_bias"])
+def test_sampling_that_names_no_token_of_the_model_is_refused(field: str, token_id: int) -> None:
+    message = make_message("r")
+    value = ((999, 1.0), (token_id, 1.0)) if field == "logit_bias" else (999, token_id)
+    sampling = msgspec.structs.replace(message.sampling, **{field: value})
+    with pytest.raises(InvalidRequest) as caught:
+        admit(msgspec.structs.replace(message, sampling=sampling))
+    assert caught.value.param == field
+
+
 @pytest.mark.parametrize("changes", [{"seed": None}, {"n": 2}, {"temperature": -1.0}])
 def test_sampling_that_an_engine_cannot_do_is_refused(changes: dict[str, float | None]) -> None:
     message = make_message("r")

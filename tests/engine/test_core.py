@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass, field
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from atom_cluster.config.scheduler import SchedulerConfig
 from atom_cluster.engine.core import EngineCore
 from atom_cluster.engine.protocols import StepRunner
+from atom_cluster.engine.request import Request
 from atom_cluster.messages.requests import CancelRequest, EngineRequest, TokenBatch
 from atom_cluster.messages.transfer import PrefillFailed, TicketRelease
 from atom_cluster.observability.memory import MemoryMetrics
@@ -351,6 +353,14 @@ def test_a_deadline_does_not_outlive_its_request() -> None:
     del single.network.answers["r"]
     assert single.ask(make_message("r", 10, 80)).reason == "length"
     assert single.network.clock.at_s > 0.3
+
+
+def test_a_request_that_is_over_is_not_kept_until_its_deadline() -> None:
+    single = Single()
+    single.ask(make_message("over and gone", 10, 2, deadline_s=1e6))
+    gc.collect()
+    kept = [item for item in gc.get_objects() if type(item) is Request and item.request_id == "over and gone"]
+    assert not kept
 
 
 # --- the end of a device

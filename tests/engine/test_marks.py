@@ -9,11 +9,12 @@ from atom_cluster.engine.marks import MAX_SPANS, Marks
 from atom_cluster.engine.protocols import EngineOutput
 from atom_cluster.messages.requests import CancelRequest, TokenBatch, TokenDelta
 from atom_cluster.messages.timing import EngineSpan, RequestTiming, SpanName
-from atom_cluster.messages.transfer import KvPublication
+from atom_cluster.messages.transfer import KvPublication, PrefillOrder
 from atom_cluster.observability.metrics import PREEMPTIONS
 from tests.engine.split import CLIENT, Split, make_split
 from tests.engine.test_core import Single
-from tests.factories import make_message, make_prompt
+from tests.factories import assert_clean, expected_tokens, make_engine, make_message, make_prompt, make_runner
+from tests.fakes import InterruptedRunner, Network, VirtualClock
 
 STEP_S = 0.005
 
@@ -229,3 +230,67 @@ def test_the_first_token_from_prefill_does_not_wait_for_decodes_step() -> None:
     split.send("r", 30, 6)
     split.network.settle()
     assert told == [pytest.approx(0.0)]
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+def test_the_first_token_from_prefill_does_not_wait_for_a_step_that_runs_when_it_comes(is_async: bool) -> None:
+    network = Network(VirtualClock())
+    is_in_step = False
+    was_in_step: list[bool] = []
+    post = network.post
+
+    def let_prefill_work() -> None:
+        nonlocal is_in_step
+        network.deliver()
+        network.step("prefill")
+        network.deliver()
+        is_in_step = True
+
+    def keep(source: str, destination: object, message: EngineOutput) -> None:
+        deltas = message.deltas if isinstance(message, TokenBatch) else ()
+        was_in_step.extend(is_in_step for delta in deltas if delta.request_id == "r" and not delta.first_index)
+        post(source, destination, message)  # type: ignore[arg-type]
+
+    network.post = keep  # type: ignore[method-assign]
+    make_engine(network, "prefill", runner=make_runner(network.clock))
+    runner = InterruptedRunner(make_runner(network.clock), during_step=let_prefill_work)
+    decode = make_engine(network, "decode", runner=runner, scheduler=SchedulerConfig(async_scheduling=is_async))
+    decode.put(CLIENT, make_message("busy", make_prompt(5, 9), 60))
+    decode.step()
+    decode.put(CLIENT, make_message("r", 30, 6, prefill=network.addresses["prefill"]))
+    while not was_in_step:
+        is_in_step = False
+        decode.step()
+    assert was_in_step == [True]
+    network.settle()
+    assert network.answers["r"].tokens == expected_tokens(make_prompt(30), 6)
+    assert network.answers["busy"].tokens == expected_tokens(make_prompt(5, 9), 60)
+    for engine in network.engines.values():
+        assert_clean(engine)
+
+
+def test_a_prompt_for_prefill_does_not_wait_for_a_step_that_runs_when_it_comes() -> None:
+    network = Network(VirtualClock())
+    make_engine(network, "prefill", runner=make_runner(network.clock))
+    runner = InterruptedRunner(make_runner(network.clock), during_step=lambda: None)
+    decode = make_engine(network, "decode", runner=runner)
+    decode.put(CLIENT, make_message("first", make_prompt(30, 3), 2, prefill=network.addresses["prefill"]))
+    network.settle()
+    decode.put(CLIENT, make_message("busy", make_prompt(5, 9), 60))
+    decode.step()
+    message = make_message("late", 30, 6, prefill=network.addresses["prefill"])
+    num_orders: list[int] = []
+
+    def look() -> None:
+        if not num_orders:
+            decode.put(CLIENT, message)
+        network.deliver()
+        num_orders.append(len(network.messages(PrefillOrder)))
+
+    runner.during_step = look
+    decode.step()
+    assert num_orders[:2] == [1, 2]
+    network.settle()
+    assert network.answers["late"].tokens == expected_tokens(make_prompt(30), 6)
+    for engine in network.engines.values():
+        assert_clean(engine)

@@ -26,6 +26,21 @@ def test_memory_files_and_processor_time_follow_the_process() -> None:
     assert metrics.value(PROCESS_CPU_S) > before[PROCESS_CPU_S] > 0
 
 
+@pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc")
+def test_a_process_that_can_open_no_more_files_is_measured_as_far_as_that_goes() -> None:
+    resource = pytest.importorskip("resource")
+    metrics, meter = MemoryMetrics(), ProcessMeter()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        meter.record(metrics)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert metrics.value(PROCESS_CPU_S) > 0
+    meter.record(metrics)
+    assert metrics.value(PROCESS_OPEN_FILES) > 0
+
+
 def test_a_build_is_known_by_bounded_labels() -> None:
     metrics = MemoryMetrics()
     metrics.set(BUILD_INFO, 1, **build_labels("m" * 1000))

@@ -26,6 +26,7 @@ from atom_cluster.observability.metrics import (
     ROUTER_PROMPT_TOKENS,
     ROUTER_SNAPSHOTS,
 )
+from atom_cluster.routing.load_view import LoadEstimate
 from atom_cluster.routing.state import SNAPSHOT_RETRY_S, RouterState
 from tests.routing.builders import CacheModel, make_card, make_load, make_query
 
@@ -280,5 +281,23 @@ def test_imbalance_is_the_busiest_ones_share_of_the_mean(state: RouterState, met
         state.announce(make_card(peer_id), 0.0)
     assert metrics.value(ROUTER_IMBALANCE, group="unified") == 1.0
     state.decide(make_query(num_tokens=500), source="i", now_s=0.0)
-    state.announce(make_card("b"), 0.0)
+    state.announce(make_card("b"), 1.0)
     assert metrics.value(ROUTER_IMBALANCE, group="unified") == pytest.approx(2.0)
+    state.withdraw("a")
+    state.withdraw("b")
+    state.announce(_ingress(), 2.0)
+    assert metrics.value(ROUTER_IMBALANCE, group="unified") == 1.0, "of nobody nothing is said any more"
+
+
+def test_engines_are_not_compared_at_every_announcement(state: RouterState, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: list[str] = []
+
+    def estimate(peer_id: str, now_s: float) -> LoadEstimate:
+        looked_at.append(peer_id)
+        return LoadEstimate()
+
+    monkeypatch.setattr(state._loads, "estimate", estimate)
+    for half_seconds in range(4):
+        for number in range(30):
+            state.announce(make_card(f"e{number}"), 0.5 * half_seconds)
+    assert 0 < len(looked_at) <= 2 * 30

@@ -13,6 +13,7 @@ from atom_cluster.engine.core import EngineCore
 from atom_cluster.engine.local_runner import LocalRunner
 from atom_cluster.messages.cluster import PeerAddress
 from atom_cluster.messages.requests import EngineRequest, SamplingParams, TokenBatch
+from atom_cluster.messages.steps import NewRow, RowStep, StepPlan
 from atom_cluster.observability.metrics import NullMetrics
 from atom_cluster.runner.kv_sizing import KvSizing
 from atom_cluster.runner.row_state import slack
@@ -124,3 +125,15 @@ def test_an_engine_with_two_plans_in_flight_follows_the_model_to_the_end_of_the_
     }
     check_integrity(engine)
     runner.close()
+
+
+def test_a_result_says_whether_its_step_was_a_graph() -> None:
+    runner = make_runner(graph_sizes=(1, 2))
+    new_rows = tuple(
+        NewRow(row=row, request_id="", token_ids=(5, 6), num_prompt_tokens=2, pages=((row,),), sampling=GREEDY)
+        for row in range(3)
+    )
+    prompts = StepPlan(step_id=0, new_rows=new_rows, rows=tuple(RowStep(row, 0, 2, samples=True) for row in range(3)))
+    two, three = (tuple(RowStep(row, 2, 1, samples=True) for row in range(count)) for count in (2, 3))
+    plans = [prompts, StepPlan(step_id=1, rows=two), StepPlan(step_id=2, rows=three)]
+    assert [runner.run(plan).execution for plan in plans] == ["eager", "graph", "eager"]

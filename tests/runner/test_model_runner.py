@@ -176,6 +176,25 @@ def test_a_plan_without_rows_gives_an_empty_result() -> None:
     assert (result.step_id, result.sampled) == (5, ())
 
 
+class LazyPieces:
+    """Stands for pieces that are recorded when they are first asked for."""
+
+    def __init__(self) -> None:
+        self.asked_for: list[int] = []
+
+    def takes(self, num_tokens: int) -> bool:
+        self.asked_for.append(num_tokens)
+        return False
+
+
+def test_a_plan_without_rows_records_nothing() -> None:
+    runner = make_runner()
+    pieces = LazyPieces()
+    runner.pieces = pieces  # type: ignore[assignment]
+    assert runner.run(StepPlan(step_id=5)).execution == "eager"
+    assert not pieces.asked_for
+
+
 def test_a_request_may_fill_its_context_and_run_once_more() -> None:
     runner = make_runner()
     prompt = tuple(range(39))

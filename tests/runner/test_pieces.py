@@ -59,7 +59,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[PiecewiseForward]:
     """Runners that are built from now on have pieces, recorded when they are needed."""
     found: list[PiecewiseForward] = []
 
-    def add_pieces(runner: ModelRunner, *_: object) -> str:
+    def add_pieces(runner: ModelRunner, *_: object) -> tuple[str, int]:
         runner.pieces = PiecewiseForward(
             model=runner._program._model,
             inputs=runner._inputs,
@@ -70,7 +70,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[PiecewiseForward]:
             device=runner.device,
         )
         found.append(runner.pieces)
-        return "stand-ins"
+        return "stand-ins", 0
 
     monkeypatch.setattr(build, "_capture", add_pieces)
     monkeypatch.setattr(pieces, "captured", captured)
@@ -83,7 +83,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[PiecewiseForward]:
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3_5"])
 def test_pieces_give_what_a_whole_pass_does(name: str, built: list[PiecewiseForward]) -> None:
     with pytest.MonkeyPatch.context() as without:
-        without.setattr(build, "_capture", lambda *_: "none")
+        without.setattr(build, "_capture", lambda *_: ("none", 0))
         expected = generate(name, mixed_requests(), **SETTINGS)
     assert generate(name, mixed_requests(), **SETTINGS) == expected
     assert set(built[0]._recordings) == set(SIZES)

@@ -310,6 +310,10 @@ async def test_a_running_request_and_a_silent_ingress_are_named(site: Site, monk
         message = (await ingress.get(f"/v1/requests/{answer_id}/timeline")).json()["error"]["message"]
         assert "still running" in message
     await running
+    with monkeypatch.context() as flooded:
+        flooded.setattr(timeline_calls, "MAX_OPEN_QUERIES", 0)
+        refused = await other.get("/v1/requests/cmpl-none/timeline")
+    assert refused.status_code == 503 and refused.headers["Retry-After"]
     monkeypatch.setattr(front.client._timelines, "answer", lambda query: query)  # says nothing that is an answer
     message = (await other.get("/v1/requests/cmpl-none/timeline")).json()["error"]["message"]
     assert "ingress-1 did not answer" in message

@@ -42,7 +42,7 @@ class MessagesError(TypedEvent, frozen=True, kw_only=True):
 
 def speaks_anthropic(scope: Scope) -> bool:
     """Whether a request is to one of the routes whose clients expect Anthropic's form."""
-    path = scope.get("path", "")
+    path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
     return bool(path == _PATH or path.startswith(_PATH + "/"))
 
 

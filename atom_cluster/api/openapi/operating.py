@@ -86,7 +86,7 @@ TIMELINE = Operation(
     description="Spans of each output follow each other and add up to `latency_s`.",
     answer=Timeline,
     path_params={"request_id": "The answer's id, or the request's."},
-    errors=(*READ_ERRORS, 404),
+    errors=(*READ_ERRORS, 404, 503),
 )
 START_PROFILE = Operation(
     tag="Operation",

@@ -145,8 +145,9 @@ class _JsonCall:
 
 
 def _unquoted(text: str) -> str:
+    """What a JSON string says, with U+FFFD for half of a surrogate pair."""
     try:
-        return str(json.loads(text, strict=False))
+        return str(json.loads(text, strict=False)).encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     except ValueError as exc:
         raise NotACallError from exc
 

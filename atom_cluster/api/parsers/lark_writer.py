@@ -42,7 +42,8 @@ class LarkWriter:
 
     def literal(self, text: str) -> str:
         """These characters."""
-        return json.dumps(text, ensure_ascii=False)
+        # The one control character that JSON does not escape, and Lark's strings do not take.
+        return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
     def rule(self, body: str) -> str:
         """A rule of its own; gives its name."""

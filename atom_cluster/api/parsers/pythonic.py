@@ -9,6 +9,7 @@ import re
 
 from atom_cluster.api.parsers.calls import CallContext, NotACallError, ToolFormat
 from atom_cluster.api.parsers.reader import Reader, Script
+from atom_cluster.api.parsers.values import json_text_of
 from atom_cluster.api.parsers.writer import ObjectWriter
 
 _NOT_A_NAME = re.compile(r"[^\w.\-]")
@@ -104,9 +105,9 @@ def _read_string_rest(reader: Reader, quote: str, parts: list[str]) -> Script[No
 def _as_json(text: str) -> str:
     """JSON of a literal, which may be JSON itself; what is neither is taken as a string."""
     with contextlib.suppress(ValueError, RecursionError):
-        return json.dumps(json.loads(text), ensure_ascii=False, allow_nan=False)
+        return json_text_of(json.loads(text))
     try:
-        return json.dumps(ast.literal_eval(text), ensure_ascii=False, allow_nan=False)
+        return json_text_of(ast.literal_eval(text))
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return json.dumps(text, ensure_ascii=False)
 

@@ -67,6 +67,19 @@ def json_value(text: str, types: frozenset[str] = _ANY) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
+def json_text_of(value: object) -> str:
+    """JSON of a value that a model wrote. Raises as `json.dumps`; half of a surrogate pair stays escaped, as nothing
+    else can be written."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, allow_nan=False)
+    return text
+
+
 def _has_type(text: str, types: frozenset[str]) -> bool:
     try:
         value = json.loads(text, parse_constant=_refuse)
@@ -94,7 +107,7 @@ def _from_python(text: str, types: frozenset[str]) -> str | None:
     if types and types.isdisjoint({"array", "object"}):
         return None
     try:
-        return json.dumps(ast.literal_eval(text), ensure_ascii=False, allow_nan=False)
+        return json_text_of(ast.literal_eval(text))
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return None
 

@@ -35,6 +35,8 @@ class KeyFile:
         self._read_at_s = clock()
         self._problem = ""
         self._reading: asyncio.Task[None] | None = None
+        self._thread: asyncio.Task[str] | None = None
+        """Reads the file, for as long as that takes."""
         logger.info("%d API keys from %s", len(self._ring.entries), path)
 
     async def keys(self) -> KeyRing:
@@ -51,7 +53,7 @@ class KeyFile:
 
     async def _read_again(self) -> None:
         try:
-            content = await asyncio.wait_for(asyncio.to_thread(_read, self._path), _READ_TIMEOUT_S)
+            content = await asyncio.wait_for(self._read(), _READ_TIMEOUT_S)
             if content != self._content:
                 self._take(content)
             self._problem = ""
@@ -60,6 +62,15 @@ class KeyFile:
         except ConfigError as exc:
             self._complain(str(exc))
         self._read_at_s = self._clock()
+
+    async def _read(self) -> str:
+        """The file's content. Of a file that does not answer there is one thread that waits, and not one more every
+        time that somebody gives up: others need these threads, too."""
+        if self._thread is None:
+            self._thread = asyncio.create_task(asyncio.to_thread(_read, self._path))
+        await asyncio.wait((self._thread,))
+        done, self._thread = self._thread, None
+        return done.result()
 
     def _take(self, content: str) -> None:
         before = {entry.name for entry in self._ring.entries}

@@ -62,6 +62,9 @@ def parse_keys(text: str, *, source: str) -> KeyRing:
         mark = getattr(exc, "problem_mark", None)
         where = "" if mark is None else f" at line {mark.line + 1}"
         raise ConfigError(f"{source}: not valid YAML{where}") from None
+    except (ValueError, RecursionError):
+        # What the library raises for days that no month has, and for what is nested too deeply.
+        raise ConfigError(f"{source}: not valid YAML") from None
     try:
         return KeyRing(ApiKeyFile.model_validate({"keys": document} if isinstance(document, list) else document).keys)
     except ValidationError as exc:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import anthropic
 import pytest
 
+from atom_cluster.api.anthropic.errors import speaks_anthropic
 from atom_cluster.api.tokenizer import Tokenizer
 from atom_cluster.errors import Overloaded, RequestFailed
 from tests.api.conftest import MODEL, Api, Serve
@@ -168,3 +169,8 @@ async def test_unknown_methods_and_paths_below_have_the_form_too(hello: Api) -> 
             (await client.post("/v1/messages/batches", json={}), 404),
         ):
             assert (response.status_code, response.json()["type"]) == (status, "error")
+
+
+def test_the_form_of_errors_is_known_below_a_prefix_too() -> None:
+    assert speaks_anthropic({"path": "/llm/v1/messages", "root_path": "/llm"})
+    assert not speaks_anthropic({"path": "/llm/v1/completions", "root_path": "/llm"})

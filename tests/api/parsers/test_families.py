@@ -362,3 +362,28 @@ def test_whether_the_text_is_within_reasoning_is_known_at_each_place() -> None:
         states.append(parser.in_reasoning)
     assert states == [False, True, True, True, False, False]
     assert make_parser(reasoning=REASONING_FORMATS["think"], opens=True).in_reasoning
+
+
+@pytest.mark.parametrize(
+    ("tools", "text", "arguments"),
+    [
+        ("pythonic", '[get_weather(city="\\ud800")]', '{"city": "\\ud800"}'),
+        ("pythonic", "[get_weather(city='\\ud800')]", '{"city": "\\ud800"}'),
+        (
+            "glm",
+            "<tool_call>now<arg_key>x</arg_key><arg_value>['\\ud800']</arg_value></tool_call>",
+            '{"x": ["\\ud800"]}',
+        ),
+        (
+            "hermes",
+            '<tool_call>{"name": "now", "arguments": "\\ud800x\\ud83d\\ude00"}</tool_call>',
+            "\ufffdx\U0001f600",
+        ),
+        ("hermes", '<tool_call>{"name": "\\ud800", "arguments": {}}</tool_call>', "{}"),
+    ],
+)
+def test_half_a_surrogate_pair_is_written_as_something_that_can_be_sent(tools: str, text: str, arguments: str) -> None:
+    begun, *rest = pieces_of(make_parser(TOOL_FORMATS[tools]), [text])
+    assert isinstance(begun, ToolCallBegun) and begun.name.encode()
+    written = "".join(piece.text for piece in rest if isinstance(piece, ToolCallArguments))
+    assert written == arguments and written.encode()

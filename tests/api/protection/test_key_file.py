@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -119,3 +120,27 @@ def test_nothing_starts_without_its_keys(tmp_path: Path, content: str | None) ->
         path.write_text(content)
     with pytest.raises(ConfigError, match=str(path)):
         KeyFile(path, poll_s=5)
+
+
+async def test_a_file_that_does_not_answer_has_one_thread_waiting(
+    path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = KeyFile(path, poll_s=5, clock=clock)
+    answers, num_reads = threading.Event(), 0
+
+    def read(path: Path) -> str:
+        nonlocal num_reads
+        num_reads += 1
+        answers.wait(20)
+        return text("other", SECOND)
+
+    monkeypatch.setattr(key_file, "_read", read)
+    monkeypatch.setattr(key_file, "_READ_TIMEOUT_S", 0.01)
+    for _ in range(3):
+        clock.now_s += 5
+        assert await names(keys) == ["first"]
+    assert num_reads == 1
+    answers.set()
+    monkeypatch.setattr(key_file, "_READ_TIMEOUT_S", 20.0)
+    clock.now_s += 5
+    assert await names(keys) == ["other"]

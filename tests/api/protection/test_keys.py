@@ -8,7 +8,7 @@ from atom_cluster.api.protection.keys import MAX_KEY_CHARS, hash_key, make_key, 
 from atom_cluster.config.protection import MAX_KEYS
 from atom_cluster.errors import ConfigError
 
-KEY, OTHER = make_key(), make_key()
+KEY, OTHER = "atom-" + "k" * 43, "atom-" + "o" * 43
 
 
 def line(name: str, key: str, rest: str = "") -> str:
@@ -16,8 +16,9 @@ def line(name: str, key: str, rest: str = "") -> str:
 
 
 def test_keys_are_long_random_and_recognisable() -> None:
-    assert KEY != OTHER
-    assert KEY.startswith("atom-") and len(KEY) == len("atom-") + 43
+    made = [make_key() for _ in range(100)]
+    assert len(set(made)) == 100
+    assert all(key.startswith("atom-") and len(key) == len("atom-") + 43 for key in made)
 
 
 def test_a_key_is_found_by_its_hash_and_no_other_is() -> None:
@@ -50,6 +51,8 @@ def test_entries_may_stand_under_a_heading() -> None:
         (line("a", KEY) + line("b", KEY), "two names have the same key"),
         ("".join(line(f"k{number}", f"{number}") for number in range(MAX_KEYS + 1)), "at most 1000 items"),
         ("- !!python/object/apply:os.system ['true']", "not valid YAML"),
+        ("- {name: a, sha256: 2020-13-45}", "not valid YAML"),
+        ("[" * 5000, "not valid YAML"),
     ],
 )
 def test_a_wrong_file_is_refused_with_the_place_and_without_any_value(text: str, words: str) -> None:
