@@ -73,9 +73,8 @@ class Replies:
     def _observe_times(self, request: Request, num_tokens: int, now_s: float) -> None:
         if request.first_token_s is None:
             request.first_token_s = now_s
-            if (
-                num_tokens and not request.num_replayed
-            ):  # else its client has had the first token long since, or gets none
+            # Of one that was replayed, its client has had the first token long since.
+            if num_tokens and not request.num_replayed:
                 self._metrics.observe(TTFT_S, now_s - request.arrived_s)
             self._metrics.observe(QUEUE_S, (request.scheduled_s or now_s) - request.arrived_s)
         elif request.last_token_s is not None:

@@ -6,8 +6,10 @@ Everything is computed in float64 on tiny random models: rounding cannot flip a 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from atom_cluster import LLMEngine, SamplingParams
+from atom_cluster.config.speculative import SpeculativeConfig
 from tests.tiny_models import TINY_MODELS, random_tokens, tiny_model_dir
 
 _VARIANTS = {
@@ -59,5 +61,25 @@ def make_engine(model: str, **options: object) -> LLMEngine:
 def generate(model: str, requests: Sequence[Request], **options: object) -> list[list[int]]:
     """Output tokens of requests that are all there from the start."""
     with make_engine(model, **options) as engine:
+        outputs = engine.generate([prompt for prompt, _ in requests], [sampling for _, sampling in requests])
+    return [output["token_ids"] for output in outputs]
+
+
+def generate_drafting(
+    directory: Path, requests: Sequence[Request], *, num_tokens: int, **options: object
+) -> list[list[int]]:
+    """Output of the requests by one engine, with so many drafts after each token; 0: without speculation."""
+    settings: dict[str, object] = {
+        "dtype": "float64",
+        "device": "cpu",
+        "block_size": 8,
+        "num_blocks": 128,
+        "max_num_requests": 16,
+        "max_model_len": 112,
+        "num_threads": 1,
+        "speculative": SpeculativeConfig(method="mtp", num_tokens=num_tokens) if num_tokens else None,
+        **options,
+    }
+    with LLMEngine(directory, **settings) as engine:  # type: ignore[arg-type]
         outputs = engine.generate([prompt for prompt, _ in requests], [sampling for _, sampling in requests])
     return [output["token_ids"] for output in outputs]

@@ -11,7 +11,7 @@ from atom_cluster.config.speculative import SpeculativeConfig
 from atom_cluster.observability.memory import MemoryMetrics
 from atom_cluster.observability.metrics import KV_TRANSFER_BYTES, PREEMPTIONS, SPEC_DRAFT_TOKENS
 from tests.draft_models import NUM_DRAFT_LAYERS, draft_model_dir
-from tests.equivalence.generation import mixed_requests
+from tests.equivalence.generation import generate_drafting, mixed_requests
 from tests.equivalence.pairs import Pair
 
 
@@ -22,21 +22,7 @@ def directory(request: pytest.FixtureRequest) -> Path:
 
 def generate(directory: Path, *, num_tokens: int = 0, **options: object) -> list[list[int]]:
     """Output of the mixed requests, with so many drafts after each token."""
-    settings: dict[str, object] = {
-        "dtype": "float64",
-        "device": "cpu",
-        "block_size": 8,
-        "num_blocks": 128,
-        "max_num_requests": 16,
-        "max_model_len": 112,
-        "num_threads": 1,
-        "speculative": SpeculativeConfig(method="mtp", num_tokens=num_tokens) if num_tokens else None,
-        **options,
-    }
-    with LLMEngine(directory, **settings) as engine:  # type: ignore[arg-type]
-        requests = mixed_requests()
-        outputs = engine.generate([prompt for prompt, _ in requests], [sampling for _, sampling in requests])
-    return [output["token_ids"] for output in outputs]
+    return generate_drafting(directory, mixed_requests(), num_tokens=num_tokens, **options)
 
 
 @pytest.fixture(scope="module")

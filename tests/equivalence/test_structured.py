@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from atom_cluster import LLMEngine, SamplingParams
-from atom_cluster.config.speculative import SpeculativeConfig
 from atom_cluster.errors import InvalidRequest
 from atom_cluster.messages.requests import GrammarSpec
 from atom_cluster.messages.steps import RowStep, StepPlan
@@ -25,7 +24,7 @@ from atom_cluster.observability.metrics import KV_TRANSFER_BYTES, PREEMPTIONS, S
 from atom_cluster.runner.grammar_rows import GrammarRows
 from atom_cluster.runner.row_state import RowTable
 from atom_cluster.structured.compiler import GrammarCompiler
-from tests.equivalence.generation import FREE, GREEDY, PENALIZED, SAMPLED, Request
+from tests.equivalence.generation import FREE, GREEDY, PENALIZED, SAMPLED, Request, generate_drafting
 from tests.equivalence.pairs import Pair, Side
 from tests.equivalence.test_replay import run
 from tests.structured_models import EOS_ID, character_tokenizer, structured_model_dir
@@ -75,20 +74,7 @@ def directory() -> Path:
 
 def generate(directory: Path, *, num_tokens: int = 0, **options: object) -> list[list[int]]:
     """Output of the requests, with so many drafts after each token."""
-    settings: dict[str, object] = {
-        "dtype": "float64",
-        "device": "cpu",
-        "block_size": 8,
-        "num_blocks": 128,
-        "max_num_requests": 16,
-        "max_model_len": 112,
-        "num_threads": 1,
-        "speculative": SpeculativeConfig(method="mtp", num_tokens=num_tokens) if num_tokens else None,
-        **options,
-    }
-    with LLMEngine(directory, **settings) as engine:  # type: ignore[arg-type]
-        outputs = engine.generate(*map(list, zip(*requests())))
-    return [output["token_ids"] for output in outputs]
+    return generate_drafting(directory, requests(), num_tokens=num_tokens, **options)
 
 
 @pytest.fixture(scope="module")
