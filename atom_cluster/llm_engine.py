@@ -20,8 +20,8 @@ from typing import Literal
 from msgspec.structs import replace
 from typing_extensions import Never, Self
 
-from atom_cluster.api.model_files import ServedModel
-from atom_cluster.api.tokenizer import IncrementalDetokenizer, Tokenizer
+from atom_cluster.api.text.model_files import ServedModel
+from atom_cluster.api.text.tokenizer import IncrementalDetokenizer, Tokenizer
 from atom_cluster.config.compilation import CompilationConfig
 from atom_cluster.config.model_path import resolve_model_path
 from atom_cluster.config.observability import ProfileConfig

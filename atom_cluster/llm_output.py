@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from typing_extensions import NotRequired, TypedDict
 
-from atom_cluster.api.tokenizer import IncrementalDetokenizer
+from atom_cluster.api.text.tokenizer import IncrementalDetokenizer
 from atom_cluster.messages.requests import FinishReason, PromptScore, RequestError, TokenDelta, TokenLogprobs
 
 

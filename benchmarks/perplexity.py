@@ -23,7 +23,7 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 
-from atom_cluster.api.tokenizer import Tokenizer
+from atom_cluster.api.text.tokenizer import Tokenizer
 from atom_cluster.config.model_path import resolve_model_path
 from atom_cluster.config.ops import OpsConfig
 from atom_cluster.config.quantization import OnlineFormat, QuantizationConfig

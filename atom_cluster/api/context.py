@@ -8,13 +8,13 @@ from typing import TypeVar
 from pydantic import BaseModel
 from starlette.requests import Request
 
+from atom_cluster.api.answers.grammars import GrammarService
 from atom_cluster.api.generator import Generator
-from atom_cluster.api.grammars import GrammarService
-from atom_cluster.api.model_files import ServedModel
+from atom_cluster.api.http.request_body import read_json_body, validate
+from atom_cluster.api.http.request_record import note_checked
 from atom_cluster.api.parsers.dialect import Dialect
-from atom_cluster.api.request_body import read_json_body, validate
-from atom_cluster.api.request_record import note_checked
-from atom_cluster.api.tokenizer import TokenizerService
+from atom_cluster.api.text.model_files import ServedModel
+from atom_cluster.api.text.tokenizer import TokenizerService
 from atom_cluster.config.serving import ApiConfig
 from atom_cluster.errors import UnknownModel
 from atom_cluster.observability.metrics import MetricSink

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from atom_cluster.api.profile_types import ProfileRequest, ProfileTarget
+from atom_cluster.api.operating.profile_types import ProfileRequest, ProfileTarget
 from atom_cluster.messages.requests import SamplingParams, TokenDelta
 from atom_cluster.observability.timeline import OutputRecord
 from atom_cluster.units import Deadline

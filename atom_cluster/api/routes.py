@@ -1,4 +1,4 @@
-"""Stop 3 of 14: an HTTP request is checked and answered. Next: api/chat_template.py and api/tokenizer.py.
+"""Stop 3 of 14: an HTTP request is checked and answered. Next: api/text/chat_template.py and api/text/tokenizer.py.
 
 `create_app` makes the whole HTTP API over a `Generator`; `serving/ingress.py` hosts it. Each group of routes has its
 file; here is what there is. Knows nothing of Ray, engines or where tokens come from.
@@ -8,29 +8,29 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
+from atom_cluster.api.answers.grammars import GrammarService
 from atom_cluster.api.anthropic.routes import add_message_routes
-from atom_cluster.api.chat import add_chat_routes
-from atom_cluster.api.completions import add_completion_routes
 from atom_cluster.api.context import ApiContext
-from atom_cluster.api.error_responses import install_error_handlers
 from atom_cluster.api.generator import Generator
-from atom_cluster.api.grammars import GrammarService
-from atom_cluster.api.model_files import ServedModel
-from atom_cluster.api.model_routes import add_model_routes
+from atom_cluster.api.http.error_responses import install_error_handlers
+from atom_cluster.api.http.request_counter import RequestCounter
+from atom_cluster.api.http.request_id import RequestIds
+from atom_cluster.api.http.request_record import Recorder, RequestRecords
+from atom_cluster.api.openai.chat import add_chat_routes
+from atom_cluster.api.openai.completions import add_completion_routes
 from atom_cluster.api.openapi.routes import add_openapi_routes
+from atom_cluster.api.operating.models import add_model_routes
+from atom_cluster.api.operating.profiling import add_profile_routes
+from atom_cluster.api.operating.state import add_state_routes
+from atom_cluster.api.operating.timeline import add_timeline_routes
+from atom_cluster.api.operating.tokenization import add_tokenization_routes
 from atom_cluster.api.parsers.dialect import choose_dialect
-from atom_cluster.api.profiling import add_profile_routes
 from atom_cluster.api.protection.gate import Gate
 from atom_cluster.api.protection.middleware import Protection
-from atom_cluster.api.request_counter import RequestCounter
-from atom_cluster.api.request_id import RequestIds
-from atom_cluster.api.request_record import Recorder, RequestRecords
 from atom_cluster.api.responses.routes import add_response_routes
-from atom_cluster.api.state_routes import add_state_routes
 from atom_cluster.api.status_page.page import add_status_page
-from atom_cluster.api.timeline_routes import add_timeline_routes
-from atom_cluster.api.tokenization import add_tokenization_routes
-from atom_cluster.api.tokenizer import TokenizerService
+from atom_cluster.api.text.model_files import ServedModel
+from atom_cluster.api.text.tokenizer import TokenizerService
 from atom_cluster.config.serving import ApiConfig
 from atom_cluster.observability.metrics import MetricSink, NullMetrics
 from atom_cluster.observability.timeline_store import TimelineStore

@@ -15,8 +15,8 @@ from random import Random
 from typing import Any
 
 from atom_cluster.api.generator import FoundTimeline, GenerateInput
-from atom_cluster.api.model_files import ServedModel
-from atom_cluster.api.profile_types import ProfileRequest, ProfileTarget
+from atom_cluster.api.operating.profile_types import ProfileRequest, ProfileTarget
+from atom_cluster.api.text.model_files import ServedModel
 from atom_cluster.config.cluster import ClusterConfig
 from atom_cluster.errors import AtomClusterError, EngineLost, NotReady, Overloaded, RequestTimeout
 from atom_cluster.kv_cache.prefix_hash import hash_blocks, seed_of

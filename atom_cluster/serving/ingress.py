@@ -16,11 +16,11 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from ray.util import get_node_ip_address
 
-from atom_cluster.api.grammars import GrammarService
-from atom_cluster.api.model_files import ServedModel
+from atom_cluster.api.answers.grammars import GrammarService
 from atom_cluster.api.protection.gate import Gate
 from atom_cluster.api.routes import create_app
-from atom_cluster.api.tokenizer import TokenizerService
+from atom_cluster.api.text.model_files import ServedModel
+from atom_cluster.api.text.tokenizer import TokenizerService
 from atom_cluster.config.cluster import ClusterConfig
 from atom_cluster.config.env import read_environment
 from atom_cluster.config.model_path import resolve_model_path

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from atom_cluster.api.profile_types import ProfileRequest, ProfileTarget
+from atom_cluster.api.operating.profile_types import ProfileRequest, ProfileTarget
 from atom_cluster.errors import InvalidRequest, NotReady, ProfileRefused
 from atom_cluster.link.endpoint import Endpoint
 from atom_cluster.messages.cluster import MemberCard

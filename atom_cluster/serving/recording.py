@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from atom_cluster.api.request_record import Recorder
+from atom_cluster.api.http.request_record import Recorder
 from atom_cluster.config.observability import ObservabilityConfig, TracingConfig
 from atom_cluster.observability.access_log import AccessLog
 from atom_cluster.observability.logging import setup_logging

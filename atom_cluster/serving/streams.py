@@ -1,4 +1,4 @@
-"""Stop 13 of 14: the deltas of one request between the socket and its reader. Next: atom_cluster/api/text_stream.py.
+"""Stop 13 of 14: the deltas of one request between the socket and its reader. Next: api/text/text_stream.py.
 
 A reader that is slower than the engine finds its pending deltas merged into one, so a slow client costs the ingress
 less, not more. A delta that does not continue where the last one ended means that something was lost or doubled: the

@@ -13,8 +13,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from atom_cluster.api.chat_template import ChatTemplate
-from atom_cluster.api.tokenizer import Tokenizer
+from atom_cluster.api.text.chat_template import ChatTemplate
+from atom_cluster.api.text.tokenizer import Tokenizer
 from atom_cluster.config.model_path import resolve_model_path
 from atom_cluster.errors import AtomClusterError
 from atom_cluster.llm_engine import GenerationOutput

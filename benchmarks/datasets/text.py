@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from atom_cluster.api.chat_template import ChatTemplate
-from atom_cluster.api.tokenizer import Tokenizer
+from atom_cluster.api.text.chat_template import ChatTemplate
+from atom_cluster.api.text.tokenizer import Tokenizer
 from atom_cluster.config.model_path import resolve_model_path
 
 _MAX_TRIES = 10

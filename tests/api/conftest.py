@@ -15,10 +15,10 @@ import pytest_asyncio
 import uvicorn
 from fastapi import FastAPI
 
-from atom_cluster.api.grammars import GrammarService
-from atom_cluster.api.model_files import ServedModel
+from atom_cluster.api.answers.grammars import GrammarService
 from atom_cluster.api.routes import create_app
-from atom_cluster.api.tokenizer import Tokenizer, TokenizerService
+from atom_cluster.api.text.model_files import ServedModel
+from atom_cluster.api.text.tokenizer import Tokenizer, TokenizerService
 from atom_cluster.config.serving import ApiConfig
 from atom_cluster.observability.memory import MemoryMetrics
 from atom_cluster.structured.compiler import GrammarCompiler

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
 from atom_cluster.api.generator import FoundTimeline, GenerateInput
-from atom_cluster.api.profile_types import ProfileRequest, ProfileTarget
+from atom_cluster.api.operating.profile_types import ProfileRequest, ProfileTarget
 from atom_cluster.errors import AtomClusterError, NotReady
 from atom_cluster.messages.requests import FinishReason, PromptScore, TokenDelta, TokenLogprobs, TopLogprob
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from atom_cluster.api.pieces import Piece, ReasoningPiece, TextPiece, ToolCallArguments, ToolCallBegun
+from atom_cluster.api.answers.pieces import Piece, ReasoningPiece, TextPiece, ToolCallArguments, ToolCallBegun
 
 _MARK = re.compile(r"\[(think|end|call (\w+))\]")
 

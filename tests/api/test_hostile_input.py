@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import httpx
 import pytest
 
-from atom_cluster.api.tokenizer import Tokenizer
+from atom_cluster.api.text.tokenizer import Tokenizer
 from atom_cluster.tools.drill.listeners import resident_bytes
 from tests.api.conftest import MODEL, Api, Serve
 from tests.api.tiny_tokenizers import VOCAB_SIZE

@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 
-from atom_cluster.api.tokenizer import Tokenizer
+from atom_cluster.api.text.tokenizer import Tokenizer
 from atom_cluster.errors import Overloaded, RequestFailed
 from atom_cluster.observability.metrics import HTTP_REQUESTS
 from tests.api.conftest import MODEL, Api, Serve

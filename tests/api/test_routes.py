@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from atom_cluster.api.tokenizer import Tokenizer
+from atom_cluster.api.text.tokenizer import Tokenizer
 from atom_cluster.errors import Overloaded, RequestTimeout
 from atom_cluster.observability.metrics import HTTP_ERRORS, HTTP_REQUESTS, HTTP_REQUESTS_OPEN, HTTP_TTFT_S
 from tests.api.conftest import MODEL, Api

@@ -16,7 +16,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from atom_cluster.api.protection.access import ACCESS_BY_ROUTE
-from atom_cluster.api.tokenizer import Tokenizer
+from atom_cluster.api.text.tokenizer import Tokenizer
 from tests.api.conftest import Api
 
 

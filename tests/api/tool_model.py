@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from atom_cluster.api.tokenizer import TokenizerService
+from atom_cluster.api.text.tokenizer import TokenizerService
 from atom_cluster.config.serving import ApiConfig
 from tests.api.conftest import Api
 from tests.api.tiny_tokenizers import write_model_directory

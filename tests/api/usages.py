@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from atom_cluster.api.wire import CompletionTokensDetails, PromptTokensDetails, Usage
+from atom_cluster.api.openai.wire import CompletionTokensDetails, PromptTokensDetails, Usage
 
 
 def usage_of(*, prompt: int = 0, completion: int = 0, cached: int = 0, reasoning: int = 0) -> Usage:

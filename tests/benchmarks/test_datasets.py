@@ -12,8 +12,8 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from atom_cluster.api.chat_template import ChatTemplate
-from atom_cluster.api.tokenizer import Tokenizer
+from atom_cluster.api.text.chat_template import ChatTemplate
+from atom_cluster.api.text.tokenizer import Tokenizer
 from benchmarks.datasets.arrivals import burst_arrivals, rate_arrivals
 from benchmarks.datasets.files import custom_workload, hf_files, hf_workload, sharegpt_workload
 from benchmarks.datasets.request import FIRST_TOKEN_ID, LoadRequest

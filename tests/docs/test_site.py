@@ -36,6 +36,6 @@ def test_links_out_of_docs_become_names_and_those_between_pages_stay_links() -> 
     assert on_site("[k](../kubernetes/README.md#secrets)", "docs", "") == "[k](kubernetes.md#secrets)"
     assert on_site("[a](docs/api.md)", "", "") == "[a](api.md)"
     assert on_site("[p](../performance.md#x)", "docs/decisions", "decisions") == "[p](../performance.md#x)"
-    assert on_site("[code](../atom_cluster/api/sse.py)", "docs", "") == "code (`atom_cluster/api/sse.py`)"
+    assert on_site("[code](../atom_cluster/units.py)", "docs", "") == "code (`atom_cluster/units.py`)"
     assert on_site("[out](https://example.org/a)", "docs", "") == "[out](https://example.org/a)"
     assert on_site("[here](#x)", "docs", "") == "[here](#x)"

@@ -11,7 +11,7 @@ import httpx
 import openai
 import pytest
 
-from atom_cluster.api.tokenizer import Tokenizer
+from atom_cluster.api.text.tokenizer import Tokenizer
 from atom_cluster.tools.trace.events import read_trace
 from tests.e2e.cluster import RunningCluster
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import aclosing
 
 from atom_cluster.api.generator import GenerateInput
-from atom_cluster.api.model_files import ServedModel
+from atom_cluster.api.text.model_files import ServedModel
 from atom_cluster.config.cluster import ClusterConfig
 from atom_cluster.config.parallel import GroupConfig
 from atom_cluster.config.routing import RoutingConfig

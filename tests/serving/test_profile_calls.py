@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from atom_cluster.api.profile_types import ProfileRequest, ProfileTarget
+from atom_cluster.api.operating.profile_types import ProfileRequest, ProfileTarget
 from atom_cluster.errors import InvalidRequest, NotReady, ProfileRefused
 from atom_cluster.link.codec import Message
 from atom_cluster.messages.profile import ProfileAnswer, StartProfile, StopProfile

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 
+from atom_cluster.api.answers.outputs import Output, RunningOutputs
+from atom_cluster.api.answers.pieces import PLAIN, OutputParser, ReasoningPiece, ToolCallArguments, ToolCallBegun
 from atom_cluster.api.generator import GenerateInput
-from atom_cluster.api.outputs import Output, RunningOutputs
 from atom_cluster.api.parsers.dialect import REASONING_FORMATS, TOOL_FORMATS
-from atom_cluster.api.pieces import PLAIN, OutputParser, ReasoningPiece, ToolCallArguments, ToolCallBegun
-from atom_cluster.api.tokenizer import Tokenizer
+from atom_cluster.api.text.tokenizer import Tokenizer
 from atom_cluster.link.codec import Message
 from atom_cluster.messages.requests import EngineRequest, SamplingParams, TokenBatch, TokenDelta, TokenLogprobs
 from tests.api.parsers.reading import make_parser

@@ -11,10 +11,10 @@ from typing import Any
 import httpx
 import pytest
 
-from atom_cluster.api.model_files import ServedModel
-from atom_cluster.api.request_record import Recorder
+from atom_cluster.api.http.request_record import Recorder
 from atom_cluster.api.routes import create_app
-from atom_cluster.api.tokenizer import TokenizerService
+from atom_cluster.api.text.model_files import ServedModel
+from atom_cluster.api.text.tokenizer import TokenizerService
 from atom_cluster.config.cluster import ClusterConfig
 from atom_cluster.config.parallel import GroupConfig
 from atom_cluster.config.scheduler import SchedulerConfig

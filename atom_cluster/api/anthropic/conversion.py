@@ -18,9 +18,9 @@ from atom_cluster.api.anthropic.requests import (
     ToolResultBlock,
     ToolUseBlock,
 )
-from atom_cluster.api.field_names import fields_named
-from atom_cluster.api.openai_types import ChatCompletionRequest
-from atom_cluster.api.request_body import validate
+from atom_cluster.api.http.field_names import fields_named
+from atom_cluster.api.http.request_body import validate
+from atom_cluster.api.openai.requests import ChatCompletionRequest
 from atom_cluster.errors import InvalidRequest
 
 FIELD_NAMES = {

@@ -7,7 +7,7 @@ from typing import Literal
 from msgspec import Struct
 from starlette.types import Scope
 
-from atom_cluster.api.wire import ErrorDetail, TypedEvent
+from atom_cluster.api.openai.wire import ErrorDetail, TypedEvent
 
 _PATH = "/v1/messages"
 _TYPE_BY_STATUS = {

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import msgspec
 from msgspec import Struct
 
+from atom_cluster.api.answers.outputs import OutputNews
+from atom_cluster.api.answers.segments import Change, Segment, Segmenter, segments_of
 from atom_cluster.api.anthropic import wire
 from atom_cluster.api.anthropic.errors import messages_error
-from atom_cluster.api.error_responses import error_body, status_of
-from atom_cluster.api.outputs import OutputNews
-from atom_cluster.api.segments import Change, Segment, Segmenter, segments_of
-from atom_cluster.api.wire import Usage
+from atom_cluster.api.http.error_responses import error_body, status_of
+from atom_cluster.api.openai.wire import Usage
 
 
 class MessagesFormat:

@@ -8,18 +8,18 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
-from atom_cluster.api.answering import answer_chat, tokenized_chat
+from atom_cluster.api.answers.answering import answer_chat, tokenized_chat
 from atom_cluster.api.anthropic.conversion import FIELD_NAMES, chat_request
 from atom_cluster.api.anthropic.format import MessagesFormat
 from atom_cluster.api.anthropic.requests import MessagesRequest, PromptFields
 from atom_cluster.api.anthropic.wire import TokenCount
 from atom_cluster.api.context import ApiContext
-from atom_cluster.api.error_responses import json_response
-from atom_cluster.api.field_names import fields_named
+from atom_cluster.api.http.error_responses import json_response
+from atom_cluster.api.http.field_names import fields_named
+from atom_cluster.api.http.request_id import request_id
+from atom_cluster.api.http.request_terms import RequestTerms
 from atom_cluster.api.openapi.generation import COUNT_TOKENS, MESSAGES
 from atom_cluster.api.openapi.operation import described
-from atom_cluster.api.request_id import request_id
-from atom_cluster.api.request_terms import RequestTerms
 
 
 def add_message_routes(app: FastAPI, context: ApiContext) -> None:

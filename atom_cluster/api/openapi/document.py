@@ -10,11 +10,11 @@ from starlette.routing import BaseRoute
 
 from atom_cluster import __version__
 from atom_cluster.api.anthropic.errors import MessagesError, speaks_anthropic
+from atom_cluster.api.http.request_id import HEADER
+from atom_cluster.api.http.request_terms import MAX_PRIORITY, MAX_TIMEOUT_MS, PRIORITY_HEADER, TIMEOUT_HEADER
+from atom_cluster.api.openai.wire import ErrorBody
 from atom_cluster.api.openapi.operation import SERVED_MODEL, Example, Operation, operation_of
 from atom_cluster.api.openapi.schemas import components, reference
-from atom_cluster.api.request_id import HEADER
-from atom_cluster.api.request_terms import MAX_PRIORITY, MAX_TIMEOUT_MS, PRIORITY_HEADER, TIMEOUT_HEADER
-from atom_cluster.api.wire import ErrorBody
 
 Json = dict[str, Any]
 

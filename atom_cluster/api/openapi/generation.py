@@ -7,11 +7,11 @@ from typing import Any
 from atom_cluster.api.anthropic import wire as anthropic_wire
 from atom_cluster.api.anthropic.errors import MessagesError
 from atom_cluster.api.anthropic.requests import MessagesRequest, PromptFields
-from atom_cluster.api.openai_types import ChatCompletionRequest, CompletionRequest
+from atom_cluster.api.openai.requests import ChatCompletionRequest, CompletionRequest
+from atom_cluster.api.openai.wire import ChatCompletion, ChatCompletionChunk, Completion, ErrorBody
 from atom_cluster.api.openapi.operation import BODY_ERRORS, GENERATION_ERRORS, SERVED_MODEL, Example, Operation
 from atom_cluster.api.responses import wire as responses_wire
 from atom_cluster.api.responses.requests import ResponsesRequest
-from atom_cluster.api.wire import ChatCompletion, ChatCompletionChunk, Completion, ErrorBody
 
 _USAGE: dict[str, Any] = {
     "prompt_tokens": 14,

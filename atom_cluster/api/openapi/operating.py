@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from atom_cluster.api.openai.wire import ModelCard, ModelList
 from atom_cluster.api.openapi.operation import BODY_ERRORS, READ_ERRORS, SERVED_MODEL, Example, Operation
-from atom_cluster.api.profile_types import ProfileRequest, ProfileTarget
-from atom_cluster.api.tokenization_types import DetokenizeAnswer, DetokenizeRequest, TokenizeAnswer, TokenizeRequest
-from atom_cluster.api.wire import ModelCard, ModelList
+from atom_cluster.api.operating.profile_types import ProfileRequest, ProfileTarget
+from atom_cluster.api.operating.tokenization_types import (
+    DetokenizeAnswer,
+    DetokenizeRequest,
+    TokenizeAnswer,
+    TokenizeRequest,
+)
 from atom_cluster.observability.timeline import Timeline
 
 _STATUS: dict[str, Any] = {

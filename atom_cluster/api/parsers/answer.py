@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from atom_cluster.api.answers.pieces import Piece
 from atom_cluster.api.parsers.calls import CallContext, NotACallError, ToolFormat
 from atom_cluster.api.parsers.reader import Reader, Script
 from atom_cluster.api.parsers.writer import PieceWriter
-from atom_cluster.api.pieces import Piece
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from atom_cluster.api.chat_template import ChatTemplate
+from atom_cluster.api.answers.pieces import PLAIN, OutputParser
 from atom_cluster.api.parsers import harmony
 from atom_cluster.api.parsers.answer import ReasoningFormat, ScriptParser, read_answer
 from atom_cluster.api.parsers.calls import CallContext, ToolFormat
@@ -20,8 +20,8 @@ from atom_cluster.api.parsers.reader import Reader
 from atom_cluster.api.parsers.values import ToolSchemas
 from atom_cluster.api.parsers.writer import PieceWriter, random_call_id
 from atom_cluster.api.parsers.xml_calls import DEEPSEEK_V4, DEEPSEEK_V32, GLM, MINIMAX_M2, QWEN3_CODER
-from atom_cluster.api.pieces import PLAIN, OutputParser
-from atom_cluster.api.tokenizer import Tokenizer
+from atom_cluster.api.text.chat_template import ChatTemplate
+from atom_cluster.api.text.tokenizer import Tokenizer
 from atom_cluster.errors import ConfigError
 
 TOOL_FORMATS = {

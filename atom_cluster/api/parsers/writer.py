@@ -6,7 +6,7 @@ import json
 import uuid
 from collections.abc import Callable
 
-from atom_cluster.api.pieces import Piece, ReasoningPiece, TextPiece, ToolCallArguments, ToolCallBegun
+from atom_cluster.api.answers.pieces import Piece, ReasoningPiece, TextPiece, ToolCallArguments, ToolCallBegun
 
 _LINE_ENDS = "\r\n"
 

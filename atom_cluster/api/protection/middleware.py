@@ -12,11 +12,11 @@ from starlette.datastructures import MutableHeaders
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from atom_cluster.api.error_ledger import note_error
-from atom_cluster.api.error_responses import error_response
+from atom_cluster.api.http.error_ledger import note_error
+from atom_cluster.api.http.error_responses import error_response
+from atom_cluster.api.http.request_record import note_failure
 from atom_cluster.api.protection.access import access_of
 from atom_cluster.api.protection.gate import Gate, Pass, Visit
-from atom_cluster.api.request_record import note_failure
 from atom_cluster.errors import AtomClusterError, Unauthorized
 
 _STATE = "api_pass"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from atom_cluster.api.field_names import fields_named
-from atom_cluster.api.openai_types import ChatCompletionRequest
-from atom_cluster.api.request_body import validate
+from atom_cluster.api.http.field_names import fields_named
+from atom_cluster.api.http.request_body import validate
+from atom_cluster.api.openai.requests import ChatCompletionRequest
 from atom_cluster.api.responses.requests import (
     FunctionCallItem,
     FunctionCallOutputItem,

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import msgspec
 from msgspec import Struct
 
-from atom_cluster.api.error_responses import error_body
-from atom_cluster.api.formats import token_logprobs
-from atom_cluster.api.outputs import OutputNews
+from atom_cluster.api.answers.outputs import OutputNews
+from atom_cluster.api.answers.segments import Change, Segment, Segmenter, segments_of
+from atom_cluster.api.http.error_responses import error_body
+from atom_cluster.api.openai.format import token_logprobs
+from atom_cluster.api.openai.wire import ChatTokenLogprob, Usage, WireFinishReason
 from atom_cluster.api.responses import wire
-from atom_cluster.api.segments import Change, Segment, Segmenter, segments_of
-from atom_cluster.api.tokenizer import Tokenizer
-from atom_cluster.api.wire import ChatTokenLogprob, Usage, WireFinishReason
+from atom_cluster.api.text.tokenizer import Tokenizer
 
 
 class ResponsesFormat:

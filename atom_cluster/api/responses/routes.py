@@ -9,18 +9,18 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
-from atom_cluster.api.answering import answer_chat
+from atom_cluster.api.answers.answering import answer_chat
 from atom_cluster.api.context import ApiContext
-from atom_cluster.api.field_names import fields_named
-from atom_cluster.api.openai_types import ChatCompletionRequest
+from atom_cluster.api.http.field_names import fields_named
+from atom_cluster.api.http.request_terms import RequestTerms
+from atom_cluster.api.openai.requests import ChatCompletionRequest
+from atom_cluster.api.openai.sampling import sampling_params
 from atom_cluster.api.openapi.generation import RESPONSES
 from atom_cluster.api.openapi.operation import described
-from atom_cluster.api.request_terms import RequestTerms
 from atom_cluster.api.responses.conversion import FIELD_NAMES, chat_request
 from atom_cluster.api.responses.format import ResponsesFormat
 from atom_cluster.api.responses.requests import ResponsesRequest
 from atom_cluster.api.responses.wire import ResponseObject
-from atom_cluster.api.sampling import sampling_params
 from atom_cluster.errors import InvalidRequest
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from msgspec import Struct
 
-from atom_cluster.api.wire import ChatTokenLogprob, TypedEvent
+from atom_cluster.api.openai.wire import ChatTokenLogprob, TypedEvent
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 ResponseStatus = Literal["in_progress", "completed", "incomplete", "failed"]

@@ -9,9 +9,9 @@ import pytest
 from anthropic.types import Message, RawMessageStreamEvent
 from pydantic import TypeAdapter
 
+from atom_cluster.api.answers.outputs import OutputNews
 from atom_cluster.api.anthropic.format import MessagesFormat
-from atom_cluster.api.outputs import OutputNews
-from atom_cluster.api.wire import WireFinishReason
+from atom_cluster.api.openai.wire import WireFinishReason
 from atom_cluster.errors import NotReady, RequestTimeout
 from tests.api.scripted_parser import pieces_of
 from tests.api.usages import usage_of

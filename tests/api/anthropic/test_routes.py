@@ -9,7 +9,7 @@ import anthropic
 import pytest
 
 from atom_cluster.api.anthropic.errors import speaks_anthropic
-from atom_cluster.api.tokenizer import Tokenizer
+from atom_cluster.api.text.tokenizer import Tokenizer
 from atom_cluster.errors import Overloaded, RequestFailed
 from tests.api.conftest import MODEL, Api, Serve
 

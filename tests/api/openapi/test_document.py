@@ -15,8 +15,8 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 from atom_cluster.api.openapi.document import openapi_document, with_model
 from atom_cluster.api.openapi.operation import Example, Operation, operation_of
 from atom_cluster.api.openapi.schemas import components
-from atom_cluster.api.tokenization_types import TokenizeRequest
-from atom_cluster.api.tokenizer import Tokenizer
+from atom_cluster.api.operating.tokenization_types import TokenizeRequest
+from atom_cluster.api.text.tokenizer import Tokenizer
 from tests.api.conftest import MODEL, Api
 
 MakeApi = Callable[..., Api]

@@ -6,13 +6,13 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from atom_cluster.api.answers.pieces import Piece, joined
 from atom_cluster.api.parsers import harmony
 from atom_cluster.api.parsers.answer import ReasoningFormat, ScriptParser, read_answer
 from atom_cluster.api.parsers.calls import CallContext, ToolFormat
 from atom_cluster.api.parsers.reader import Reader
 from atom_cluster.api.parsers.values import ToolSchemas
 from atom_cluster.api.parsers.writer import PieceWriter
-from atom_cluster.api.pieces import Piece, joined
 
 TOOLS: dict[str, dict[str, Any]] = {
     "get_weather": {

@@ -10,10 +10,10 @@ import pytest
 import tokenizers
 from llguidance import LLMatcher
 
+from atom_cluster.api.answers.pieces import ToolCallArguments, ToolCallBegun, calls_of
 from atom_cluster.api.parsers.call_grammars import CALL_WRITERS, CallableTool, CallsToWrite
 from atom_cluster.api.parsers.dialect import REASONING_FORMATS, TOOL_FORMATS, Dialect, ToolUse
 from atom_cluster.api.parsers.lark_writer import LarkWriter
-from atom_cluster.api.pieces import ToolCallArguments, ToolCallBegun, calls_of
 from atom_cluster.messages.requests import GrammarSpec
 from atom_cluster.structured.grammar import compile_grammar
 from atom_cluster.structured.vocabulary import Vocabulary

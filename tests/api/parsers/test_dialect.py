@@ -7,8 +7,10 @@ from typing import get_args
 
 import pytest
 
-from atom_cluster.api.chat_template import ChatTemplate
-from atom_cluster.api.openai_types import ChatCompletionRequest
+from atom_cluster.api.answers.pieces import calls_of, reasoning_of, text_of
+from atom_cluster.api.answers.prompts import chat_prompt
+from atom_cluster.api.http.request_body import validate
+from atom_cluster.api.openai.requests import ChatCompletionRequest
 from atom_cluster.api.parsers.call_grammars import CALL_WRITERS
 from atom_cluster.api.parsers.dialect import (
     PLAIN_READING,
@@ -18,10 +20,8 @@ from atom_cluster.api.parsers.dialect import (
     ToolUse,
     choose_dialect,
 )
-from atom_cluster.api.pieces import calls_of, reasoning_of, text_of
-from atom_cluster.api.prompts import chat_prompt
-from atom_cluster.api.request_body import validate
-from atom_cluster.api.tokenizer import Tokenizer
+from atom_cluster.api.text.chat_template import ChatTemplate
+from atom_cluster.api.text.tokenizer import Tokenizer
 from atom_cluster.config.serving import ReasoningParserName, ToolParserName
 from atom_cluster.errors import ConfigError, InvalidRequest
 from tests.api.parsers.reading import TOOLS

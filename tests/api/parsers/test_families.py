@@ -8,8 +8,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
+from atom_cluster.api.answers.pieces import Piece, ReasoningPiece, TextPiece, ToolCallArguments, ToolCallBegun, text_of
 from atom_cluster.api.parsers.dialect import REASONING_FORMATS, TOOL_FORMATS
-from atom_cluster.api.pieces import Piece, ReasoningPiece, TextPiece, ToolCallArguments, ToolCallBegun, text_of
 from tests.api.parsers.reading import cut, make_parser, pieces_of
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from atom_cluster.api.protection.access import ACCESS_BY_ROUTE
 from atom_cluster.api.protection.keys import hash_key
-from atom_cluster.api.tokenizer import Tokenizer
+from atom_cluster.api.text.tokenizer import Tokenizer
 from atom_cluster.errors import Overloaded
 from atom_cluster.observability.metrics import HTTP_REQUESTS, KEY_REQUESTS, KEY_TOKENS
 from tests.api.conftest import MODEL, Api

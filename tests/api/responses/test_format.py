@@ -9,11 +9,11 @@ import pytest
 from openai.types.responses import ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from atom_cluster.api.outputs import OutputNews, TokenScore
+from atom_cluster.api.answers.outputs import OutputNews, TokenScore
+from atom_cluster.api.openai.wire import WireFinishReason
 from atom_cluster.api.responses.format import ResponsesFormat
 from atom_cluster.api.responses.wire import STREAM_EVENTS, ResponseObject
-from atom_cluster.api.tokenizer import Tokenizer
-from atom_cluster.api.wire import WireFinishReason
+from atom_cluster.api.text.tokenizer import Tokenizer
 from atom_cluster.errors import RequestFailed
 from atom_cluster.messages.requests import TokenLogprobs
 from tests.api.scripted_parser import pieces_of

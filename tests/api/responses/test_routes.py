@@ -8,7 +8,7 @@ from collections.abc import Callable
 import openai
 import pytest
 
-from atom_cluster.api.tokenizer import Tokenizer
+from atom_cluster.api.text.tokenizer import Tokenizer
 from atom_cluster.errors import Overloaded, RequestFailed
 from tests.api.conftest import MODEL, Api, Serve
 from tests.api.tiny_tokenizers import TEMPLATE

@@ -1,0 +1,1 @@
+"""Routes that generate nothing: models, health, tokens, profiles and timelines."""
