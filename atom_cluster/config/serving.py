@@ -48,6 +48,9 @@ class ServingConfig(FrozenConfig):
     health_check_timeout_s: float = Field(5.0, gt=0)
     """A process that does not answer a check within this has failed it; after the third time in a row it is replaced.
     So one that stands still, rather than being dead, is gone after about three times this."""
+    fence_after_s: float = Field(10.0, gt=0)
+    """An ingress that the router has not heard for so long, while others have taken its place, is ended by force: it
+    holds the connections of its clients and answers none."""
     start_timeout_s: float = Field(600.0, gt=0)
     """A gang that is not ready by then is torn down and started again."""
     drain_timeout_s: float = Field(60.0, ge=0)
@@ -62,6 +65,8 @@ class ServingConfig(FrozenConfig):
             raise ValueError(
                 "member_timeout_s must be above announce_period_s, or members vanish between announcements"
             )
+        if self.fence_after_s <= 2 * self.announce_period_s:
+            raise ValueError("fence_after_s must be above two announce_period_s, or it mistakes a pause for silence")
         if self.client_timeout_s <= self.ping_period_s:
             raise ValueError("client_timeout_s must be above ping_period_s, or clients vanish between pings")
         return self

@@ -78,6 +78,8 @@ class MemberCard(Struct, frozen=True, kw_only=True):
     is_draining: bool = False
     node: str = ""
     pid: int = 0
+    actor: str = ""
+    """Ingresses only: what Ray calls its actor, so that the router can end one that stands still."""
     choices: dict[str, str] = {}
     """What was chosen automatically and why (op backend, transport, dtype ...), shown at /v1/cluster."""
     status: EngineStatus | None = None

@@ -13,6 +13,7 @@ import socket
 
 from fastapi import FastAPI
 from ray import serve
+from ray.runtime_context import get_runtime_context
 from ray.serve.handle import DeploymentHandle
 from ray.util import get_node_ip_address
 
@@ -64,6 +65,7 @@ class Ingress:
         context = serve.get_replica_context()
         replica_id = context.replica_id.unique_id
         self._application = context.app_name
+        self._actor = get_runtime_context().get_actor_name() or ""
         self._has_served = has_served(self._application)
         name = f"ingress-{replica_id}"
         set_up_logs(config.observability, role="ingress", replica=name)
@@ -131,4 +133,10 @@ class Ingress:
             self._has_served = note_served(self._application)
 
     def _card(self) -> MemberCard:
-        return MemberCard(address=self._endpoint.address, kind="ingress", node=socket.gethostname(), pid=os.getpid())
+        return MemberCard(
+            address=self._endpoint.address,
+            kind="ingress",
+            node=socket.gethostname(),
+            pid=os.getpid(),
+            actor=self._actor,
+        )

@@ -13,6 +13,7 @@ import logging
 import random
 import time
 
+import ray
 from ray import serve
 from ray.util import get_node_ip_address
 
@@ -34,6 +35,7 @@ from atom_cluster.messages.cluster import (
 )
 from atom_cluster.observability.logging import get_logger
 from atom_cluster.routing.state import RouterState
+from atom_cluster.serving.fence import Fence
 from atom_cluster.serving.recording import set_up_logs
 from atom_cluster.serving.secret import cluster_secret
 
@@ -65,11 +67,17 @@ class Router:
             conditional_prefill=config.kv_transfer.conditional_prefill and config.scheduler.policy != "decode_only",
             metrics=RayMetrics(labels={"role": "router", "replica": replica_id}),
         )
+        self._fence = Fence(
+            num_ingresses=config.serving.ingress_replicas, silence_s=config.serving.fence_after_s, end=self._end
+        )
+        self._ending: set[asyncio.Task[None]] = set()
 
     async def announce(self, card: MemberCard) -> Membership:
         """Take a member's card and return everybody's; engines that are new here are asked for a snapshot."""
         now_s = time.monotonic()
         membership = self._state.announce(card, now_s)
+        self._fence.heard(card, now_s)
+        self._fence.look(now_s)
         for address, request in self._state.wanted_snapshots(now_s):
             self._endpoint.send(address, request)
         return membership
@@ -99,9 +107,24 @@ class Router:
         # A member that is only slow announces itself again; one that died must not get requests until it times out.
         self._state.withdraw(peer_id, change="lost")
 
+    def _end(self, actor: str) -> None:
+        task = asyncio.get_running_loop().create_task(asyncio.to_thread(_end_actor, actor))
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+
     async def __del__(self) -> None:
         """Serve calls and awaits this when the replica stops."""
         await asyncio.wait_for(self._endpoint.close(), timeout=5.0)
+
+
+def _end_actor(name: str) -> None:
+    """End an actor of Serve by force; nothing if there is none of the name."""
+    try:
+        actor = ray.get_actor(name, namespace=ray.get_runtime_context().namespace)
+    except ValueError:
+        return  # it died, and was not standing still
+    _logger.warning("%s has been replaced and stands still: its process is ended", name)
+    ray.kill(actor)
 
 
 def _log_decision(query: RouteQuery, decision: RouteDecision) -> None:

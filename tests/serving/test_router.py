@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 
 import pytest
+import ray
 from ray import serve
 
 from atom_cluster.config.cluster import ClusterConfig
@@ -193,3 +195,22 @@ async def test_a_message_that_is_not_for_routers_is_dropped(scene: Scene) -> Non
     address = (await scene.router.announce(ingress.card())).router
     ingress.endpoint.send(address, CancelRequest("r"))
     assert (await scene.route(ingress, 1, address)).query_id == 1
+
+
+async def test_an_ingress_that_stands_still_is_ended_when_another_has_come(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed: list[str] = []
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(namespace="serve"))
+    monkeypatch.setattr(ray, "get_actor", lambda name, namespace: f"{namespace}/{name}")
+    monkeypatch.setattr(ray, "kill", killed.append)
+    seconds = itertools.count(1)
+    monkeypatch.setattr(router_module, "time", SimpleNamespace(monotonic=lambda: float(next(seconds))))
+    old, new = [
+        MemberCard(address=PeerAddress(peer_id=name, endpoint="", epoch=1), kind="ingress", actor=f"actor of {name}")
+        for name in ("old", "new")
+    ]
+    await scene.router.announce(old)
+    for _ in range(10):
+        await scene.router.announce(new)
+    await eventually(lambda: killed == ["serve/actor of old"])
