@@ -185,7 +185,8 @@ class Canceller:
                 _read_last_token(client, is_streaming=is_streaming)
             elif not self._reach(phase.is_reached):
                 return None
-        left_s = time.monotonic()
+            # Before the close: engines may hear of it before this thread goes on.
+            left_s = time.monotonic()
         return self._settle() - left_s
 
     def _client(self) -> Client:
