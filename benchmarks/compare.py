@@ -9,7 +9,6 @@ concurrency and rate. The exit status is 1 if anything got worse by more than th
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import METRICS
-from benchmarks.result_file import OWN, read
+from benchmarks.result_file import OWN, read_runs
 
 THROUGHPUTS = ("request_throughput", "request_goodput:", "output_throughput", "total_token_throughput")
 STATISTICS = ("mean", "median", "p99")
-SAME = ("num_prompts", "request_rate", "max_concurrency")
+SAME = ("model_id", "backend", "num_prompts", "request_rate", "burstiness", "max_concurrency")
+_PER_REQUEST = ("total_input_tokens", "total_output_tokens")
+_LIKE = 0.02
+"""Share by which tokens per request, or their cached share, may differ in runs that are alike."""
 _LEAST_MS = 0.05
 """Latencies that differ by less are taken as equal: a tenth of next to nothing is no regression."""
 
@@ -78,23 +80,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def read_runs(path: Path) -> list[dict[str, Any]]:
-    """Results of a file: one, or the runs of a sweep. Raises ValueError for anything else."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
-        raise ValueError(f"{path} cannot be read: {exc}") from exc
-    if isinstance(document, dict) and isinstance(document.get("runs"), list):
-        return list(document["runs"])
-    return [read(path)]
-
-
 def compare_runs(
     before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], rule: Rule
 ) -> tuple[list[Difference], list[str]]:
     """Differences of all figures that both have, and what may make them misleading.
 
-    Raises ValueError when no run of one side is like any of the other.
+    Raises ValueError when no run of one side is like any of the other, or has no figure that the other has.
     """
     if len(before) == len(after) == 1:
         pairs, notes = [(before[0], after[0])], []
@@ -102,11 +93,16 @@ def compare_runs(
         later = {_key(run): run for run in after}
         pairs = [(run, later[_key(run)]) for run in before if _key(run) in later]
         notes = [f"{_name(run)} is only in the first file" for run in before if _key(run) not in later]
+        earlier = {_key(run) for run in before}
+        notes += [f"{_name(run)} is only in the second file" for run in after if _key(run) not in earlier]
     if not pairs:
         raise ValueError("no run of one file has the concurrency and rate of one of the other")
     found: list[Difference] = []
     for old, new in pairs:
-        found += _differences(old, new, rule)
+        differences = _differences(old, new, rule)
+        if not differences:
+            raise ValueError(f"{_name(old)}: the files have no figure in common")
+        found += differences
         notes += _notes(old, new)
     return found, notes
 
@@ -147,12 +143,25 @@ def _notes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         for name in SAME
         if old.get(name) != new.get(name)
     ]
+    for name in _PER_REQUEST:
+        was, now = (run.get(name, 0) / max(1, run.get("completed", 0)) for run in (old, new))
+        if abs(now - was) > _LIKE * was:
+            notes.append(f"{_name(old)}: {name} was {was:.1f} per request, is {now:.1f}")
+    was, now = map(_cached_share, (old, new))
+    if was is not None and now is not None and abs(now - was) > _LIKE:
+        notes.append(f"{_name(old)}: {was:.0%} of the prompts' tokens were cached, now {now:.0%} are")
     for which, run in (("first", old), ("second", new)):
         if run.get("completed", 0) < run.get("num_prompts", 0):
             notes.append(f"{_name(run)}: {run['num_prompts'] - run['completed']} requests of the {which} file failed")
         if run.get(OWN, {}).get("client", {}).get("is_bottleneck"):
             notes.append(f"{_name(run)}: the client of the {which} file did not keep up")
     return notes
+
+
+def _cached_share(run: Mapping[str, Any]) -> float | None:
+    """Of the prompts' tokens; None: the client did not say."""
+    num_cached = run.get(OWN, {}).get("total_cached_tokens")
+    return None if num_cached is None else float(num_cached / max(1, run["total_input_tokens"]))
 
 
 def as_table(found: Sequence[Difference]) -> str:

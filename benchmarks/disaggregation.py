@@ -11,7 +11,8 @@ exposed   single prompts through prefill and decode. `publish` is the time from 
           cannot be computed; the two engines' own clocks and metrics. What a chunk's reads hide behind the next chunk
           is in neither. `unified` is the same prompt on one engine alone.
 equal     the same requests, greedy and sampled, through both engines and through the first alone, one at a time: the
-          same kernels and chunks, so ids are to be equal, and log probabilities to the last bit.
+          same kernels and chunks, so ids are to be equal, and log probabilities to the last bit: the exit status is 1
+          if they are not, or if nothing went from one engine to the other.
 goodput   a trace (benchmarks/traces) at several rates, the same requests for both layouts: requests per second that
           keep the promise, TTFT 2 s and 50 ms between tokens on average (benchmarks/goodput.py). Placed by the
           router's policy, which for two unified engines spreads them by load.
@@ -25,6 +26,7 @@ import argparse
 import asyncio
 import random
 import statistics
+import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
@@ -71,8 +73,8 @@ _LEAST_PROMPT = 64
 """Tokens a row, on average, of steps that are taken to compute prompts alone."""
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Measure, print as it comes, and save if asked to."""
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print as it comes, and save if asked to. The exit status."""
     args = parse_arguments(arguments)
     directory = model_dir(args.model)
     secret = new_secret()
@@ -92,6 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
     finally:
         for engine in engines:
             engine.close()
+    return 0 if results.is_equal else 1
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -321,6 +324,7 @@ class Run:
             num_handed_over=int(_difference(before, after, f"{KV_EXPOSED_S.name}_count")),
         )
         print(found, flush=True)
+        self._results.is_equal = found.is_right
         self._results.add(equal=asdict(found))
 
     # --- goodput
@@ -428,4 +432,4 @@ def _difference(before: Sequence[Numbers], after: Sequence[Numbers], name: str) 
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -46,6 +46,12 @@ class Equal:
     """Over all tokens before the first that differs."""
     num_handed_over: int
 
+    @property
+    def is_right(self) -> bool:
+        """Whether all are equal, to the last bit, and prefill had a part in it."""
+        is_same = self.num_equal == self.num_requests and self.largest_logprob_difference == 0
+        return is_same and self.num_handed_over > 0
+
     def __str__(self) -> str:
         return (
             f"{self.num_equal} of {self.num_requests} outputs equal, log probabilities differ by at most "
@@ -78,6 +84,8 @@ class Results:
         self.goodputs: dict[str, list[Goodput]] = {}
         """By layout, one for each rate."""
         self.details = details
+        self.is_equal = True
+        """Whether outputs were as they have to be; also if they were not compared."""
         self._label = label
         self._is_saved = is_saved
         self._path: Path | None = None

@@ -13,7 +13,7 @@ import random
 import secrets
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, cast
@@ -350,11 +350,6 @@ def _take(answer: Answer, delta: TokenDelta, now_s: float) -> None:
         record.ended_s = now_s
         answer.is_finished = True
         answer.over.set()
-
-
-def total(numbers: Sequence[Mapping[str, float]], name: str) -> float:
-    """A metric's number over several engines."""
-    return sum(one.get(name, 0.0) for one in numbers)
 
 
 def new_secret() -> bytes:

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.client import RequestRecord
-from benchmarks.datasets.request import FIRST_TOKEN_ID
+from benchmarks.datasets.request import random_ids
 from benchmarks.datasets.traces import AZURE_CONVERSATION, TraceRow, read_azure
-from benchmarks.report import percentile
+from benchmarks.report import gaps_s, percentile
 
 SAMPLE = slice(16_000, 18_000)
 """Rows of the Azure trace whose beginnings are like the whole: the first 200, 400 and 800 have prompts of 1,202, 1,181
@@ -57,28 +57,20 @@ class Seen:
     """How much after its time the client sent it."""
 
     @property
-    def ttft_s(self) -> float | None:
-        """None: it got no token."""
-        times = self.record.event_times_s
-        return times[0] - self.record.sent_s if times else None
-
-    @property
     def mean_itl_s(self) -> float:
         """Of the tokens behind the first one; 0 if there are none."""
-        times, num_gaps = self.record.event_times_s, self.record.num_output_tokens - 1
-        return (times[-1] - times[0]) / num_gaps if num_gaps > 0 else 0.0
+        return self.record.tpot_s or 0.0
 
     @property
     def p99_itl_s(self) -> float:
         """Between one arrival of tokens and the next; 0 if there was one."""
-        times = self.record.event_times_s
-        gaps = [later - earlier for earlier, later in zip(times, times[1:])]
+        gaps = gaps_s(self.record).tolist()
         return percentile(gaps, 99) if gaps else 0.0
 
     def keeps(self, promise: Promise, *, itl_s: float) -> bool:
         """Whether the promise was kept, with this as the time between tokens."""
         is_complete = self.is_cut or self.record.num_output_tokens == self.request.num_output_tokens
-        ttft_s = self.ttft_s
+        ttft_s = self.record.ttft_s
         is_right = self.record.error is None and is_complete
         return is_right and ttft_s is not None and ttft_s <= promise.ttft_s and itl_s <= promise.itl_s
 
@@ -100,7 +92,7 @@ class Goodput:
     num_late_first: int
     """Requests whose first token came too late, or never."""
     num_slow: int
-    """Requests whose first token came in time, but not the others."""
+    """Requests whose first token came in time, but not the others: late, or never."""
     num_cut: int
     """Requests that were ended before all their tokens were there, and judged by what was."""
     errors: dict[str, int]
@@ -168,7 +160,7 @@ def scaled(
 
 def random_prompt(rng: random.Random, length: int, vocab_size: int) -> tuple[int, ...]:
     """Token ids of which none is a special one, in usual vocabularies."""
-    return tuple(rng.choices(range(min(FIRST_TOKEN_ID, vocab_size // 2), vocab_size), k=length))
+    return tuple(rng.choices(range(*random_ids(vocab_size)), k=length))
 
 
 async def replay(
@@ -203,9 +195,9 @@ def judge(seen: Sequence[Seen], *, window_s: float, promise: Promise) -> Goodput
     """Arithmetic of a replay whose requests were due within the window."""
     good = [one for one in seen if one.keeps(promise, itl_s=one.mean_itl_s)]
     num_good_by_p99 = sum(one.keeps(promise, itl_s=one.p99_itl_s) for one in seen)
-    ttfts_s = [one.ttft_s for one in seen if one.ttft_s is not None]
+    ttfts_s = [ttft_s for one in seen if (ttft_s := one.record.ttft_s) is not None]
     itls_s = [one.mean_itl_s for one in seen if one.record.num_output_tokens > 1]
-    late_first = [one for one in seen if one.ttft_s is None or one.ttft_s > promise.ttft_s]
+    num_late_first = len(seen) - sum(ttft_s <= promise.ttft_s for ttft_s in ttfts_s)
     began_s = min(one.record.sent_s for one in seen)
     last_s = max(one.record.event_times_s[-1] if one.record.event_times_s else began_s for one in seen)
     return Goodput(
@@ -216,8 +208,8 @@ def judge(seen: Sequence[Seen], *, window_s: float, promise: Promise) -> Goodput
         share_good=len(good) / len(seen),
         num_good_by_p99=num_good_by_p99,
         goodput_by_p99_per_s=num_good_by_p99 / window_s,
-        num_late_first=len(late_first),
-        num_slow=len(seen) - len(good) - len(late_first),
+        num_late_first=num_late_first,
+        num_slow=len(seen) - len(good) - num_late_first,
         num_cut=sum(one.is_cut for one in seen),
         errors=dict(Counter(one.record.error for one in seen if one.record.error is not None)),
         ttft_ms_median=1e3 * statistics.median(ttfts_s) if ttfts_s else 0.0,

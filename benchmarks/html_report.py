@@ -2,8 +2,8 @@
 
     python -m benchmarks.html_report results/*.json --output report.html
 
-One result gives its plots over time and its distributions; several give how they differ, then each of them. Files of
-ATOM's client can be among them; they have no plots over time.
+One result gives its plots over time and its distributions; several, or the file of a sweep, give how they differ, then
+each of them. Files of ATOM's client can be among them; they have no plots over time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import METRICS
-from benchmarks.result_file import OWN, read
+from benchmarks.result_file import OWN, read_runs
 
 _CSS = """
 :root{color-scheme:light}
@@ -48,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--title")
     args = parser.parse_args(arguments)
     try:
-        print(write_page([read(path) for path in args.results], args.output, title=args.title))
+        results = [run for path in args.results for run in read_runs(path)]
+        print(write_page(results, args.output, title=args.title))
     except ValueError as exc:
         print(f"benchmarks.html_report: {exc}", file=sys.stderr)
         return 2

@@ -3,8 +3,9 @@
     python -m benchmarks.load_checkpoint --dir /tmp/checkpoint --gigabytes 20 --ranks 2
 
 Writes a checkpoint of random bfloat16 weights (a dense Qwen3 with as many layers as it takes) unless the directory has
-one, and loads it with the reference ops, which keep weights as they are. Files are dropped from the page cache before
-each measurement, and readings of the plain files come before and after each load, so that a changing disk shows.
+one, which then stays there, and loads it with the reference ops, which keep weights as they are. Files are dropped from
+the page cache before each measurement, and readings of the plain files come before and after each load, so that a
+changing disk shows.
 A rank's peak memory is its process's high-water mark of resident memory, interpreter and libraries included.
 """
 
@@ -89,7 +90,7 @@ class Round:
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print a table, and save it if asked to."""
     args = parse_arguments(arguments)
-    write_checkpoint(args.dir, args.gigabytes)
+    is_ours = write_checkpoint(args.dir, args.gigabytes)
     num_bytes = sum(path.stat().st_size for path in weight_files(args.dir))
     rounds = []
     plain_s = read_plainly(args.dir, args.threads)
@@ -101,29 +102,32 @@ def main(arguments: list[str] | None = None) -> None:
         print_round(rounds[-1], num_bytes)
     if args.save:
         print(f"saved {save(rounds, args, num_bytes)}")
-    if not args.keep:
+    if is_ours and not args.keep:
         shutil.rmtree(args.dir)
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dir", type=Path, required=True, help="of the checkpoint; made and removed, see --keep")
+    parser.add_argument("--dir", type=Path, required=True, help="of a checkpoint; made, and removed, if there is none")
     parser.add_argument("--gigabytes", type=float, default=20.0)
     parser.add_argument("--ranks", type=int, default=2, help="of the tensor-parallel group")
     parser.add_argument("--in-turn", action="store_true", help="rank after rank, where memory cannot hold all at once")
     parser.add_argument("--device", default="cpu", help="where weights go: cpu, cuda (all ranks to the same one)")
     parser.add_argument("--threads", type=int, default=8, help="that read the plain files")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--keep", action="store_true", help="leave the checkpoint where it is")
+    parser.add_argument("--keep", action="store_true", help="leave a checkpoint that was made where it is")
     parser.add_argument("--save", action="store_true", help="write JSON to benchmarks/results")
     return parser.parse_args(arguments)
 
 
-def write_checkpoint(directory: Path, gigabytes: float) -> None:
-    """A checkpoint of about that size, unless there is one."""
+def write_checkpoint(directory: Path, gigabytes: float) -> bool:
+    """A checkpoint of about that size, unless there is one; whether it was written. Raises ValueError for a directory
+    with anything else in it, which would be removed with it."""
     if weight_files(directory):
-        return
+        return False
+    if directory.exists() and any(directory.iterdir()):
+        raise ValueError(f"--dir {directory} is neither empty nor a checkpoint")
     directory.mkdir(parents=True, exist_ok=True)
     config = {**CONFIG, "num_hidden_layers": max(1, round((gigabytes - _REST_GB) / _LAYER_GB))}
     (directory / "config.json").write_text(json.dumps(config))
@@ -131,6 +135,7 @@ def write_checkpoint(directory: Path, gigabytes: float) -> None:
         print(f"writing file {index}", flush=True)
         tensors = {name: torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02) for name, shape in shapes.items()}
         save_file(tensors, directory / f"model-{index:05d}.safetensors")
+    return True
 
 
 def tensor_shapes(config: dict[str, object]) -> dict[str, tuple[int, ...]]:

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from atom_cluster import LLMEngine, SamplingParams
-from benchmarks.offline_throughput import Workload, add_engine_arguments, open_engine, timed
+from atom_cluster import LLMEngine
+from benchmarks.offline_throughput import Workload, add_engine_arguments, open_engine, our_generate, timed
 from benchmarks.records import save_record
 from benchmarks.shapes import model_dir
 
@@ -74,12 +74,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def measure(engine: LLMEngine, workload: Workload, config: dict[str, Any], repeats: int, before: float) -> Row:
     """Prompts of random tokens, with as few output tokens as there can be."""
-    generator = torch.Generator().manual_seed(0)
-
-    def generate(prompts: list[list[int]], output_len: int) -> list[list[int]]:
-        params = SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True)
-        return [output["token_ids"] for output in engine.generate(prompts, params)]
-
+    generator, generate = torch.Generator().manual_seed(0), our_generate(engine)
     seconds = []
     for _ in range(1 + repeats):
         shape = (workload.num_requests, workload.input_len)

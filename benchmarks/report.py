@@ -24,6 +24,8 @@ _STALL_FACTOR = 5.0
 class Latency:
     """Milliseconds."""
 
+    count: int
+    """Values that there were."""
     mean: float
     median: float
     std: float
@@ -91,6 +93,8 @@ class Report:
     num_prompt_tokens: int
     num_output_tokens: int
     num_cached_tokens: int
+    num_uncounted: int
+    """Answers that came without a usage: their tokens are in no figure."""
     concurrency: float
     """Mean number under way: the sum of E2EL over the duration."""
     tokens_per_event: float | None
@@ -169,6 +173,7 @@ def summarize(
         num_prompt_tokens=sum(record.num_prompt_tokens for record in good),
         num_output_tokens=num_output_tokens,
         num_cached_tokens=sum(record.num_cached_tokens for record in good),
+        num_uncounted=sum(not record.num_output_tokens for record in good),
         concurrency=float(seconds["e2el"].sum()) / duration_s,
         tokens_per_event=num_output_tokens / num_events if num_events else None,
         mean_token_ms=1e3 * decoding_s / num_gaps if num_gaps else None,
@@ -180,6 +185,7 @@ def summarize(
 def _latency(seconds: np.ndarray, percentiles: Sequence[float]) -> Latency:
     ms = 1e3 * seconds
     return Latency(
+        count=len(ms),
         mean=float(ms.mean()),
         median=float(np.median(ms)),
         std=float(ms.std()),
@@ -224,6 +230,11 @@ def as_table(report: Report, metrics: Sequence[str] = METRICS) -> str:
         f"under way           {report.concurrency:.2f} requests on average",
         f"cached prompt       {report.num_cached_tokens} of {report.num_prompt_tokens} tokens",
     ]
+    if report.num_uncounted:
+        lines.append(
+            f"WARNING: {report.num_uncounted} answers came without a usage: their tokens are in no figure, and TPOT is "
+            "of the others."
+        )
     if report.tokens_per_event is not None:
         lines.append(f"tokens per event    {report.tokens_per_event:.3f}")
     lines += _latency_lines(report, metrics)

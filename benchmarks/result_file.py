@@ -109,6 +109,7 @@ def _own(arguments: Sequence[str], report: Report, sent: Sent) -> dict[str, Any]
         "errors": dict(report.errors),
         "error_samples": dict(report.error_samples),
         "total_cached_tokens": report.num_cached_tokens,
+        "num_uncounted": report.num_uncounted,
         "tokens_per_event": report.tokens_per_event,
         "mean_token_ms": report.mean_token_ms,
         "goodput": None if report.goodput is None else asdict(report.goodput),
@@ -147,12 +148,14 @@ def write(result: Mapping[str, Any], path: Path) -> Path:
     return path
 
 
-def read(path: Path) -> dict[str, Any]:
-    """A result of this client, or of ATOM's. Raises ValueError for anything else."""
+def read_runs(path: Path) -> list[dict[str, Any]]:
+    """Results of a file: one, of this client or of ATOM's, or a sweep's. Raises ValueError for anything else."""
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as exc:
         raise ValueError(f"{path} cannot be read: {exc}") from exc
-    if not isinstance(result, dict) or "output_throughput" not in result:
+    is_sweep = isinstance(document, dict) and isinstance(document.get("runs"), list)
+    runs: list[Any] = document["runs"] if is_sweep else [document]
+    if not all(isinstance(run, dict) and "output_throughput" in run for run in runs):
         raise ValueError(f"{path} is no result of a serving benchmark: it has no output_throughput")
-    return result
+    return runs

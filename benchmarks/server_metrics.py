@@ -65,6 +65,10 @@ class Agreement:
     server_ms: float
     num_observed: int
     """By the server."""
+    num_answered: int
+    """Requests that the client has the latency of."""
+    num_sent: int
+    """Requests in all: of one that failed, the server may have the latency too."""
 
     @property
     def difference_ms(self) -> float:
@@ -73,8 +77,10 @@ class Agreement:
 
     @property
     def is_close(self) -> bool:
-        """Within 2 ms or 2 %, whichever is more."""
-        return abs(self.difference_ms) <= max(TOLERANCE_MS, TOLERANCE_SHARE * self.server_ms)
+        """Within 2 ms or 2 %, whichever is more, and of the same requests."""
+        is_near = abs(self.difference_ms) <= max(TOLERANCE_MS, TOLERANCE_SHARE * self.server_ms)
+        # Of gaps there are as many as events, which the way may have put together.
+        return is_near and (self.metric == ITL or self.num_answered <= self.num_observed <= self.num_sent)
 
 
 class Front:
@@ -183,6 +189,8 @@ def compare(report: Report, before: ServerMetrics, after: ServerMetrics, *, fron
                     front_ms=front_ms if name in ("ttft", "e2el") else 0.0,
                     server_ms=server[0],
                     num_observed=server[1],
+                    num_answered=report.latencies[name].count,
+                    num_sent=report.num_requests,
                 )
             )
     return found

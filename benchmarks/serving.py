@@ -40,7 +40,7 @@ from benchmarks.endpoints import Asking, Endpoint
 from benchmarks.html_report import write_page
 from benchmarks.load import LAG_LIMIT_MS, ClientLoad, Sent, file_limit, orders_of, send_all
 from benchmarks.report import Report, as_table, summarize
-from benchmarks.result_file import file_name, result_of, write
+from benchmarks.result_file import OWN, file_name, result_of, write
 from benchmarks.server_metrics import Agreement, Front, ServerMetrics
 from benchmarks.serving_flags import (
     base_url_of,
@@ -99,6 +99,17 @@ def main(arguments: Sequence[str]) -> int:
     except (ValueError, aiohttp.ClientError, TimeoutError) as exc:
         print(f"benchmarks.serving: {exc}", file=sys.stderr)
         return 2
+    tell(args, outcome)
+    if args.save_result:
+        path = args.result_dir / file_name(args, outcome.model, result["date"])
+        print(f"saved {write(result, path)}")
+    if args.html:
+        print(f"saved {write_page([result], args.html)}")
+    return status_of([result])
+
+
+def tell(args: argparse.Namespace, outcome: Outcome) -> None:
+    """Print what was found."""
     print(as_table(outcome.report, metrics_of(args)))
     print(_about_client(outcome.sent.client))
     if outcome.accept_length is not None:
@@ -109,14 +120,13 @@ def main(arguments: Sequence[str]) -> int:
         print(server_metrics.as_table(outcome.agreements))
         if outcome.differs and outcome.sent.client.is_bottleneck:
             print("The client did not keep up: a difference may be its own. Repeat this on a host with less to do.")
-    if args.save_result:
-        path = args.result_dir / file_name(args, outcome.model, result["date"])
-        print(f"saved {write(result, path)}")
-    if args.html:
-        print(f"saved {write_page([result], args.html)}")
-    if outcome.report.num_failed:
+
+
+def status_of(results: Sequence[Mapping[str, Any]]) -> int:
+    """Of a process that made these runs: 1 if a request failed, 3 if the server's own figures were others, else 0."""
+    if any(result[OWN]["num_failed"] for result in results):
         return 1
-    return 3 if outcome.differs else 0
+    return 3 if any(not one["is_close"] for result in results for one in result[OWN]["server_metrics"]) else 0
 
 
 def measure(args: argparse.Namespace, arguments: Sequence[str]) -> tuple[Outcome, dict[str, Any]]:
@@ -284,11 +294,18 @@ def ingress_pids(cluster: Mapping[str, Any] | None) -> list[int]:
 
 
 def cpu_seconds(pids: Sequence[int], proc: Path = Path("/proc")) -> float:
-    """User and system time that these processes, threads included, have used so far."""
+    """User and system time that these processes, threads included, have used so far.
+
+    Raises ValueError for one that is not on this host.
+    """
     ticks = 0
     for pid in pids:
+        try:
+            stat = (proc / str(pid) / "stat").read_text(encoding="utf-8")
+        except OSError as exc:
+            raise ValueError(f"--frontend-overhead: no ingress on this host has the process id {pid}") from exc
         # The second field is the program's name in parentheses, which may contain anything; 14 and 15 are the times.
-        fields = (proc / str(pid) / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        fields = stat.rpartition(")")[2].split()
         ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")
 

@@ -89,7 +89,7 @@ def _add_server(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--endpoint", help="path, if not the backend's usual one")
     group.add_argument("--model", help="name to ask for; the first one of /v1/models by default")
     group.add_argument("--served-model-name", help="name to ask for, if --model is another one")
-    group.add_argument("--tokenizer", help="directory or demo:NAME; prompts are text then, else token ids")
+    group.add_argument("--tokenizer", help="directory, demo:NAME or hub id; prompts are text then, else ids")
     group.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY"), help="default: $OPENAI_API_KEY")
     group.add_argument("--header", metavar="NAME=VALUE", nargs="+", default=[], help="sent with every request")
     group.add_argument("--timeout-s", type=float, default=600.0, help="per request")
@@ -159,6 +159,10 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--endpoint {args.endpoint} is not what --backend {args.backend} asks, {path}")
     if args.num_prompts is not None and args.num_prompts < 1:
         raise ValueError("--num-prompts has to be at least 1")
+    if args.num_warmups < 0:
+        raise ValueError("--num-warmups has to be at least 0")
+    if not args.timeout_s > 0:
+        raise ValueError("--timeout-s has to be positive")
     if args.max_concurrency is not None and args.max_concurrency < 1:
         raise ValueError("--max-concurrency has to be at least 1")
     if not (args.request_rate > 0 and args.burstiness > 0):

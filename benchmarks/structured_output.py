@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -111,11 +112,12 @@ def question(number: int) -> str:
 
 
 async def ask_cluster(base_url: str, *, num_requests: int, concurrency: int, max_tokens: int) -> Tally:
-    """Chat completions, streamed, by OpenAI's own client."""
+    """Chat completions, streamed, by OpenAI's own client, with the key in OPENAI_API_KEY if there is one."""
     import openai
 
+    api_key = os.environ.get("OPENAI_API_KEY", "none")
     tally, gate, started_s = Tally(), asyncio.Semaphore(concurrency), time.perf_counter()
-    async with openai.AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0, timeout=300) as client:
+    async with openai.AsyncOpenAI(base_url=base_url, api_key=api_key, max_retries=0, timeout=300) as client:
         model = (await client.models.list()).data[0].id
 
         async def ask(number: int) -> None:

@@ -4,7 +4,8 @@
 
 What is behind `--` goes to `benchmarks.serving`. `<output>.json` is written after every run, so a sweep that was
 interrupted goes on where it stopped when the same command is given again; `<output>.html` has the plots. At a
-concurrency c, `--prompts-per-user` times c requests are sent, unless `--num-prompts` is given.
+concurrency c, `--prompts-per-user` times c requests are sent, unless `--num-prompts` is given. Each run draws its own
+prompts, with a seed made of `--seed` and the swept value: what one run has left in a prefix cache helps no other.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import shlex
 import sys
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,20 +22,21 @@ from typing import Any
 import aiohttp
 
 from benchmarks.html_report import write_page
-from benchmarks.report import as_table
-from benchmarks.result_file import OWN, without_secrets
-from benchmarks.serving import measure
+from benchmarks.result_file import without_secrets
+from benchmarks.serving import measure, status_of, tell
 from benchmarks.serving_flags import parse_arguments as parse_serving
 
 AXES = {"max-concurrency": int, "request-rate": float}
 _DEFAULT_PROMPTS_PER_USER = 10
+_OF_ONE_RUN = ("--save-result", "--result-dir", "--result-filename", "--html")
+"""Flags of `benchmarks.serving` that say where one run goes."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run what is missing. The exit status is 1 if a request failed anywhere, 2 for wrong arguments."""
+    """Run what is missing. The exit status is that of `benchmarks.serving`, of all runs together."""
     args = parse_arguments(arguments)
     path = args.output.with_suffix(".json")
-    command = shlex.join([args.axis, *without_secrets(args.serving)])
+    command = shlex.join([args.axis, f"{args.prompts_per_user} per user", *without_secrets(args.serving)])
     try:
         runs = earlier_runs(path, command)
         for value in args.values:
@@ -41,15 +44,16 @@ def main(arguments: Sequence[str]) -> int:
                 print(f"== --{args.axis} {value}: there already")
                 continue
             print(f"== --{args.axis} {value}", flush=True)
-            outcome, result = measure(parse_serving(flags := serving_flags(args, value)), flags)
-            print(as_table(outcome.report), flush=True)
+            serving = parse_serving(flags := serving_flags(args, value))
+            outcome, result = measure(serving, flags)
+            tell(serving, outcome)
             runs = sorted([*runs, result], key=lambda run: float(run[_name(args.axis)]))
             write(path, command, runs)
         print(f"saved {path}, {write_page(runs, args.output.with_suffix('.html'), title=args.title)}")
     except (ValueError, aiohttp.ClientError, TimeoutError) as exc:
         print(f"benchmarks.sweep: {exc}", file=sys.stderr)
         return 2
-    return 1 if any(run[OWN]["num_failed"] for run in runs) else 0
+    return status_of(runs)
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -74,6 +78,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     except ValueError as exc:
         parser.error(f"--over {axis}: {exc}")
     args.axis, args.serving = axis, serving
+    if given := [flag for flag in _OF_ONE_RUN if any(_names(item, flag) for item in serving)]:
+        parser.error(f"{given[0]} is for one run: --output names both files of a sweep")
     parse_serving(serving_flags(args, args.values[0]))
     return args
 
@@ -88,11 +94,16 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], str, list[str]]:
 
 def serving_flags(args: argparse.Namespace, value: float) -> list[str]:
     """Arguments of one run."""
-    flags = [*args.serving, f"--{args.axis}", str(value)]
-    is_counted = any(flag.replace("_", "-").startswith("--num-prompts") for flag in args.serving)
+    seed = parse_serving(args.serving).seed + zlib.crc32(f"{args.axis} {value:g}".encode())
+    flags = [*args.serving, f"--{args.axis}", str(value), "--seed", str(seed)]
+    is_counted = any(_names(item, "--num-prompts") for item in args.serving)
     if args.axis == "max-concurrency" and not is_counted:
         flags += ["--num-prompts", str(int(args.prompts_per_user * value))]
     return flags
+
+
+def _names(item: str, flag: str) -> bool:
+    return item.partition("=")[0].replace("_", "-") == flag
 
 
 def earlier_runs(path: Path, command: str) -> list[dict[str, Any]]:
@@ -107,9 +118,11 @@ def earlier_runs(path: Path, command: str) -> list[dict[str, Any]]:
 
 
 def write(path: Path, command: str, runs: Sequence[dict[str, Any]]) -> None:
-    """The sweep's file."""
+    """The sweep's file, whole or as it was before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"sweep": command, "runs": runs}, indent=1) + "\n", encoding="utf-8")
+    unfinished = path.with_suffix(".json.part")
+    unfinished.write_text(json.dumps({"sweep": command, "runs": runs}, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(path)
 
 
 def _name(axis: str) -> str:

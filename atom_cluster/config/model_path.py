@@ -11,7 +11,8 @@ from atom_cluster.errors import ConfigError
 DEMO_PREFIX = "demo:"
 DEMO_MODEL = "smollm2-135m-instruct"
 
-_NEEDED_FILES = ("*.json", "*.safetensors", "tokenizer*", "*.jinja")
+_TEXT_FILES = ("*.json", "tokenizer*", "*.jinja")
+_WEIGHT_FILES = ("*.safetensors",)
 
 
 def demo_model_dir() -> Path:
@@ -19,9 +20,10 @@ def demo_model_dir() -> Path:
     return read_environment().cache_dir / DEMO_MODEL
 
 
-def resolve_model_path(model: str, revision: str | None = None) -> Path:
+def resolve_model_path(model: str, revision: str | None = None, *, with_weights: bool = True) -> Path:
     """The local directory of a model; downloads one that is named by its hub id, at `revision` or its main branch.
 
+    with_weights: of the hub; without, what its texts take is fetched: configuration, tokenizer and template.
     Raises ConfigError naming `model` when it is nowhere to be found. May take long: call it off the event loop.
     """
     if model.startswith(DEMO_PREFIX):
@@ -31,7 +33,7 @@ def resolve_model_path(model: str, revision: str | None = None) -> Path:
         return path.resolve()
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise ConfigError(f"model `{model}`: there is no such directory")
-    return _download(model, revision)
+    return _download(model, revision, (*_TEXT_FILES, *_WEIGHT_FILES) if with_weights else _TEXT_FILES)
 
 
 def fetch_model_config(model: str, revision: str | None = None) -> Path:
@@ -54,12 +56,12 @@ def _demo_model(name: str) -> Path:
     return path
 
 
-def _download(model: str, revision: str | None) -> Path:
+def _download(model: str, revision: str | None, files: tuple[str, ...]) -> Path:
     # Slow to import, and needed only for models that are not local.
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=list(_NEEDED_FILES)))
+        return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=list(files)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(f"model `{model}` is no local directory and cannot be had from the hub: {error}") from error

@@ -4,7 +4,7 @@
 
 Starts `prometheus` on loopback with a directory of its own, for as long as it takes. Every panel must get data, but for
 those that count what need not happen; of those the queries must be valid. With `--ray-discovery`, Prometheus collects
-from Ray's own ports instead of /metrics, with the relabelling of `kubernetes/monitoring/servicemonitor.yaml`.
+from Ray's own ports instead of /metrics, with the relabelling of `kubernetes/monitoring/podmonitor.yaml`.
 """
 
 from __future__ import annotations
@@ -148,9 +148,9 @@ def scrape_of_api(url: str) -> dict[str, Any]:
 
 
 def scrape_of_ray(discovery: Path) -> dict[str, Any]:
-    """Collect from the ports that Ray lists, as the ServiceMonitor does."""
-    monitor = yaml.safe_load((_MONITORING / "servicemonitor.yaml").read_text())
-    relabelings = monitor["spec"]["endpoints"][0]["metricRelabelings"]
+    """Collect from the ports that Ray lists, as the PodMonitor does."""
+    monitor = yaml.safe_load((_MONITORING / "podmonitor.yaml").read_text())
+    relabelings = monitor["spec"]["podMetricsEndpoints"][0]["metricRelabelings"]
     names = {"sourceLabels": "source_labels", "targetLabel": "target_label"}
     relabel_configs = [{names.get(key, key): value for key, value in entry.items()} for entry in relabelings]
     return {"file_sd_configs": [{"files": [str(discovery)]}], "metric_relabel_configs": relabel_configs}

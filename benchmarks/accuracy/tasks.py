@@ -91,8 +91,11 @@ def few_shot(
     limit: int | None,
     check: Callable[[Sequence[str]], Callable[[str], bool]],
     max_tokens: int,
+    stop: tuple[str, ...] = ("\n\n", "Question:"),
 ) -> Task:
-    """The first samples are the examples of all others."""
+    """The first samples are the examples of all others. Raises ValueError when nothing is left to ask."""
+    if limit is not None and limit < 1:
+        raise ValueError("--limit has to be at least 1")
     if len(samples) <= num_fewshot:
         raise ValueError(f"task {name} has {len(samples)} samples, too few for {num_fewshot} examples")
     examples = "".join(f"Question: {one.question}\nAnswer: {one.answers[0]}\n\n" for one in samples[:num_fewshot])
@@ -102,7 +105,7 @@ def few_shot(
         questions=[
             Question(prompt=f"{examples}Question: {one.question}\nAnswer:", check=check(one.answers)) for one in asked
         ],
-        stop=("\n\n", "Question:"),
+        stop=stop,
         max_tokens=max_tokens,
     )
 
@@ -152,6 +155,10 @@ def make_task(
     samples = read_samples(path)
     if name == "questions":
         return few_shot(name, samples, num_fewshot=num_fewshot, limit=limit, check=begins_with_word, max_tokens=16)
-    # GSM8K reasons before it answers; the shipped sums do not.
-    max_tokens = 512 if name == "gsm8k" else 16
-    return few_shot(name, samples, num_fewshot=num_fewshot, limit=limit, check=has_number, max_tokens=max_tokens)
+    if name == "gsm8k":
+        # Models reason before they answer, and put blank lines between their steps: they end where lm_eval ends them.
+        ends = ("Question:", "</s>", "<|im_end|>")
+        return few_shot(
+            name, samples, num_fewshot=num_fewshot, limit=limit, check=has_number, max_tokens=512, stop=ends
+        )
+    return few_shot(name, samples, num_fewshot=num_fewshot, limit=limit, check=has_number, max_tokens=16)

@@ -89,8 +89,10 @@ def custom_workload(path: Path | None, *, num_requests: int | None, default_outp
     with open_text(path) as file:
         lines = [line for line in file if line.strip()][:num_requests]
     requests = [_custom(line, number, default_output_len) for number, line in enumerate(lines, start=1)]
-    has_times = all(request.due_s is not None for request in requests)
-    return Workload(num_requests=len(requests), requests=iter(requests), has_times=has_times)
+    due_s = [request.due_s for request in requests if request.due_s is not None]
+    if due_s and (len(due_s) < len(requests) or due_s != sorted(due_s) or due_s[0] < 0):
+        raise ValueError("--dataset-path: at_s has to be given for all requests or for none, in order, from 0 on")
+    return Workload(num_requests=len(requests), requests=iter(requests), has_times=bool(due_s))
 
 
 def _custom(line: str, number: int, default_output_len: int) -> LoadRequest:
@@ -113,8 +115,6 @@ def _custom(line: str, number: int, default_output_len: int) -> LoadRequest:
 
 def read_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     """Examples of one file by its name's end: JSON lines, a JSON list, CSV, or Parquet where pyarrow is installed."""
-    if not path.is_file():
-        raise ValueError(f"--dataset-path: there is no file {path}")
     suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     if suffix == ".parquet":
         yield from _parquet_rows(path)

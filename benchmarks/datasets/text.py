@@ -7,6 +7,7 @@ import numpy as np
 from atom_cluster.api.text.chat_template import ChatTemplate
 from atom_cluster.api.text.tokenizer import Tokenizer
 from atom_cluster.config.model_path import resolve_model_path
+from atom_cluster.errors import ConfigError
 
 _MAX_TRIES = 10
 
@@ -25,9 +26,12 @@ class PromptText:
 
     @classmethod
     def load(cls, model: str, *, use_chat_template: bool) -> PromptText:
-        """From a directory, a hub id that is in the local cache, or demo:NAME. Raises ConfigError."""
-        directory = resolve_model_path(model)
-        tokenizer = Tokenizer.from_directory(directory)
+        """From a directory, demo:NAME, or a hub id: its weights are not fetched. Raises ValueError naming the flag."""
+        try:
+            directory = resolve_model_path(model, with_weights=False)
+            tokenizer = Tokenizer.from_directory(directory)
+        except ConfigError as exc:
+            raise ValueError(f"--tokenizer: {exc}") from exc
         if not use_chat_template:
             return cls(tokenizer)
         template = ChatTemplate.from_directory(directory, special_tokens=tokenizer.special_tokens)

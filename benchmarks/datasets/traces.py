@@ -63,7 +63,9 @@ class TraceOptions:
 
 
 def open_text(path: Path) -> io.TextIOWrapper:
-    """A text file, unpacked if its name ends with .gz."""
+    """A text file, unpacked if its name ends with .gz. Raises ValueError if there is none."""
+    if not path.is_file():
+        raise ValueError(f"--dataset-path: there is no file {path}")
     if path.suffix == ".gz":
         return io.TextIOWrapper(gzip.open(path), encoding="utf-8", newline="")
     return path.open(encoding="utf-8", newline="")

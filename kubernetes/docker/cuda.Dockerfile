@@ -1,6 +1,7 @@
 # atom_cluster for NVIDIA GPUs. Build from the repository's root:
 #   docker build -f kubernetes/docker/cuda.Dockerfile -t atom-cluster:cuda .
-# The default PyTorch wheels bring CUDA's libraries; the base image adds what they do not: the tools around them.
+# The default PyTorch wheels bring CUDA's libraries; the base image adds what they do not: the tools around them. pip takes
+# the PyTorch whose Triton is that of the constraints, as kernels were measured with.
 FROM nvidia/cuda:13.0.1-base-ubuntu24.04
 
 # Triton compiles launchers with a C compiler and Python's headers. NIXL brings its own RDMA libraries, and a second

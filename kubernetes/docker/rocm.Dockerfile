@@ -16,7 +16,8 @@ WORKDIR /opt/atom_cluster
 # PyTorch and Triton stay those of the base image: a constraint on them would bring the builds for CUDA.
 COPY pyproject.toml constraints-dev.txt README.md LICENSE ./
 COPY atom_cluster/__init__.py atom_cluster/
-RUN pip freeze | grep --extended-regexp '^(torch|triton|pytorch-triton-rocm)( @|==)' > /tmp/base.txt \
+# Their versions, not what `pip freeze` says: that names files from which they were installed, which are gone.
+RUN pip list --format freeze | grep --extended-regexp '^(torch|triton|pytorch-triton-rocm)==' > /tmp/base.txt \
     && grep --invert-match --extended-regexp '^(torch|triton|nvidia-)' constraints-dev.txt > /tmp/constraints.txt \
     && cat /tmp/base.txt >> /tmp/constraints.txt \
     && pip install --no-cache-dir --constraint /tmp/constraints.txt --editable '.[rocm]'

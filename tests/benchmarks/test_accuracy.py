@@ -40,6 +40,8 @@ def test_shipped_tasks_have_examples_in_front_and_answers_that_count(name: str) 
     assert found.num_right == found.num_questions - -(-found.num_questions // 4)
     assert found.acceptance_rate == 0.7
     assert len(make_task(name, limit=5).questions) == 5
+    with pytest.raises(ValueError, match="--limit"):
+        make_task(name, limit=0)
 
 
 def test_shipped_samples_are_not_asked_twice() -> None:
@@ -76,6 +78,8 @@ def test_a_file_of_gsm8k_can_be_asked(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps({"question": f"q{i}", "answer": f"so\n#### {i}"}) + "\n" for i in range(5)))
     task = make_task("gsm8k", dataset_path=path)
     assert [question.check(f"it is {3 + index}") for index, question in enumerate(task.questions)] == [True, True]
+    # Steps of reasoning have blank lines between them: those must not end an answer.
+    assert not any(stop in "First, 2 + 3 = 5.\n\nThen 5 * 2 = 10." for stop in task.stop)
     with pytest.raises(ValueError, match="--dataset-path"):
         make_task("gsm8k")
     path.write_text('{"question": "q"}\n')

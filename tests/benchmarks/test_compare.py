@@ -13,7 +13,7 @@ import pytest
 from benchmarks.compare import Rule, compare_runs, main
 from benchmarks.html_report import main as write_report
 from benchmarks.html_report import page
-from benchmarks.server_metrics import ITL, TTFT, mean_ms, parse, settled, speculation
+from benchmarks.server_metrics import ITL, TTFT, Agreement, mean_ms, parse, settled, speculation
 
 BASE: dict[str, Any] = {
     "date": "20261121-120000",
@@ -69,12 +69,31 @@ def test_the_status_says_whether_anything_got_worse(tmp_path: Path, capsys: pyte
     assert main([str(before), str(tmp_path / "away.json")]) == 2
 
 
+def test_runs_without_a_figure_in_common_are_not_taken_for_equal(tmp_path: Path) -> None:
+    before, after = tmp_path / "before.json", tmp_path / "after.json"
+    before.write_text(json.dumps(BASE))
+    after.write_text(json.dumps({"output_throughput": None, "num_prompts": 10}))
+    assert main([str(before), str(after)]) == 2
+
+
+def test_what_makes_runs_unlike_is_noted() -> None:
+    before = BASE | {"total_input_tokens": 1000, "total_output_tokens": 100, "atom_cluster": {"total_cached_tokens": 0}}
+    changes = {"model_id": "n", "total_input_tokens": 1030, "total_output_tokens": 101, "completed": 10}
+    _, notes = compare_runs([before], [before | changes | {"atom_cluster": {"total_cached_tokens": 515}}], Rule())
+    assert notes == [
+        "c4: model_id was m, is n",
+        "c4: total_input_tokens was 100.0 per request, is 103.0",
+        "c4: 0% of the prompts' tokens were cached, now 50% are",
+    ]
+    assert compare_runs([before], [before], Rule())[1] == []
+
+
 def test_runs_of_sweeps_are_paired_by_what_was_swept() -> None:
     before = [BASE, BASE | {"max_concurrency": 8, "output_throughput": 1500.0}, BASE | {"max_concurrency": 16}]
-    after = [BASE | {"max_concurrency": 8, "output_throughput": 1000.0}, BASE]
+    after = [BASE | {"max_concurrency": 8, "output_throughput": 1000.0}, BASE, BASE | {"max_concurrency": 2}]
     found, notes = compare_runs(before, after, Rule())
     assert [(one.run, one.metric) for one in found if one.is_regression] == [("c8", "output_throughput")]
-    assert notes == ["c16 is only in the first file"]
+    assert notes == ["c16 is only in the first file", "c2 is only in the second file"]
     with pytest.raises(ValueError, match="no run"):
         compare_runs(before, [BASE | {"max_concurrency": 5}], Rule())
 
@@ -112,6 +131,9 @@ def test_a_page_is_one_file_that_loads_nothing_and_names_nothing_twice(tmp_path:
     assert set(re.findall(r'href="#([^"]+)"', html)) | set(re.findall(r"url\(#([^)]+)\)", html)) <= set(ids)
     assert "did not keep up" in html
     assert write_report([str(tmp_path / "away.json")]) == 2
+    path.write_text(json.dumps({"sweep": "x", "runs": [BASE, BASE | {"max_concurrency": 8}]}))
+    assert write_report([str(path), "--output", str(tmp_path / "a.html")]) == 0
+    assert "concurrency 8" in (tmp_path / "a.html").read_text()
 
 
 def test_results_of_atoms_own_client_can_be_shown_too() -> None:
@@ -145,6 +167,26 @@ def test_means_are_of_what_came_between_two_looks() -> None:
     assert mean_ms(after, after, TTFT) is None
     assert speculation(before, after) == (1.5, 0.25)
     assert speculation(after, after) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("metric", "num_observed", "server_ms", "is_close"),
+    [(TTFT, 10, 101.9, True), (TTFT, 10, 103.0, False), (TTFT, 11, 100.0, True), (TTFT, 9, 100.0, False)]
+    + [(TTFT, 13, 100.0, False), (ITL, 500, 100.0, True)],
+)
+def test_figures_agree_if_they_are_near_and_of_the_same_requests(
+    metric: str, num_observed: int, server_ms: float, is_close: bool
+) -> None:
+    found = Agreement(
+        metric=metric,
+        client_ms=110.0,
+        front_ms=10.0,
+        server_ms=server_ms,
+        num_observed=num_observed,
+        num_answered=10,
+        num_sent=12,
+    )
+    assert found.is_close is is_close
 
 
 async def test_a_look_waits_until_the_page_has_come_to_rest() -> None:

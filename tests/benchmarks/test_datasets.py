@@ -8,6 +8,7 @@ import json
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
@@ -125,6 +126,8 @@ def test_arrivals_start_at_once_and_keep_the_rate() -> None:
         assert arrivals[0] == 0
         assert arrivals == sorted(arrivals)
         assert arrivals[-1] == pytest.approx(4000 / 20.0, rel=0.08)
+        gaps = np.diff(arrivals)
+        assert gaps.std() / gaps.mean() == pytest.approx(burstiness**-0.5, rel=0.08)  # of a gamma distribution
     assert set(islice(rate_arrivals(float("inf"), burstiness=1.0, seed=1), 50)) == {0.0}
     with pytest.raises(ValueError, match="positive"):
         next(rate_arrivals(0.0, burstiness=1.0, seed=1))
@@ -206,7 +209,11 @@ def test_conversations_are_asked_at_the_length_of_their_answers(tmp_path: Path, 
         return {"conversations": [{"from": "x", "value": "w1 " * length} for length in lengths]}
 
     path = tmp_path / "sharegpt.json"
-    path.write_text(json.dumps([turns(10, 20), turns(10), turns(3, 20), turns(1500, 20), turns(30, 5), turns(9, 2)]))
+    path.write_text(
+        json.dumps(
+            [turns(10, 20), turns(10), turns(3, 20), turns(1500, 20), turns(30, 5), turns(9, 2)] + [turns(1000, 1500)]
+        )
+    )
     workload = sharegpt_workload(path, num_requests=2, output_len=None, seed=0, text=text)
     found = sorted((text.count(str(request.prompt)), request.output_len) for request in workload.requests)
     assert found == [(10, 20), (30, 5)]
@@ -216,6 +223,19 @@ def test_conversations_are_asked_at_the_length_of_their_answers(tmp_path: Path, 
     assert {request.output_len for request in requests} == {7}
     with pytest.raises(ValueError, match="--tokenizer"):
         sharegpt_workload(path, num_requests=2, output_len=None, seed=0, text=None)
+
+
+def test_the_seed_decides_which_conversations_are_asked_and_in_what_order(tmp_path: Path, text: PromptText) -> None:
+    path = tmp_path / "sharegpt.json"
+    path.write_text(json.dumps([{"messages": [{"content": f"w{i} w1 w1 w1"}, {"content": "w1"}]} for i in range(30)]))
+
+    def first(seed: int) -> list[object]:
+        workload = sharegpt_workload(path, num_requests=8, output_len=7, seed=seed, text=text)
+        return [request.prompt for request in workload.requests]
+
+    assert first(0) == first(0) != first(1)
+    assert len(set(first(0))) == 8
+    assert first(0) != [f"w{i} w1 w1 w1" for i in range(8)]
 
 
 def test_files_of_a_dataset_are_found_by_subset_and_split(tmp_path: Path, text: PromptText) -> None:
@@ -251,3 +271,13 @@ def test_own_requests_are_taken_as_they_are_and_errors_name_the_line(tmp_path: P
     with pytest.raises(ValueError, match=r"request 2: unknown fields \['output'\]"):
         custom_workload(path, num_requests=None, default_output_len=8)
     assert not custom_workload(path, num_requests=1, default_output_len=8).has_times
+
+
+@pytest.mark.parametrize("times", [(0, None), (2, 1), (-1, 0)])
+def test_times_of_own_requests_are_in_order_or_not_there(tmp_path: Path, times: tuple[float | None, ...]) -> None:
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "a", "at_s": at_s}) + "\n" for at_s in times))
+    with pytest.raises(ValueError, match="at_s"):
+        custom_workload(path, num_requests=None, default_output_len=8)
+    with pytest.raises(ValueError, match="there is no file"):
+        custom_workload(tmp_path / "away.jsonl", num_requests=None, default_output_len=8)

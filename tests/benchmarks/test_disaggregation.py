@@ -16,7 +16,7 @@ from atom_cluster.messages.requests import SamplingParams
 from atom_cluster.messages.steps import RowStep, StepPlan, StepResult
 from benchmarks import disaggregation, engines
 from benchmarks.disaggregation import parse_arguments
-from benchmarks.disaggregation_report import Results
+from benchmarks.disaggregation_report import Equal, Results
 from benchmarks.engines import Answer, EngineProcess, FrontEnd, new_secret
 from benchmarks.goodput import Promise, judge
 from tests.benchmarks.test_goodput import seen
@@ -46,7 +46,7 @@ def test_two_tiny_engines_are_compared_and_the_results_are_saved(
 ) -> None:
     monkeypatch.setenv("ATOM_BENCHMARK_RESULTS", str(tmp_path))
     model = str(tiny_model_dir("llama"))
-    disaggregation.main(["--model", model, *TINY, *LOAD, "--repeats", "2", "--save"])
+    assert disaggregation.main(["--model", model, *TINY, *LOAD, "--repeats", "2", "--save"]) == 0
     (path,) = tmp_path.iterdir()
     record = json.loads(path.read_text())
     assert [row["num_prompt_tokens"] for row in record["exposed"]] == [40, 200]
@@ -68,6 +68,22 @@ def test_two_tiny_engines_are_compared_and_the_results_are_saved(
         assert sum(row["places"].values()) == 4
     assert record["comparison"]["ratio"] == pytest.approx(1.0)
     assert "ratio=1.0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("num_equal", "difference", "num_handed_over", "is_right"),
+    [(6, 0.0, 6, True), (5, 0.0, 6, False), (6, 1e-6, 6, False), (6, 0.0, 0, False)],
+)
+def test_outputs_are_right_if_all_are_equal_and_came_through_both_engines(
+    num_equal: int, difference: float, num_handed_over: int, is_right: bool
+) -> None:
+    found = Equal(
+        num_requests=6,
+        num_equal=num_equal,
+        largest_logprob_difference=difference,
+        num_handed_over=num_handed_over,
+    )
+    assert found.is_right is is_right
 
 
 def test_ratios_are_of_the_best_rates_and_of_each_rate() -> None:

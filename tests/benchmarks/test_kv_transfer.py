@@ -6,6 +6,12 @@ import pytest
 from benchmarks import kv_transfer
 
 
+@pytest.fixture(autouse=True)
+def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 64 tokens: what is tested is not how fast gigabytes are read."""
+    monkeypatch.setattr(kv_transfer, "CHUNK_TOKENS", 64)
+
+
 def test_transports_are_measured_and_those_that_cannot_work_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

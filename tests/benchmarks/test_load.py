@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from benchmarks.client import ApiClient, RequestRecord
+from benchmarks.client import ApiClient, RequestRecord, _note
 from benchmarks.datasets.request import LoadRequest
-from benchmarks.endpoints import Asking, ChatEndpoint, CompletionsEndpoint, Endpoint, ResponsesEndpoint
+from benchmarks.endpoints import Asking, ChatEndpoint, CompletionsEndpoint, Endpoint, Piece, ResponsesEndpoint
 from benchmarks.load import ClientLoad, Order, file_limit, orders_of, send_all
 from tests.benchmarks.fake_server import FakeServer, running
 
@@ -104,6 +104,13 @@ def test_a_token_without_text_is_seen_by_the_reason_it_ends_with() -> None:
     assert scored.has_output
 
 
+def test_an_end_without_text_is_an_arrival_unless_it_came_with_text() -> None:
+    record = RequestRecord(sent_s=0.0)
+    for piece, now_s in [(Piece(has_output=True), 1.0), (Piece(is_finish=True), 1.0), (Piece(is_finish=True), 2.0)]:
+        _note(record, piece, now_s)
+    assert list(record.event_times_s) == [1.0, 2.0]
+
+
 def test_the_responses_endpoint_ends_with_its_last_event() -> None:
     endpoint = ResponsesEndpoint()
     assert endpoint.piece(b'{"type": "response.failed"}').error == "response.failed"
@@ -153,6 +160,13 @@ async def test_an_open_loop_does_not_wait_for_answers_and_keeps_to_the_times() -
     assert all(record.sent_s >= at_s for record, at_s in zip(sent.records, due_s))
 
 
+async def test_requests_that_wait_for_a_slot_are_told_to_be_late() -> None:
+    slow = Slow(answer_s=0.05)
+    sent = await send_all((Order(b"", 0.0, 1) for _ in range(5)), slow.send, max_under_way=1)
+    assert sent.client.late_ms_p99 > 190
+    assert sent.records[0].due_s == sent.records[4].due_s
+
+
 async def test_requests_are_made_only_a_little_ahead() -> None:
     num_made = 0
 
@@ -187,11 +201,13 @@ async def test_a_dataset_that_breaks_ends_the_run_with_its_error() -> None:
 async def test_a_client_that_is_busy_with_something_else_is_noticed() -> None:
     async def send(_: bytes) -> RequestRecord:
         time.sleep(0.06)
+        sum(range(20_000))
         await asyncio.sleep(0)
         return RequestRecord(sent_s=time.monotonic())
 
     sent = await send_all((Order(b"", None, 1) for _ in range(8)), send, max_under_way=1)
     assert sent.client.event_loop_lag_ms_max > 20
+    assert sent.client.cpu_share > 0
     assert sent.client.is_bottleneck
 
 

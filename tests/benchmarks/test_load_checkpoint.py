@@ -27,3 +27,16 @@ def test_ranks_load_beside_plain_readings_and_the_result_is_saved(
         assert rank["shard_bytes"] == halved / 2 + 2 * (3 * 64 + 2 * 16)
         assert rank["shard_bytes"] < rank["bytes_before"] < rank["peak_bytes"]
     assert {"commit", "command", "hardware", "software"} <= set(record)
+
+
+def test_what_was_there_before_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load_checkpoint, "CONFIG", {**load_checkpoint.CONFIG, **SMALL, "vocab_size": 128})
+    directory = tmp_path / "checkpoint"
+    assert load_checkpoint.write_checkpoint(directory, 0)
+    before = {path: path.stat().st_mtime_ns for path in directory.iterdir()}
+    load_checkpoint.main(["--dir", str(directory), "--rounds", "0"])
+    assert {path: path.stat().st_mtime_ns for path in directory.iterdir()} == before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="neither empty nor a checkpoint"):
+        load_checkpoint.main(["--dir", str(tmp_path / "other"), "--gigabytes", "0"])

@@ -73,6 +73,22 @@ def test_single_token_answers_have_no_time_per_output_token() -> None:
     assert "E2EL" not in as_table(report, ["ttft"])
 
 
+def test_answers_whose_tokens_nobody_counted_are_told() -> None:
+    report = summarize([record(0.0, 0.5, 0.6, tokens=0), *RUN], duration_s=1.0)
+    assert (report.num_succeeded, report.num_uncounted) == (3, 1)
+    assert "WARNING: 1 answers came without a usage" in as_table(report)
+    assert "WARNING" not in as_table(summarize(RUN, duration_s=1.0))
+
+
+def test_a_request_that_broke_off_is_in_no_latency_and_no_throughput() -> None:
+    broken = record(100.0, 100.001, 100.002, tokens=500, error="the stream ended early: its last event is missing")
+    with_it, without = (summarize(runs, duration_s=2.5) for runs in ([*RUN, broken], RUN))
+    assert (with_it.num_failed, without.num_failed) == (2, 1)
+    assert with_it.latencies == without.latencies
+    assert with_it.num_output_tokens == without.num_output_tokens
+    assert with_it.concurrency == without.concurrency
+
+
 def test_goodput_counts_what_was_promised_and_shows_what_it_hides() -> None:
     cut = record(0.0, 0.1, 0.11, tokens=2)
     cut.num_wanted_tokens = 9

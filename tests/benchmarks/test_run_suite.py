@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import latency, offline_throughput, prefill_rate, run_suite, step_profile
+from benchmarks import disaggregation, latency, offline_throughput, prefill_rate, run_suite, step_profile
 from tests.tiny_models import tiny_model_dir
 
 SUITES = sorted((Path(run_suite.__file__).parent / "suites").glob("*.txt"))
@@ -28,6 +28,7 @@ def test_every_line_of_a_suite_can_be_read(suite: Path) -> None:
         "latency": latency.parse_arguments,
         "prefill_rate": prefill_rate.parse_arguments,
         "step_profile": step_profile.parse_arguments,
+        "disaggregation": disaggregation.parse_arguments,
     }
     lines = [line.split() for line in suite.read_text().splitlines() if not line.startswith("#")]
     assert lines

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from benchmarks import server_metrics, sweep
-from benchmarks.result_file import OWN, read, without_secrets
-from benchmarks.serving import cpu_seconds, ingress_pids, main
+from benchmarks.result_file import OWN, read_runs, without_secrets
+from benchmarks.serving import cpu_seconds, ingress_pids, main, status_of
 from benchmarks.serving_flags import REFUSED, make_parser, parse_arguments, promises_of
 from tests.benchmarks.fake_server import FakeServer, running_in_thread
 
@@ -56,7 +54,8 @@ def run(server: FakeServer, tmp_path: Path, *flags: str) -> int:
 
 
 def result(tmp_path: Path) -> dict[str, object]:
-    return read(tmp_path / "result.json")
+    (found,) = read_runs(tmp_path / "result.json")
+    return found
 
 
 @pytest.mark.parametrize(
@@ -79,6 +78,8 @@ def test_a_result_has_the_fields_of_atoms_client(
     assert not found.keys() & ATOM_DETAILS
     assert (found["request_rate"], found["max_concurrency"], found["model_id"]) == (rate, concurrency, "tiny")
     assert (found["completed"], found["total_input_tokens"], found["total_output_tokens"]) == (10, 360, 60)
+    tokens = {"output_throughput": 60, "total_token_throughput": 420, "request_throughput": 10}
+    assert {name: found[name] * found["duration"] for name in tokens} == pytest.approx(tokens)
     assert (found["tp"], found["quantization"]) == ("8", "fp8")
     assert found["request_goodput:"] == found["request_goodput"] == found["request_throughput"]
     warm_up, measured = server.bodies[:2], server.bodies[2:]
@@ -153,9 +154,30 @@ def test_failures_end_with_a_status_and_are_told_by_kind(
     assert "a warm-up request failed: HTTP 503" in capsys.readouterr().err
 
 
-def test_no_server_is_an_error_and_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_warm_ups_are_short_and_an_answer_may_end_early_unless_told_otherwise(
+    server: FakeServer, tmp_path: Path
+) -> None:
+    server.failure = "short"
+    flags = [flag for flag in FLAGS if flag != "--ignore-eos"]
+    more = ["--random-output-len", "20", "--num-prompts", "2", "--goodput", "ttft:10000"]
+    saved = ["--save-result", "--result-dir", str(tmp_path), "--result-filename", "result.json"]
+    assert main(["--base-url", server.url, *flags, *more, *saved]) == 0
+    assert [body["max_tokens"] for body in server.bodies] == [16, 16, 20, 20]
+    own = result(tmp_path)[OWN]
+    assert isinstance(own, dict)
+    assert own["goodput"]["num_incomplete"] == 0
+
+
+def test_no_server_and_no_files_are_errors_and_no_tracebacks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["--base-url", "http://127.0.0.1:9", "--disable-tqdm"]) == 2
     assert "Cannot connect" in capsys.readouterr().err
+    known = ["--base-url", "http://127.0.0.1:9", "--model", "m", "--disable-tqdm"]
+    assert main([*known, "--tokenizer", "/no/such/model"]) == 2
+    assert "--tokenizer: model `/no/such/model`" in capsys.readouterr().err
+    assert main([*known, "--dataset-name", "azure", "--dataset-path", "/no/such/trace"]) == 2
+    assert "--dataset-path: there is no file /no/such/trace" in capsys.readouterr().err
 
 
 def test_the_servers_own_figures_are_compared(
@@ -192,6 +214,8 @@ def test_flags_without_a_meaning_here_are_refused_with_the_reason(
         (["--endpoint", "/generate_stream"], "--endpoint"),
         (["--num-prompts", "0"], "--num-prompts"),
         (["--max-concurrency", "0"], "--max-concurrency"),
+        (["--num-warmups", "-1"], "--num-warmups"),
+        (["--timeout-s", "0"], "--timeout-s"),
         (["--request-rate", "0"], "--request-rate"),
         (["--speedup", "10"], "--speedup"),
         (["--goodput", "itl:5"], "--goodput"),
@@ -227,6 +251,8 @@ def test_a_sweep_goes_on_where_it_stopped(
     assert len(server.bodies) == 2 + 3
     assert sweep.main(["--over", "max-concurrency", "4", "1", "2", *command]) == 0
     assert len(server.bodies) == 5 + (2 + 12) + (2 + 6)
+    # A server with a prefix cache meets no prompt twice.
+    assert len({tuple(body["prompt"]) for body in server.bodies}) == len(server.bodies)
     assert "--max-concurrency 1: there already" in capsys.readouterr().out
     document = json.loads(output.with_suffix(".json").read_text())
     assert [run["max_concurrency"] for run in document["runs"]] == [1, 2, 4]
@@ -234,8 +260,18 @@ def test_a_sweep_goes_on_where_it_stopped(
     other = [*command[: -len(FLAGS)], *FLAGS, "--seed", "7"]
     assert sweep.main(["--over", "max-concurrency", "1", *other]) == 2
     assert "another sweep" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        sweep.main(["--over", "seed", "1"])
+    for wrong in (["--over", "seed", "1"], ["--over", "max-concurrency", "1", "--", "--save_result"]):
+        with pytest.raises(SystemExit):
+            sweep.main(wrong)
+    assert "--save-result is for one run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("num_failed", "is_close", "status"), [(0, True, 0), (1, False, 1), (0, False, 3)])
+def test_the_status_of_several_runs_is_that_of_the_worst(num_failed: int, is_close: bool, status: int) -> None:
+    good = {OWN: {"num_failed": 0, "server_metrics": []}}
+    other = {OWN: {"num_failed": num_failed, "server_metrics": [{"is_close": True}, {"is_close": is_close}]}}
+    assert status_of([good, other]) == status
+    assert status_of([good]) == 0
 
 
 def test_cpu_time_is_read_behind_a_program_name_with_blanks_and_parentheses(tmp_path: Path) -> None:
@@ -246,6 +282,8 @@ def test_cpu_time_is_read_behind_a_program_name_with_blanks_and_parentheses(tmp_
         (tmp_path / str(pid) / "stat").write_text(f"{pid} (ray::(x) y) {before} {user} {system} 0 0 20\n")
     assert cpu_seconds([7, 8], proc=tmp_path) == 6.0
     assert cpu_seconds([]) == 0
+    with pytest.raises(ValueError, match="process id 9"):
+        cpu_seconds([7, 9], proc=tmp_path)
     assert ingress_pids({"ingresses": [{"pid": 7}, {"pid": 8}]}) == [7, 8]
     with pytest.raises(ValueError, match="/v1/cluster"):
         ingress_pids(None)
@@ -261,11 +299,3 @@ def test_every_flag_is_in_the_documentation() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "benchmarking.md").read_text()
     flags = {flag for action in make_parser()._actions for flag in action.option_strings if flag.startswith("--")}
     assert {flag for flag in flags - {"--help"} if f"`{flag}`" not in page} == set()
-
-
-def test_commands_in_the_documentation_are_right() -> None:
-    page = (Path(__file__).resolve().parents[2] / "docs" / "benchmarking.md").read_text().replace("\\\n", " ")
-    commands = re.findall(r"^python -m benchmarks\.(serving|sweep) (.*)$", page, flags=re.MULTILINE)
-    assert {name for name, _ in commands} == {"serving", "sweep"}
-    for name, flags in commands:
-        (parse_arguments if name == "serving" else sweep.parse_arguments)(shlex.split(flags))

@@ -46,7 +46,9 @@ def test_a_hub_id_is_downloaded_at_its_revision(monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert resolve_model_path("owner/model", "v1") == tmp_path
-    assert calls == [("owner/model", "v1", ["*.json", "*.safetensors", "tokenizer*", "*.jinja"])]
+    assert resolve_model_path("owner/model", with_weights=False) == tmp_path
+    texts = ["*.json", "tokenizer*", "*.jinja"]
+    assert calls == [("owner/model", "v1", [*texts, "*.safetensors"]), ("owner/model", None, texts)]
 
 
 def test_a_model_that_is_nowhere_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

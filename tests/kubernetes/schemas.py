@@ -12,8 +12,8 @@ import kubernetes_validate
 
 KUBERNETES_VERSION = "1.34"
 RAY_SERVICE = Path(__file__).with_name("data") / "rayservice_kuberay_1.7.0.json"
-OPERATOR_KINDS = {"ServiceMonitor", "PodMonitor", "PrometheusRule"}
-"""Kinds of the Prometheus operator, which `tests/observability` is about."""
+OPERATOR_KINDS = {"PodMonitor", "PrometheusRule"}
+"""Kinds of the Prometheus operator, which `tests/monitoring` is about."""
 
 
 def problems(document: dict[str, Any]) -> list[str]:

@@ -23,6 +23,7 @@ from atom_cluster.runner.memory_plan import RankMemory, RankShape
 from atom_cluster.tools.check_config import resolve_for
 from atom_cluster.tools.memory_table import plan_groups
 from atom_cluster.tools.model_source import find_model
+from atom_cluster.units import GiB
 from tests.kubernetes.kustomize import files_of, load_all, render
 from tests.kubernetes.schemas import problems, templates
 
@@ -122,6 +123,22 @@ def test_every_document_is_what_its_kind_allows(directory: Path) -> None:
 @pytest.mark.parametrize("path", sorted(ALONE), ids=name_of)
 def test_every_file_that_is_applied_alone_is_what_its_kind_allows(path: Path) -> None:
     assert [problems(document) for document in load_all(path)] == [[]]
+
+
+def test_the_job_fetches_what_a_cluster_would(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (job,) = load_all(KUBERNETES / "fetch-model.yaml")
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    interpreter, flag, program = container["command"]
+    assert (interpreter, flag) == ("python", "-c")
+    monkeypatch.setenv("MODEL", str(KUBERNETES))
+    exec(program)  # the job's own command, of a model that is on this machine already
+    assert capsys.readouterr().out == f"{KUBERNETES}\n"
+    values = {variable["name"]: variable.get("value") for variable in container["env"]}
+    for one in containers("deepseek-r1-pd"):
+        assert {"name": "HF_HOME", "value": values["HF_HOME"]} in one["env"]
+    assert values["MODEL"] == application("deepseek-r1-pd").args.model == application("mi300x-node").args.model
 
 
 def test_every_yaml_is_part_of_a_kustomization_or_applied_alone() -> None:
@@ -230,6 +247,17 @@ def test_pods_declare_to_ray_what_they_have(name: str) -> None:
         for role in ("prefill", "decode"):
             assert custom_resources(group).get(role, 0) in (0, num_gpus(group))
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_rays_object_store_fits_the_shared_memory_beside_that_of_ranks(name: str) -> None:
+    """Left to itself, Ray takes 30 % of a pod's memory: in /tmp where /dev/shm has less, else nearly all of that."""
+    head = ray_service(name)["spec"]["rayClusterConfig"]["headGroupSpec"]
+    for group in [head, *worker_groups(name)]:
+        (volume,) = [volume for volume in group["template"]["spec"]["volumes"] if volume["name"] == "shm"]
+        size, unit = volume["emptyDir"]["sizeLimit"][:-2], volume["emptyDir"]["sizeLimit"][-2:]
+        assert (volume["emptyDir"]["medium"], unit) == ("Memory", "Gi")
+        assert 2 * int(group["rayStartParams"]["object-store-memory"]) <= int(size) * GiB
 
 
 def test_ingress_and_router_are_on_pods_without_gpus() -> None:

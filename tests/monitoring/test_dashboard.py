@@ -90,7 +90,7 @@ def test_an_empty_panel_is_bad_unless_it_may_be_empty() -> None:
     assert not Finding("r", quiet, "x", 0).is_bad and Finding("r", quiet, "x", 0, "parse error").is_bad
 
 
-def test_prometheus_takes_the_relabelling_of_the_monitors(tmp_path: Path) -> None:
+def test_prometheus_takes_the_relabelling_of_the_monitor(tmp_path: Path) -> None:
     job = {"job_name": "ray", **scrape_of_ray(tmp_path / "targets.json")}
     (tmp_path / "targets.json").write_text("[]")
     (tmp_path / "prometheus.yml").write_text(yaml.safe_dump({"scrape_configs": [job]}))
