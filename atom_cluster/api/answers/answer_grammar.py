@@ -23,7 +23,7 @@ from atom_cluster.api.parsers.answer import ReasoningFormat
 from atom_cluster.api.parsers.call_grammars import CALL_WRITERS, CallableTool, CallsToWrite
 from atom_cluster.api.parsers.calls import ToolFormat
 from atom_cluster.api.parsers.dialect import Dialect
-from atom_cluster.api.parsers.lark_writer import LarkWriter
+from atom_cluster.api.parsers.lark_writer import GrammarTooLongError, LarkWriter
 from atom_cluster.api.text.tokenizer import Tokenizer
 from atom_cluster.errors import InvalidRequest
 from atom_cluster.messages.requests import GrammarSpec
@@ -36,29 +36,43 @@ def chat_grammar(
 ) -> WantedGrammar | None:
     """The grammar; None where anything goes. Raises `InvalidRequest` for what cannot be enforced or combined."""
     wanted = wanted_grammar(request, max_bytes=max_bytes)
-    lark = LarkWriter(tokenizer.token_id)
+    lark = LarkWriter(tokenizer.token_id, max_bytes=max_bytes)
+    try:
+        return _answer_grammar(lark, request, wanted, dialect=dialect, prompt_end=prompt_end, tokenizer=tokenizer)
+    except GrammarTooLongError as exc:
+        has_calls = dialect.tools is not None and offered_tools(request)
+        where = wanted.param if wanted is not None and not has_calls else "tools"
+        detail = f"what `{where}` allows needs a grammar of more than {max_bytes} bytes"
+        raise InvalidRequest(detail, param=where) from exc
+
+
+def _answer_grammar(
+    lark: LarkWriter,
+    request: ChatCompletionRequest,
+    wanted: WantedGrammar | None,
+    *,
+    dialect: Dialect,
+    prompt_end: str,
+    tokenizer: Tokenizer,
+) -> WantedGrammar | None:
     calls = _wanted_calls(lark, request, wanted, dialect)
     after = reasoning_end(dialect, prompt_end, tokenizer)
     thinks_with = None if after else _reasoning_of_its_own(lark, dialect.reasoning, prompt_end)
     if calls is not None and dialect.tools is harmony.CALLS:
-        return _finished(lark, _harmony_start(lark, calls), after=(), param=calls.param, max_bytes=max_bytes)
+        return _finished(lark, _harmony_start(lark, calls), after=(), param=calls.param)
     if calls is not None:
         start = _start(lark, calls.answer(lark), thinks_with=thinks_with, is_behind=bool(after))
-        return _finished(lark, start, after=after, param=calls.param, max_bytes=max_bytes)
+        return _finished(lark, start, after=after, param=calls.param)
     if wanted is None:
         return None
     if thinks_with is None or wanted.spec.kind == "lark":
         return WantedGrammar(msgspec.structs.replace(wanted.spec, after=after), wanted.param)
     start = _start(lark, _content(lark, wanted), thinks_with=thinks_with, is_behind=False)
-    return _finished(lark, start, after=(), param=wanted.param, max_bytes=max_bytes)
+    return _finished(lark, start, after=(), param=wanted.param)
 
 
-def _finished(lark: LarkWriter, start: str, *, after: tuple[int, ...], param: str, max_bytes: int) -> WantedGrammar:
-    text = lark.grammar(start)
-    if len(text.encode()) > max_bytes:
-        where = "tools" if param == "tool_choice" else param
-        raise InvalidRequest(f"what `{where}` allows needs a grammar of more than {max_bytes} bytes", param=where)
-    return WantedGrammar(GrammarSpec(kind="lark", text=text, after=after), param)
+def _finished(lark: LarkWriter, start: str, *, after: tuple[int, ...], param: str) -> WantedGrammar:
+    return WantedGrammar(GrammarSpec(kind="lark", text=lark.grammar(start), after=after), param)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

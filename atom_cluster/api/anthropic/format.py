@@ -53,7 +53,10 @@ class MessagesFormat:
         """See `AnswerFormat`."""
         (entry,) = news
         blocks = [_whole_block(segment) for segment in segments_of(entry.pieces) if not self._is_left_out(segment)]
-        return self._message(blocks, _end_of(entry), usage)
+        end = _end_of(entry)
+        if end.stop_reason == "tool_use" and not any(isinstance(block, wire.AnswerToolUseBlock) for block in blocks):
+            end = wire.StopDelta(stop_reason="end_turn", stop_sequence=None)
+        return self._message(blocks, end, usage)
 
     def _event(self, change: Change) -> Struct | None:
         if self._is_left_out(change.segment):
@@ -103,7 +106,7 @@ def _empty_block(segment: Segment) -> wire.Block:
 
 
 def _whole_block(segment: Segment) -> wire.Block:
-    """A call whose arguments are no JSON object, since they were cut off, is text: nobody should run it."""
+    """A call whose arguments are no JSON object, as when they were cut off, is text: nobody should run it."""
     if segment.kind == "reasoning":
         return wire.AnswerThinkingBlock(thinking=segment.text)
     if segment.call is None:

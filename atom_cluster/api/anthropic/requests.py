@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from atom_cluster.api.http.api_model import ApiModel, Unsupported
-from atom_cluster.api.http.request_terms import MAX_PRIORITY
 from atom_cluster.api.openai.chat_messages import MAX_NAME_CHARS, FunctionTitle
+from atom_cluster.config.protection import MAX_PRIORITY
 
 
 class CacheControl(ApiModel):

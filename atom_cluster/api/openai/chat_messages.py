@@ -75,6 +75,8 @@ class CalledFunction(ApiModel):
     """Of the function that was called."""
     arguments: str
     """JSON text, as the answer had it."""
+    parsed_arguments: object = None
+    """Accepted without effect: OpenAI's client leaves there what it has read in `arguments`."""
 
 
 class ContentPart(ApiModel):
@@ -114,6 +116,8 @@ class ChatMessage(ApiModel):
     """Given to the chat template."""
     reasoning_content: str | None = None
     """Of an assistant's earlier turn. Given to the chat template, which leaves it out where the model wants that."""
+    reasoning: str | None = None
+    """vLLM's newer name of `reasoning_content`, which wins."""
     refusal: Unsupported = None
     """Not supported."""
     annotations: Unsupported = None
@@ -122,6 +126,8 @@ class ChatMessage(ApiModel):
     """Not supported."""
     function_call: Unsupported = None
     """Not supported."""
+    parsed: object = None
+    """Accepted without effect: OpenAI's client leaves there what it has read in `content`."""
 
     # Each field knows those above it. An entry that is absent was wrong, which is told already.
 

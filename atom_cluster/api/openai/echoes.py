@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from atom_cluster.api.answers.outputs import ScoredPrompt
 from atom_cluster.api.openai.requests import CompletionRequest, Prompt
-from atom_cluster.api.openai.token_texts import finite, token_text
+from atom_cluster.api.openai.token_texts import finite, likely_texts, token_text
 from atom_cluster.api.openai.wire import CompletionLogprobs, PromptTokenLogprob
 from atom_cluster.api.text.tokenizer import IncrementalDetokenizer, Tokenizer
 from atom_cluster.messages.requests import PromptScore
@@ -24,7 +24,7 @@ class Echo:
     text: str
     """As the client wrote it; of token ids their text, in which special tokens are nothing."""
     offsets: tuple[int, ...]
-    """Where each token's text begins in it."""
+    """Where each token's text begins in it, in characters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +50,14 @@ def echoes_of(request: CompletionRequest, prompts: Sequence[tuple[int, ...]], to
 
 
 def _echo(prompt: Prompt, token_ids: tuple[int, ...], tokenizer: Tokenizer) -> Echo:
+    if isinstance(prompt, str):
+        return Echo(prompt, tuple(tokenizer.offsets(prompt)))
     detokenizer = IncrementalDetokenizer(tokenizer)
     pieces, offsets = [], []
     for token_id in token_ids:
         offsets.append(detokenizer.num_chars)
         pieces.append(detokenizer.push((token_id,)))
-    text = prompt if isinstance(prompt, str) else "".join((*pieces, detokenizer.flush()))
-    # A tokenizer may change a text, so that its tokens spell a longer one.
-    return Echo(text, tuple(min(offset, len(text)) for offset in offsets))
+    return Echo("".join((*pieces, detokenizer.flush())), tuple(offsets))
 
 
 def echo_logprobs(echo: Echo, prompt: ScoredPrompt, num_top: int, tokenizer: Tokenizer) -> CompletionLogprobs:
@@ -67,9 +67,7 @@ def echo_logprobs(echo: Echo, prompt: ScoredPrompt, num_top: int, tokenizer: Tok
         return token_text(tokenizer.token_bytes(token_id))
 
     def top(token_id: int, score: PromptScore) -> dict[str, float]:
-        found = {text(entry.token_id): finite(entry.logprob) for entry in score.top[:num_top]}
-        found.setdefault(text(token_id), finite(score.logprob))
-        return found
+        return likely_texts(token_id, score.logprob, score.top[:num_top], tokenizer)
 
     pairs = list(zip(prompt.token_ids, prompt.scores, strict=True))
     return CompletionLogprobs(

@@ -12,7 +12,7 @@ from atom_cluster.api.answers.outputs import OutputNews, TokenScore
 from atom_cluster.api.answers.pieces import Piece, ReasoningPiece, TextPiece, ToolCallBegun, calls_of, reasoning_of
 from atom_cluster.api.http.error_responses import error_body
 from atom_cluster.api.openai.echoes import Echoes, echo_logprobs, joined_logprobs, prompt_logprobs
-from atom_cluster.api.openai.token_texts import finite, token_text
+from atom_cluster.api.openai.token_texts import finite, likely_texts, token_text
 from atom_cluster.api.openai.wire import (
     AssistantMessage,
     ChatChoice,
@@ -263,15 +263,12 @@ class CompletionFormat:
         return CompletionLogprobs(
             tokens=[self._text(score.token_id) for score in news.scores],
             token_logprobs=[finite(score.logprobs.logprob) for score in news.scores],
-            top_logprobs=[self._top(score) for score in news.scores],
+            top_logprobs=[
+                likely_texts(score.token_id, score.logprobs.logprob, score.logprobs.top, self._tokenizer)
+                for score in news.scores
+            ],
             text_offset=[num_before + score.text_offset for score in news.scores],
         )
-
-    def _top(self, score: TokenScore) -> dict[str, float]:
-        """The sampled token is among them even when it was not one of the most likely."""
-        top = {self._text(entry.token_id): finite(entry.logprob) for entry in score.logprobs.top}
-        top.setdefault(self._text(score.token_id), finite(score.logprobs.logprob))
-        return top
 
     def _text(self, token_id: int) -> str:
         return token_text(self._tokenizer.token_bytes(token_id))

@@ -13,9 +13,9 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, Wit
 from pydantic_core import PydanticCustomError
 
 from atom_cluster.api.http.api_model import ApiModel, Unsupported
-from atom_cluster.api.http.request_terms import MAX_PRIORITY
 from atom_cluster.api.openai.chat_messages import ChatMessage, Tool, ToolChoice, parse_tool_choice
 from atom_cluster.api.openai.structured_fields import StructuredFields
+from atom_cluster.config.protection import MAX_PRIORITY
 
 Prompt = str | tuple[int, ...]
 """Text, or token ids."""

@@ -78,8 +78,12 @@ def template_message(message: ChatMessage, *, distinguishes_none: bool) -> ToolJ
             }
             for call in message.tool_calls
         ]
-    for name in ("name", "reasoning_content", "tool_call_id"):
-        value = getattr(message, name)
+    thought = message.reasoning if message.reasoning_content is None else message.reasoning_content
+    for name, value in (
+        ("name", message.name),
+        ("reasoning_content", thought),
+        ("tool_call_id", message.tool_call_id),
+    ):
         if value is not None:
             result[name] = value
     return result

@@ -22,6 +22,7 @@ from atom_cluster.api.operating.tokenization_types import (
     TokenizeAnswer,
     TokenizeRequest,
 )
+from atom_cluster.api.text.tokenizer import Tokenizer
 from atom_cluster.errors import ContextLengthExceeded, InvalidRequest
 
 
@@ -34,7 +35,7 @@ def add_tokenization_routes(app: FastAPI, context: ApiContext) -> None:
         if body.model is not None:
             context.check_model(body.model)
         token_ids = await _token_ids(context, body)
-        texts = [tokenizer.tokenizer.token_text(it) for it in token_ids] if body.return_token_strs else None
+        texts = await tokenizer.run(lambda: _texts(tokenizer.tokenizer, token_ids)) if body.return_token_strs else None
         return json_response(
             TokenizeAnswer(count=len(token_ids), max_model_len=model.max_model_len, tokens=token_ids, token_strs=texts)
         )
@@ -51,6 +52,10 @@ def add_tokenization_routes(app: FastAPI, context: ApiContext) -> None:
 
     app.post("/tokenize", **described(TOKENIZE))(tokenize)
     app.post("/detokenize", **described(DETOKENIZE))(detokenize)
+
+
+def _texts(tokenizer: Tokenizer, token_ids: list[int]) -> list[str]:
+    return [tokenizer.token_text(token_id) for token_id in token_ids]
 
 
 async def _token_ids(context: ApiContext, body: TokenizeRequest) -> list[int]:

@@ -44,6 +44,11 @@ class ScriptParser:
         return self._out.in_reasoning
 
     @property
+    def in_call(self) -> bool:
+        """See `OutputParser`."""
+        return self._out.in_call
+
+    @property
     def is_complete(self) -> bool:
         """See `OutputParser`."""
         return self._out.is_complete

@@ -5,7 +5,7 @@ The reverse of the parsers: what these grammars allow, they read as calls with a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,6 +137,8 @@ class _Parameter:
 
     name: str
     schema: Mapping[str, Any]
+    shared: Mapping[str, Any]
+    """Definitions that the schema may refer to."""
     is_required: bool
     is_text: bool
     """Whether its value is written as the string itself."""
@@ -162,25 +164,25 @@ class _Parameter:
 
     def json(self, lark: LarkWriter) -> str:
         """The value as JSON."""
-        return lark.json(self.schema, is_strict=self.is_strict)
+        return lark.json({**self.schema, **self.shared}, is_strict=self.is_strict)
 
 
-def _parameters(tool: CallableTool) -> list[_Parameter]:
-    """In the schema's order."""
+def _parameters(tool: CallableTool) -> Iterator[_Parameter]:
+    """In the schema's order, one when the one before is written: a grammar that is too long is given up early."""
     schemas = ToolSchemas({tool.name: tool.parameters})
-    properties = tool.parameters.get("properties")
-    required = tool.parameters.get("required")
+    arguments = schemas.arguments(tool.name)
+    properties, listed = arguments.get("properties"), arguments.get("required")
+    required = {name for name in listed if isinstance(name, str)} if isinstance(listed, list) else set()
     shared = {key: tool.parameters[key] for key in ("$defs", "definitions") if key in tool.parameters}
-    return [
-        _Parameter(
+    for name in properties if isinstance(properties, Mapping) else ():
+        yield _Parameter(
             name=name,
-            schema={**(schemas.schema(tool.name, name) or {}), **shared},
-            is_required=isinstance(required, list) and name in required,
+            schema=schemas.schema(tool.name, name) or {},
+            shared=shared,
+            is_required=name in required,
             is_text=schemas.types(tool.name, name) in (frozenset(), {"string"}),
             is_strict=tool.is_strict,
         )
-        for name in (properties if isinstance(properties, Mapping) else ())
-    ]
 
 
 def _in_order(lark: LarkWriter, tool: CallableTool, write: Callable[[_Parameter], str]) -> str:

@@ -55,8 +55,8 @@ def _read_message(context: CallContext, header: str, *, has_tools: bool, has_rea
     channel = _CHANNEL_NAME.search(header)
     if called and has_tools:
         context.begin(called.group(1))
-        yield from reader.until(_ENDS, out.arguments)
-        context.end()
+        if (yield from reader.until(_ENDS, out.arguments)) is not None:
+            context.end()
     elif has_reasoning and channel and channel.group(1) == "analysis":
         out.begin_reasoning()
         if (yield from reader.until(_ENDS, out.reasoning)) is not None:

@@ -118,7 +118,8 @@ class _JsonCall:
             return
         if first in ("{", "["):
             self._begin()
-            yield from json_text(self._context.reader, self._context.out.arguments)
+            if not (yield from json_text(self._context.reader, self._context.out.arguments)):
+                raise NotACallError  # it was cut off
         else:
             text = _arguments((yield from self._value()))
             self._begin()
@@ -216,8 +217,8 @@ def _read_named_arguments(context: CallContext) -> Script[None]:
     if (yield from context.reader.peek()) != "{":
         raise NotACallError
     context.begin(name, call_id=call_id and call_id.strip())
-    yield from json_text(context.reader, context.out.arguments)
-    context.end()
+    if (yield from json_text(context.reader, context.out.arguments)):
+        context.end()
 
 
 def mistral_call_id() -> str:

@@ -21,12 +21,21 @@ _VALUES = frozenset({"enum", "const", "required"})
 """What is in them is no schema."""
 
 
-class LarkWriter:
-    """Rules of one grammar, and expressions to put into them."""
+class GrammarTooLongError(Exception):
+    """A grammar has more bytes than it may have."""
 
-    def __init__(self, token_id: Callable[[str], int | None]) -> None:
+
+class LarkWriter:
+    """Rules of one grammar, and expressions to put into them.
+
+    Whatever writes a rule raises `GrammarTooLongError` once all of them are too long: small requests may ask for large
+    grammars, as each parameter of a tool may name the same large schema.
+    """
+
+    def __init__(self, token_id: Callable[[str], int | None], *, max_bytes: int) -> None:
         """`token_id` gives a vocabulary's id of a text that is one token."""
         self._token_id = token_id
+        self._num_bytes_left = max_bytes
         self._rules: list[str] = []
         self._num_rules = 0
         self._has_text = False
@@ -48,8 +57,14 @@ class LarkWriter:
     def rule(self, body: str) -> str:
         """A rule of its own; gives its name."""
         name = self._new_name()
-        self._rules.append(f"{name}: {body}")
+        self._add(f"{name}: {body}")
         return name
+
+    def _add(self, rule: str) -> None:
+        self._num_bytes_left -= len(rule.encode()) + 1
+        if self._num_bytes_left < 0:
+            raise GrammarTooLongError
+        self._rules.append(rule)
 
     def _new_name(self) -> str:
         self._num_rules += 1
@@ -59,7 +74,7 @@ class LarkWriter:
         """Any characters, of no length too. Where it ends has to be told by a token."""
         if not self._has_text:
             self._has_text = True
-            self._rules.append(f"TEXT: /{_characters(None)}/")
+            self._add(f"TEXT: /{_characters(None)}/")
         return "TEXT"
 
     def text_up_to(self, close: str, max_chars: int | None = None) -> str:
@@ -68,7 +83,7 @@ class LarkWriter:
             text = self.text() if max_chars is None else self.rule(f"/{_characters(max_chars)}/")
             return f"{text} {self.mark(close)}"
         name = self._new_name()
-        self._rules.append(f"{name}[suffix={self.literal(close)}]: /{_characters(max_chars)}/")
+        self._add(f"{name}[suffix={self.literal(close)}]: /{_characters(max_chars)}/")
         return name
 
     def text_before(self, ending: str, max_chars: int | None) -> str:
@@ -91,7 +106,9 @@ class LarkWriter:
 
     def grammar(self, start: str) -> str:
         """The grammar."""
-        return "\n".join([f"start: {start}", *self._rules])
+        rules, self._rules = self._rules, []
+        self._add(f"start: {start}")
+        return "\n".join([*self._rules, *rules])
 
 
 def _characters(max_chars: int | None) -> str:

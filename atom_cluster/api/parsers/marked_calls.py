@@ -21,7 +21,8 @@ class Marks:
     call_close: str
 
     def format(self, name: str, read_call: Callable[[CallContext, Marks], Script[str | None]]) -> ToolFormat:
-        """The format whose calls are read by `read_call`; that returns the last mark it read."""
+        """The format whose calls are read by `read_call`; that returns the last mark it read, None where the output was
+        cut off."""
 
         def read(context: CallContext, opener: str) -> Script[None]:
             yield from _read_section(context, self, opener, read_call)
@@ -52,9 +53,8 @@ def _read_section(
             if mark == marks.section_close:
                 return
         last = yield from read_call(context, marks)
-        context.end()
         has_called = True
-        if last == marks.section_close:
+        if last in (marks.section_close, None):
             return
         is_in_call = last == marks.call_open
 
@@ -64,7 +64,14 @@ def _read_plain_call(context: CallContext, marks: Marks) -> Script[str | None]:
     name, _ = yield from context.expect_until(marks.separator)
     yield from context.reader.space()
     context.begin(name)
-    return (yield from context.reader.until(marks.ends, context.out.arguments))
+    return (yield from _read_arguments(context, marks))
+
+
+def _read_arguments(context: CallContext, marks: Marks) -> Script[str | None]:
+    mark = yield from context.reader.until(marks.ends, context.out.arguments)
+    if mark is not None:
+        context.end()
+    return mark
 
 
 def _read_kimi_call(context: CallContext, marks: Marks) -> Script[str | None]:
@@ -75,7 +82,7 @@ def _read_kimi_call(context: CallContext, marks: Marks) -> Script[str | None]:
     head, colon, number = name.rpartition(":")
     yield from context.reader.space()
     context.begin(head if colon and number.isdecimal() else name, call_id=call_id)
-    return (yield from context.reader.until(marks.ends, context.out.arguments))
+    return (yield from _read_arguments(context, marks))
 
 
 def _read_fenced_call(context: CallContext, marks: Marks) -> Script[str | None]:
@@ -89,10 +96,13 @@ def _read_fenced_call(context: CallContext, marks: Marks) -> Script[str | None]:
     if (yield from reader.peek()) != "{":
         raise NotACallError
     context.begin(name)
-    yield from json_text(reader, context.out.arguments)
-    context.settle()
+    if not (yield from json_text(reader, context.out.arguments)):
+        return None
+    context.end()
     rest, mark = yield from reader.take_until(*marks.ends)
-    context.out.text(rest.strip().removeprefix("```").strip())
+    rest = rest.strip()
+    if mark is not None or not "```".startswith(rest):
+        context.out.text(rest.removeprefix("```").strip())
     return mark
 
 

@@ -1,6 +1,7 @@
 """A parameter's text becomes JSON, by what the tool's schema says of it: XML-like formats do not say what is a string.
 
-Schemas are a client's: reading one takes time proportional to its size, and what cannot be read means any type.
+Schemas are a client's: looking a parameter up takes bounded time, however long its references and lists of alternatives
+are. What cannot be read, or not in that time, means any type.
 """
 
 from __future__ import annotations
@@ -11,7 +12,11 @@ from collections.abc import Mapping
 from typing import Any
 
 _MAX_REFERENCES = 8
+_MAX_REFERENCE_CHARS = 1024
+_MAX_ALTERNATIVES = 32
+"""Schemas that are looked at to find a parameter's types."""
 _ANY: frozenset[str] = frozenset()
+_NO_SCHEMA: Mapping[str, Any] = {}
 _LITERALS = {"true": "true", "false": "false", "none": "null", "null": "null"}
 
 
@@ -21,21 +26,28 @@ class ToolSchemas:
     def __init__(self, parameters_by_name: Mapping[str, Mapping[str, Any] | None]) -> None:
         """Each tool's name with the JSON schema of its arguments."""
         self._schemas = parameters_by_name
+        self._arguments: dict[str, Mapping[str, Any]] = {}
         self._types: dict[tuple[str, str], frozenset[str]] = {}
+        self._own_types: dict[int, frozenset[str]] = {}
+        """By the schema's identity: many parameters may name one with a long list of values."""
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the tools."""
         return tuple(self._schemas)
 
+    def arguments(self, tool: str) -> Mapping[str, Any]:
+        """The schema of a tool's arguments, which a reference may have named; empty when there is none."""
+        if tool not in self._arguments:
+            root = self._schemas.get(tool)
+            self._arguments[tool] = _resolve(root, root) if isinstance(root, Mapping) else _NO_SCHEMA
+        return self._arguments[tool]
+
     def schema(self, tool: str, parameter: str) -> Mapping[str, Any] | None:
         """The parameter's own schema, which a reference may have named; None when there is none."""
-        root = self._schemas.get(tool)
-        if not isinstance(root, Mapping):
-            return None
-        properties = _resolve(root, root).get("properties")
+        properties = self.arguments(tool).get("properties")
         found = properties.get(parameter) if isinstance(properties, Mapping) else None
-        return _resolve(found, root) if isinstance(found, Mapping) else None
+        return _resolve(found, self._schemas[tool] or _NO_SCHEMA) if isinstance(found, Mapping) else None
 
     def types(self, tool: str, parameter: str) -> frozenset[str]:
         """JSON schema types that the parameter may have; empty when nothing is known of it."""
@@ -43,7 +55,7 @@ class ToolSchemas:
         if schema is None:
             return _ANY
         if (tool, parameter) not in self._types:
-            self._types[tool, parameter] = _types(schema, self._schemas[tool] or {})
+            self._types[tool, parameter] = self._find_types(schema, self._schemas[tool] or _NO_SCHEMA)
         return self._types[tool, parameter]
 
     def is_string(self, tool: str, parameter: str) -> bool:
@@ -53,6 +65,35 @@ class ToolSchemas:
     def value(self, tool: str, parameter: str, text: str) -> str:
         """JSON for the parameter's text: of a type that the schema allows if it reads as one, else a string."""
         return json_value(text, self.types(tool, parameter))
+
+    def _find_types(self, schema: Mapping[str, Any], root: Mapping[str, Any]) -> frozenset[str]:
+        """Types of all alternatives; each is looked at once, so that references in circles end. Any type where there
+        are too many."""
+        found: set[str] = set()
+        seen: set[int] = set()
+        pending: list[tuple[object, bool]] = [(schema, True)]
+        while pending:
+            entry, allows_any = pending.pop()
+            schema = _resolve(entry, root) if isinstance(entry, Mapping) else _NO_SCHEMA
+            if id(schema) in seen:
+                continue
+            seen.add(id(schema))
+            own = self._own_types_of(schema)
+            found |= own
+            if own:
+                continue
+            alternatives, parts = [*_listed(schema, "anyOf"), *_listed(schema, "oneOf")], _listed(schema, "allOf")
+            if len(seen) + len(pending) + len(alternatives) + len(parts) > _MAX_ALTERNATIVES:
+                return _ANY
+            if allows_any and not alternatives and not parts:
+                return _ANY
+            pending += [*((other, allows_any) for other in alternatives), *((other, False) for other in parts)]
+        return frozenset(found)
+
+    def _own_types_of(self, schema: Mapping[str, Any]) -> frozenset[str]:
+        if id(schema) not in self._own_types:
+            self._own_types[id(schema)] = _own_types(schema)
+        return self._own_types[id(schema)]
 
 
 def json_value(text: str, types: frozenset[str] = _ANY) -> str:
@@ -116,36 +157,14 @@ def _refuse(name: str) -> None:
     raise ValueError(name)
 
 
-def _types(schema: Mapping[str, Any], root: Mapping[str, Any]) -> frozenset[str]:
-    """Types of all alternatives; each schema is looked at once, so that references in circles end."""
-    found: set[str] = set()
-    seen: set[int] = set()
-    pending: list[tuple[object, bool]] = [(schema, True)]
-    while pending:
-        entry, allows_any = pending.pop()
-        schema = _resolve(entry, root) if isinstance(entry, Mapping) else {}
-        if id(schema) in seen:
-            continue
-        seen.add(id(schema))
-        own = _own_types(schema)
-        alternatives = [*_listed(schema, "anyOf"), *_listed(schema, "oneOf")]
-        found |= own
-        if not own:
-            pending += [(other, allows_any) for other in alternatives]
-            pending += [(other, False) for other in _listed(schema, "allOf")]
-            if allows_any and not alternatives and not _listed(schema, "allOf"):
-                return _ANY
-    return frozenset(found)
-
-
-def _own_types(schema: Mapping[str, Any]) -> set[str]:
+def _own_types(schema: Mapping[str, Any]) -> frozenset[str]:
     given = schema.get("type")
     if isinstance(given, str):
-        return {given}
+        return frozenset({given})
     if isinstance(given, list):
-        return {entry for entry in given if isinstance(entry, str)}
+        return frozenset(entry for entry in given if isinstance(entry, str))
     values = _listed(schema, "enum") or ([schema["const"]] if "const" in schema else [])
-    return {_types_of(value)[-1] for value in values}
+    return frozenset(_types_of(value)[-1] for value in values)
 
 
 def _listed(schema: Mapping[str, Any], word: str) -> list[Any]:
@@ -157,11 +176,13 @@ def _resolve(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Mapping[str,
     """What a `$ref` within the same schema names, through a chain of them; the schema itself if it names nothing."""
     for _ in range(_MAX_REFERENCES):
         reference = schema.get("$ref")
-        if not isinstance(reference, str) or not reference.startswith("#/"):
+        if not isinstance(reference, str) or not reference.startswith("#/") or len(reference) > _MAX_REFERENCE_CHARS:
             break
         target: Any = root
         for step in reference[2:].split("/"):
-            target = target.get(step.replace("~1", "/").replace("~0", "~")) if isinstance(target, Mapping) else None
+            if not isinstance(target, Mapping):
+                break
+            target = target.get(step.replace("~1", "/").replace("~0", "~"))
         if not isinstance(target, Mapping):
             break
         schema = target

@@ -20,7 +20,8 @@ class PieceWriter:
     """Pieces of one output.
 
     Formats put line ends between reasoning, content and calls; they belong to none of them. So line ends behind a
-    boundary are left out, and white space in front of one: it is held back until it is known what follows.
+    boundary are left out, and white space in front of one: it is held back until it is known what follows. Where a
+    boundary has the same on both sides, such as two thoughts, one line end is put between them.
     """
 
     def __init__(self, *, one_call: bool = False, new_call_id: Callable[[], str] = random_call_id) -> None:
@@ -30,7 +31,10 @@ class PieceWriter:
         self._new_call_id = new_call_id
         self._held_space: list[str] = []
         self._is_behind_boundary = False
+        self._last_kind: type[TextPiece] | type[ReasoningPiece] | None = None
+        """Of the last piece, if it was text of either."""
         self._num_calls = 0
+        self._has_arguments = False
         self.in_reasoning = False
         self.in_call = False
         self.is_complete = False
@@ -65,14 +69,20 @@ class PieceWriter:
         if not self.is_complete:
             self._pieces.append(ToolCallBegun(self._num_calls, call_id or self._new_call_id(), name))
             self._num_calls += 1
+            self._last_kind = None
+            self._has_arguments = False
 
     def arguments(self, text: str) -> None:
         """More of the arguments of the call that began last."""
+        text = text if self._has_arguments else text.lstrip()
         if text and not self.is_complete:
             self._pieces.append(ToolCallArguments(self._num_calls - 1, text))
+            self._has_arguments = True
 
     def end_call(self) -> None:
-        """The call that began last has all of its arguments."""
+        """The call that began last has all of its arguments; where it has none, they are an empty object."""
+        if not self._has_arguments:
+            self.arguments("{}")
         self._cross_boundary()
         self.in_call = False
         self.is_complete = self.is_complete or self._one_call
@@ -94,10 +104,13 @@ class PieceWriter:
             if not text:
                 return
             self._is_behind_boundary = False
+            if kind is self._last_kind:
+                text = "\n" + text
         body = text.rstrip()
         if body:
             self._append(kind("".join([*self._held_space, body])))
             self._held_space.clear()
+            self._last_kind = kind
         if len(body) < len(text):
             self._held_space.append(text[len(body) :])
 

@@ -48,6 +48,8 @@ class ResponsesFormat:
         if news.finish_reason is not None:
             self._finish = news.finish_reason
             for change in self._segmenter.finish():
+                if change.segment.kind == "text":
+                    self._take_waiting()
                 events += self._events(change, _status_of_last(news.finish_reason))
         return events
 
@@ -77,7 +79,7 @@ class ResponsesFormat:
         items = []
         for segment in segments:
             if segment.kind == "text":
-                self._logprobs, self._waiting = self._waiting, []
+                self._take_waiting()
             is_last = segment is segments[-1]
             items.append(self._item(segment, segment.text, _status_of_last(finish) if is_last else "completed"))
             self._logprobs = []
@@ -121,11 +123,15 @@ class ResponsesFormat:
             return wire.ArgumentsDeltaEvent(sequence_number=number, item_id=item_id, output_index=index, delta=text)
         if segment.kind == "reasoning":
             return wire.ReasoningDeltaEvent(sequence_number=number, item_id=item_id, output_index=index, delta=text)
-        logprobs, self._waiting = self._waiting, []
-        self._logprobs += logprobs
         return wire.TextDeltaEvent(
-            sequence_number=number, item_id=item_id, output_index=index, delta=text, logprobs=logprobs
+            sequence_number=number, item_id=item_id, output_index=index, delta=text, logprobs=self._take_waiting()
         )
+
+    def _take_waiting(self) -> list[ChatTokenLogprob]:
+        """Log probabilities that are told with text of the current message for the first time."""
+        taken, self._waiting = self._waiting, []
+        self._logprobs += taken
+        return taken
 
     def _all_of(self, segment: Segment) -> Struct:
         number, item_id, index, text = self._next_number(), self._item_id(segment), segment.index, segment.text
@@ -176,7 +182,8 @@ class ResponsesFormat:
         return wire.MessageOutput(id=item_id, status=status, content=[self._text_part(text)] if has_parts else [])
 
     def _text_part(self, text: str) -> wire.OutputText:
-        return wire.OutputText(text=text, logprobs=self._logprobs)
+        # A copy: the event is written later, when the list may have grown.
+        return wire.OutputText(text=text, logprobs=[*self._logprobs])
 
     def _item_id(self, segment: Segment) -> str:
         prefix = {"text": "msg", "reasoning": "rs", "call": "fc"}[segment.kind]

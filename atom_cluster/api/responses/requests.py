@@ -12,8 +12,8 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
 from atom_cluster.api.http.api_model import ApiModel, Unsupported
-from atom_cluster.api.http.request_terms import MAX_PRIORITY
 from atom_cluster.api.openai.chat_messages import MAX_NAME_CHARS, FunctionTitle
+from atom_cluster.config.protection import MAX_PRIORITY
 
 _NO_STORE = "this server stores nothing"
 

@@ -28,7 +28,8 @@ class OutputText(Struct, frozen=True, kw_only=True, tag_field="type", tag="outpu
     annotations: list[Any] = []
     """Empty: nothing is looked up that could be cited."""
     logprobs: list[ChatTokenLogprob] = []
-    """If asked for: of all output tokens, those of reasoning included."""
+    """If asked for: of all output tokens, those of reasoning included; in a stream without those of calls behind the
+    last text, which have no place there."""
 
 
 class ReasoningTextPart(Struct, frozen=True, kw_only=True, tag_field="type", tag="reasoning_text"):

@@ -49,12 +49,16 @@ class ByteText:
 class WindowText:
     """Text of any other vocabulary, from the difference of two decodings of a window that starts in shown text."""
 
-    def __init__(self, decode: Callable[[list[int]], str], is_shown: Callable[[int], bool]) -> None:
+    def __init__(
+        self, decode: Callable[[list[int]], str], is_shown: Callable[[int], bool], *, before: int | None = None
+    ) -> None:
+        """`before`: the token in front of the text. If it is shown, the text's first token is not taken for the first
+        one of all, whose leading space decoders strip."""
         self._decode = decode
         self._is_shown = is_shown
-        self._window: list[int] = []
-        self._num_read = 0
-        self._read_text = ""
+        self._window: list[int] = [before] if before is not None and is_shown(before) else []
+        self._num_read = len(self._window)
+        self._read_text = decode(self._window) if self._window else ""
 
     def feed(self, token_ids: Sequence[int]) -> str:
         """See `TextStream`."""

@@ -74,6 +74,20 @@ class Tokenizer:
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
+    def offsets(self, text: str) -> list[int]:
+        """Where the tokens of `encode(text)` begin in it, in characters: each where the one before it ends.
+
+        Tokens that are part of a character begin where it does, and those that are put around a text at its ends.
+        """
+        starts: list[int] = []
+        last = end = 0
+        for token_start, token_end in self._backend.encode(text).offsets:
+            # Some tokenizers do not count the space that a token begins with.
+            last = max(last, min(end, token_start))
+            starts.append(last)
+            end = max(end, token_end)
+        return starts
+
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids. Ids that the vocabulary lacks are skipped."""
         text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
@@ -140,9 +154,13 @@ class IncrementalDetokenizer:
         stop_strings: tuple[str, ...] = (),
         skip_special_tokens: bool = True,
         shown_ids: frozenset[int] = frozenset(),
+        before: int | None = None,
     ) -> None:
-        """`shown_ids`: special tokens that are text all the same."""
-        self._stream = _text_stream(tokenizer, skip_special_tokens=skip_special_tokens, shown_ids=shown_ids)
+        """`shown_ids`: special tokens that are text all the same. `before`: the token in front of the output, whose
+        text goes on where that one's ended; None: the output is a text of its own."""
+        self._stream = _text_stream(
+            tokenizer, skip_special_tokens=skip_special_tokens, shown_ids=shown_ids, before=before
+        )
         self._stops = StopMatcher(stop_strings) if stop_strings else None
         self.num_tokens = 0
         """Tokens taken so far; those after the one that completed a stop string are not counted."""
@@ -225,7 +243,9 @@ class TokenizerService:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _text_stream(tokenizer: Tokenizer, *, skip_special_tokens: bool, shown_ids: frozenset[int]) -> TextStream:
+def _text_stream(
+    tokenizer: Tokenizer, *, skip_special_tokens: bool, shown_ids: frozenset[int], before: int | None
+) -> TextStream:
     def is_hidden(token_id: int) -> bool:
         return skip_special_tokens and tokenizer.is_special(token_id) and token_id not in shown_ids
 
@@ -238,7 +258,7 @@ def _text_stream(tokenizer: Tokenizer, *, skip_special_tokens: bool, shown_ids: 
 
     if tokenizer.is_byte_level:
         return ByteText(bytes_of)
-    return WindowText(decode, lambda token_id: bool(bytes_of(token_id)))
+    return WindowText(decode, lambda token_id: bool(bytes_of(token_id)), before=before)
 
 
 def _byte_by_char() -> dict[str, int]:

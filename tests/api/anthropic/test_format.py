@@ -107,7 +107,7 @@ def test_input_tokens_are_those_that_were_not_cached() -> None:
     ],
 )
 def test_why_it_ended(finish: WireFinishReason, matched_stop: str | None, reason: str) -> None:
-    message = whole("hi", finish=finish, matched_stop=matched_stop)
+    message = whole("hi[call f]{}" if reason == "tool_use" else "hi", finish=finish, matched_stop=matched_stop)
     assert (message["stop_reason"], message["stop_sequence"]) == (reason, matched_stop)
 
 
@@ -119,6 +119,15 @@ def test_thinking_that_is_not_wanted_is_left_out_and_not_counted() -> None:
 def test_a_call_that_was_cut_off_is_text() -> None:
     (block,) = whole('[call f]{"a":', finish="length")["content"]
     assert block == {"type": "text", "text": '{"a":'}
+
+
+def test_a_message_without_a_call_does_not_end_for_one() -> None:
+    """The model ended its call and wrote no JSON."""
+    message = whole("[call f]{city: Oslo}", finish="tool_calls")
+    assert message["content"] == [{"type": "text", "text": "{city: Oslo}"}]
+    assert message["stop_reason"] == "end_turn"
+    both = whole("[call f]{city: Oslo}[call g]{}", finish="tool_calls")
+    assert ([block["type"] for block in both["content"]], both["stop_reason"]) == (["text", "tool_use"], "tool_use")
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,13 @@ async def test_every_output_repeats_its_own_prompt(api: Api) -> None:
     assert {tuple(choice["logprobs"]["text_offset"]) for choice in answer["choices"]} == {(0, 1, 2, 3), (0, 1, 2)}
 
 
+async def test_special_tokens_of_a_text_are_repeated_and_take_their_place(api: Api) -> None:
+    choice = (await complete(api, prompt="a<|im_start|>é", echo=True, logprobs=0))["choices"][0]
+    assert choice["text"] == "a<|im_start|>éyz"
+    assert choice["logprobs"]["tokens"] == ["a", "<|im_start|>", "bytes:\\xc3", "bytes:\\xa9", "y", "z"]
+    assert choice["logprobs"]["text_offset"] == [0, 1, 13, 13, 14, 15]
+
+
 async def test_token_ids_are_repeated_as_text_in_which_special_tokens_are_nothing(
     api: Api, tokenizer: Tokenizer
 ) -> None:

@@ -15,6 +15,7 @@ from atom_cluster.api.answers.pieces import (
     ToolCallBegun,
 )
 from atom_cluster.api.openai.format import AnswerHeader, ChatFormat, CompletionFormat
+from atom_cluster.api.openai.token_texts import likely_texts
 from atom_cluster.api.openai.wire import CompletionTokensDetails, PromptTokensDetails, Usage
 from atom_cluster.api.text.tokenizer import Tokenizer
 from atom_cluster.messages.requests import TokenLogprobs, TopLogprob
@@ -69,6 +70,14 @@ def test_the_sampled_token_is_among_the_alternatives_of_a_completion(tokenizer: 
         "top_logprobs": [{"b": -0.1, "a": -3.0}],
         "text_offset": [7],
     }
+
+
+def test_tokens_of_one_text_are_told_as_the_likeliest_or_the_one_that_is_there(tokenizer: Tokenizer) -> None:
+    """Two ids without a token: models' vocabularies are padded."""
+    (a,) = tokenizer.encode("a")
+    top = (TopLogprob(50_000, -0.5), TopLogprob(a, -1.0), TopLogprob(50_001, -2.0))
+    assert likely_texts(a, -1.0, top, tokenizer) == {"": -0.5, "a": -1.0}
+    assert likely_texts(50_001, -2.0, top, tokenizer) == {"": -2.0, "a": -1.0}
 
 
 PIECES: list[Piece] = [

@@ -139,6 +139,28 @@ async def test_a_client_that_parses_gets_its_objects(say: Say) -> None:
     assert call.function.parsed_arguments == GetWeather(city="Paris €", days=3)
 
 
+class Note(BaseModel):
+    text: str
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # the client's own, of what it has put there
+async def test_what_a_client_has_parsed_goes_back_with_the_turn(say: Say) -> None:
+    """Its objects stay in the message, which is added to the conversation as it is."""
+    api = say(ANSWER)
+    async with client_of(api) as client:
+        turn = (await client.chat.completions.parse(**{**BODY, "tools": [WEATHER]})).choices[0].message
+        results = [{"role": "tool", "tool_call_id": call.id, "content": "rain"} for call in turn.tool_calls]
+        await client.chat.completions.create(**{**BODY, "messages": [*BODY["messages"], turn, *results]})
+    api = say('{"text": "hm"}')
+    async with client_of(api) as client:
+        asked = {"model": MODEL, "messages": BODY["messages"]}
+        turn = (await client.chat.completions.parse(**asked, response_format=Note)).choices[0].message
+        assert turn.parsed == Note(text="hm")
+        await client.chat.completions.create(**{**asked, "messages": [*BODY["messages"], turn, *BODY["messages"]]})
+    prompt = api.parts["tokenizer"].tokenizer.decode(api.generator.requests[-1].token_ids, skip_special_tokens=False)
+    assert prompt.count('{"text": "hm"}') == 1
+
+
 async def test_an_assistant_s_turn_goes_back_as_it_came(say: Say) -> None:
     api = say(ANSWER)
     message = (await post(api))["choices"][0]["message"]
@@ -157,9 +179,15 @@ async def test_past_arguments_that_are_no_text_are_given_as_they_were_written(sa
     assert r"\ud800" in prompt
 
 
-async def test_one_call_ends_the_output_where_no_more_are_wanted(say: Say, tokens: Callable[[str], list[int]]) -> None:
+NAMED = {"type": "function", "function": {"name": "get_weather"}}
+
+
+@pytest.mark.parametrize("fields", [{"parallel_tool_calls": False}, {"tool_choice": NAMED}], ids=["only_one", "named"])
+async def test_one_call_ends_the_output_where_no_more_are_wanted(
+    say: Say, tokens: Callable[[str], list[int]], fields: dict
+) -> None:
     api = say(ANSWER)
-    answer = await post(api, parallel_tool_calls=False)
+    answer = await post(api, **fields)
     choice = answer["choices"][0]
     assert len(choice["message"]["tool_calls"]) == 1 and choice["finish_reason"] == "tool_calls"
     assert answer["usage"]["completion_tokens"] == len(tokens(ANSWER.partition("\n</tool_call>")[0]))
@@ -203,6 +231,14 @@ async def test_arguments_that_are_cut_off_are_given_as_far_as_they_go(make_api: 
     choice = (await post(make_api(lambda request: [tuple(tokens(text)), "length"])))["choices"][0]
     assert choice["finish_reason"] == "length"
     assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"city": "Pa'
+
+
+@pytest.mark.parametrize(("stop", "finish_reason"), [("days", "stop"), ("</tool", "tool_calls"), ("and", "tool_calls")])
+async def test_a_call_that_a_stop_string_cut_off_is_none_to_run(say: Say, stop: str, finish_reason: str) -> None:
+    choice = (await post(say(f"<think>ok</think>{CALL} and"), stop=[stop]))["choices"][0]
+    assert choice["finish_reason"] == finish_reason
+    arguments = choice["message"]["tool_calls"][0]["function"]["arguments"]
+    assert arguments == ('{"city": "Paris €", "' if stop == "days" else '{"city": "Paris €", "days": 3}')
 
 
 async def test_each_output_is_read_by_itself(make_api: MakeApi, tokens: Callable[[str], list[int]]) -> None:

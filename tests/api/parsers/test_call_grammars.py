@@ -74,7 +74,7 @@ def test_what_a_grammar_allows_is_read_as_its_calls(
     name: str, one_call: bool, backend: tokenizers.Tokenizer, vocabulary: Vocabulary
 ) -> None:
     tools = [CallableTool(name=tool, parameters=SCHEMAS[tool], is_strict=True) for tool in SCHEMAS]
-    lark = LarkWriter(backend.token_to_id)
+    lark = LarkWriter(backend.token_to_id, max_bytes=100_000)
     text = lark.grammar(CALL_WRITERS[name](lark, CallsToWrite(tools=tools, one_call=one_call)))
     compiled = compile_grammar(GrammarSpec(kind="lark", text=text), vocabulary)
     marks = [token_id for token, token_id in backend.get_vocab().items() if len(token) > 1]

@@ -68,6 +68,19 @@ def test_formats_are_those_that_the_chat_template_shows(name: str) -> None:
     assert dialect.choices["tool_parser"].startswith(f"{name}: the chat template has ")
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("deepseek_v32", '<｜DSML｜function_calls>\n<｜DSML｜invoke name="$TOOL_NAME">'),
+        ("deepseek_v4", '<｜DSML｜tool_calls>\n<｜DSML｜invoke name="$TOOL_NAME">'),
+        ("pythonic", "[func_name1(params_name1=params_value1), func_name2(params)]"),
+    ],
+)
+def test_formats_are_those_that_a_system_message_tells(name: str, hint: str) -> None:
+    """As configured templates may have it: these families have none of their own, or several."""
+    assert dialect_of("{{ tools }}" + hint).tools is TOOL_FORMATS[name]
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_call_is_read_as_the_template_writes_it(name: str, tokenizer: Tokenizer) -> None:
     call_id = "functions.get_weather:0" if name == "kimi_k2" else past_call()["id"]

@@ -92,6 +92,12 @@ GOLDENS = {
         (HM, OK, *call(0, "get_weather", WEATHER), *call(1, "now", "{}")),
         opens=True,
     ),
+    "DeepSeek V3, cut off in the fence": Golden(
+        "deepseek_v3",
+        None,
+        f"<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n```json\n{WEATHER}\n``",
+        call(0, "get_weather", WEATHER),
+    ),
     "DeepSeek V3.1": Golden(
         "deepseek_v31",
         "think",
@@ -111,6 +117,19 @@ GOLDENS = {
             *call(1, "now", "{}", "functions.now:1"),
         ),
         opens=True,
+    ),
+    "Kimi K2 without arguments": Golden(
+        "kimi_k2",
+        None,
+        "<|tool_calls_section_begin|><|tool_call_begin|>functions.now:0<|tool_call_argument_begin|><|tool_call_end|>"
+        "<|tool_call_begin|>functions.now:1<|tool_call_argument_begin|> \n<|tool_call_end|><|tool_calls_section_end|>",
+        (*call(0, "now", "{}", "functions.now:0"), *call(1, "now", "{}", "functions.now:1")),
+    ),
+    "DeepSeek V3.1 without arguments, cut off behind the second name": Golden(
+        "deepseek_v31",
+        None,
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>now<｜tool▁sep｜><｜tool▁call▁end｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>",
+        (*call(0, "now", "{}"), ToolCallBegun(1, "id-1", "f")),
     ),
     "Mistral, a list": Golden(
         "mistral",
@@ -136,6 +155,12 @@ GOLDENS = {
     ),
     "Llama 3: an answer in JSON": Golden(
         "llama3_json", None, '\n{"name": "Ada", "age": 36}', (TextPiece('\n{"name": "Ada", "age": 36}'),)
+    ),
+    "Llama 3: an answer that has a name and no more": Golden(
+        "llama3_json", None, '{"name": "Ada"} it is', (TextPiece('{"name": "Ada"} it is'),)
+    ),
+    "Llama 3: an answer that is named as a tool is": Golden(
+        "llama3_json", None, '{"name": "now", "age": 36}', (TextPiece('{"name": "now", "age": 36}'),)
     ),
     "Llama 3: code behind the tag": Golden(
         "llama3_json", None, "<|python_tag|>print(1)", (TextPiece("<|python_tag|>print(1)"),)
@@ -171,6 +196,12 @@ GOLDENS = {
             ),
             *call(1, "now", "{}"),
         ),
+    ),
+    "Qwen3-Coder: text for a parameter that the tool does not have": Golden(
+        "qwen3_coder",
+        None,
+        "<tool_call>\n<function=now>\n<parameter=why>\n in time\n\n</parameter>\n</function>\n</tool_call>",
+        call(0, "now", '{"why": " in time\\n"}'),
     ),
     "Qwen3-Coder without the outer element": Golden(
         "qwen3_coder", None, "<function=now>\n</function>\n</tool_call>", call(0, "now", "{}")
@@ -258,6 +289,21 @@ GOLDENS = {
         "harmony",
         "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>Let me look.<|return|>",
         (HM, OK),
+    ),
+    "gpt-oss: two thoughts, and two messages for the user": Golden(
+        "harmony",
+        "harmony",
+        "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>analysis<|message|>Well.\n<|end|>"
+        "<|start|>assistant<|channel|>commentary<|message|>Let me look.<|end|>"
+        "<|start|>assistant<|channel|>final<|message|>\nIt rains.<|return|>",
+        (ReasoningPiece("hm\nWell."), TextPiece("Let me look.\nIt rains.")),
+    ),
+    "gpt-oss: two calls, one without arguments": Golden(
+        "harmony",
+        "harmony",
+        "<|channel|>commentary to=functions.now <|message|><|call|><|start|>assistant<|channel|>commentary "
+        f"to=functions.get_weather <|constrain|>json<|message|>{WEATHER}<|call|>",
+        (*call(0, "now", "{}"), *call(1, "get_weather", WEATHER)),
     ),
     "gpt-oss: without the form": Golden("harmony", "harmony", "assistant is here", (TextPiece("assistant is here"),)),
     "gpt-oss: a call that nobody asked for": Golden(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from atom_cluster.api.parsers import values
 from atom_cluster.api.parsers.values import ToolSchemas
 
 
@@ -69,7 +70,38 @@ def test_schemas_that_go_in_circles_or_grow_are_read_once() -> None:
     root = {
         "type": "object",
         "properties": {"p": circle},
-        "$defs": {"A": {"anyOf": [*[circle] * 1000, {"type": "string"}]}},
+        "$defs": {"A": {"anyOf": [*[circle] * 20, {"type": "string"}]}},
     }
     assert ToolSchemas({"f": root}).types("f", "p") == {"string"}
     assert ToolSchemas({"f": None}).types("f", "p") == set()
+
+
+def test_the_arguments_themselves_may_be_a_reference() -> None:
+    """As schemas of models that contain themselves are."""
+    arguments = {"type": "object", "properties": {"p": {"type": "string"}, "next": {"$ref": "#/$defs/A"}}}
+    schemas = ToolSchemas({"f": {"$ref": "#/$defs/A", "$defs": {"A": arguments}}})
+    assert schemas.arguments("f") is arguments and schemas.arguments("g") == {}
+    assert (schemas.types("f", "p"), schemas.types("f", "next")) == ({"string"}, {"object"})
+
+
+def test_what_takes_long_to_look_up_means_any_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of parameters may name the same long list: the work must not be the product of both."""
+    num_read = 0
+
+    def count(schema: Any, own: Any = values._own_types) -> Any:
+        nonlocal num_read
+        num_read += 1
+        return own(schema)
+
+    monkeypatch.setattr(values, "_own_types", count)
+    definitions = {
+        "long": {"anyOf": [{"const": i} for i in range(5000)]},
+        "values": {"enum": [*range(5000)]},
+        "far": {"$ref": "#/" + "$defs/" * 5000 + "values"},
+    }
+    root = {"properties": {f"{name}-{i}": {"$ref": f"#/$defs/{name}"} for name in definitions for i in range(100)}}
+    schemas = ToolSchemas({"f": {**root, "$defs": definitions}})
+    assert {schemas.types("f", f"long-{i}") for i in range(100)} == {frozenset()}
+    assert {schemas.types("f", f"values-{i}") for i in range(100)} == {frozenset({"number"})}
+    assert schemas.types("f", "far-0") == set()
+    assert num_read == 3

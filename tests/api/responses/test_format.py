@@ -125,6 +125,36 @@ def test_a_failure_keeps_what_was_done_and_hides_bugs(tokenizer: Tokenizer) -> N
         assert "internals" not in json.dumps(event)
 
 
+def test_a_part_that_has_begun_has_no_log_probabilities_yet(tokenizer: Tokenizer) -> None:
+    """Whatever arrives with it: events are written after all of them were made."""
+    *ids, end = tokenizer.encode("abc")
+    scores = [TokenScore(token_id, TokenLogprobs(-0.5), 0) for token_id in ids]
+    last = [TokenScore(end, TokenLogprobs(-0.5), 0)]
+    words = ResponsesFormat(begun(), tokenizer, has_logprobs=True)
+    structs = words.chunks(OutputNews(0, pieces_of("ab"), scores)) + words.chunks(OutputNews(0, [], last, "stop"))
+    events = {event["type"].removeprefix("response."): event for event in map(as_json, structs)}
+    assert events["content_part.added"]["part"]["logprobs"] == []
+    assert [entry["token"] for entry in events["output_text.delta"]["logprobs"]] == ["a", "b"]
+    assert [entry["token"] for entry in events["output_text.done"]["logprobs"]] == ["a", "b", "c"]
+    assert events["content_part.done"]["part"]["logprobs"] == events["output_text.done"]["logprobs"]
+
+
+def test_each_text_has_its_own_log_probabilities(tokenizer: Tokenizer) -> None:
+    words = ResponsesFormat(begun(), tokenizer, has_logprobs=True)
+    structs = []
+    for text, token in (("a", "a"), ("[think]hm", "h"), ("b", "b")):
+        scores = [TokenScore(token_id, TokenLogprobs(-0.5), 0) for token_id in tokenizer.encode(token)]
+        structs += words.chunks(OutputNews(0, pieces_of(text), scores))
+    structs += words.chunks(OutputNews(0, [], [], "stop"))
+    texts = [event for event in map(as_json, structs) if event["type"].endswith("output_text.done")]
+    found = [(event["text"], [entry["token"] for entry in event["logprobs"]]) for event in texts]
+    assert found == [("a", ["a"]), ("b", ["h", "b"])]
+
+
+def as_json(struct: msgspec.Struct) -> dict:
+    return json.loads(msgspec.json.encode(struct))
+
+
 def test_log_probabilities_come_with_the_text(tokenizer: Tokenizer) -> None:
     scores = [TokenScore(token_id, TokenLogprobs(-0.5), 0) for token_id in tokenizer.encode("ab")]
     news = [OutputNews(0, pieces_of("ab"), scores, "stop")]

@@ -8,6 +8,9 @@ from collections.abc import Callable
 import openai
 import pytest
 
+from atom_cluster.api.http.request_body import validate
+from atom_cluster.api.responses.conversion import chat_request
+from atom_cluster.api.responses.requests import ResponsesRequest
 from atom_cluster.api.text.tokenizer import Tokenizer
 from atom_cluster.errors import Overloaded, RequestFailed
 from tests.api.conftest import MODEL, Api, Serve
@@ -93,6 +96,17 @@ async def test_items_become_the_conversation(hello: Api, tokenizer: Tokenizer) -
     expected = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns) + "<|im_start|>assistant\n"
     assert "message['role']" in TEMPLATE
     assert tokenizer.decode(hello.generator.requests[0].token_ids, skip_special_tokens=False) == expected
+
+
+def test_items_of_one_turn_are_one_message() -> None:
+    """Its thoughts, its text, its calls; what follows calls or text is another turn."""
+    call = {"type": "function_call", "name": "f", "arguments": "{}"}
+    thought = {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "hm"}]}
+    said = {"type": "message", "role": "assistant", "content": "a"}
+    items = [thought, said, {**call, "call_id": "1"}, {**call, "call_id": "2"}, said, said, thought]
+    chat = chat_request(validate(ResponsesRequest, {"model": "m", "input": items}))
+    found = [(turn.reasoning_content, turn.content, len(turn.tool_calls or ())) for turn in chat.messages]
+    assert found == [("hm", "a", 2), (None, "a", 0), (None, "a", 0), ("hm", "", 0)]
 
 
 async def test_an_answer_can_be_sent_back(hello: Api) -> None:

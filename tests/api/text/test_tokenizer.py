@@ -53,6 +53,26 @@ def test_special_tokens_do_not_swallow_spaces_of_sentencepiece_words(tokens: lis
     assert "".join(pushed_one_by_one(SENTENCEPIECE, ids)) == SENTENCEPIECE.decode(ids)
 
 
+def test_an_output_goes_on_where_its_prompt_ended() -> None:
+    """A decoder that strips the space of the first word takes no output's first word for that."""
+    the, cat = (SENTENCEPIECE.token_id(word) for word in ("\u2581the", "\u2581cat"))
+    end = SENTENCEPIECE.token_id("</s>")
+    assert the is not None and cat is not None
+    for before, text in ((the, " cat the"), (end, "cat the"), (None, "cat the")):
+        detokenizer = IncrementalDetokenizer(SENTENCEPIECE, before=before)
+        assert detokenizer.push((cat,)) + detokenizer.push((the,)) + detokenizer.flush() == text
+
+
+@pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, SENTENCEPIECE], ids=["byte_level", "sentencepiece"])
+def test_tokens_begin_in_their_text_where_the_ones_before_them_end(tokenizer: Tokenizer) -> None:
+    mark = "</s>" if tokenizer is SENTENCEPIECE else "<|im_start|>"
+    text = f"a {mark}é the"
+    offsets = dict(zip(tokenizer.offsets(text), tokenizer.encode(text)))
+    assert sorted(offsets) == [0, 1, 2, 2 + len(mark), 3 + len(mark), *range(4 + len(mark), len(text))]
+    assert tokenizer.token_text(offsets[2]) == mark
+    assert tokenizer.offsets("€") == ([0, 0, 0] if tokenizer is BYTE_LEVEL else [0, 0, 0, 0])
+
+
 @given(st.text(max_size=40), st.integers(1, 7))
 def test_grouping_of_tokens_does_not_change_text_or_stop(text: str, size: int) -> None:
     ids = BYTE_LEVEL.encode(text + "ab€ stop tail")
