@@ -6,27 +6,14 @@ from collections.abc import Callable
 
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
-from schemathesis import Case, Response
-from schemathesis.checks import CheckContext, not_a_server_error
+from schemathesis import Case
 from schemathesis.generation import GenerationMode
-from schemathesis.specs.openapi.checks import (
-    content_type_conformance,
-    response_schema_conformance,
-    status_code_conformance,
-)
 
 from atom_cluster.api.protection.access import ACCESS_BY_ROUTE
 from atom_cluster.api.text.tokenizer import Tokenizer
 from tests.api.conftest import Api
+from tests.api.page_checks import CHECKS
 
-
-def json_conformance(context: CheckContext, response: Response, case: Case) -> bool | None:
-    """As the page says, if it is JSON. It calls a stream of events a string; the fuzzer would check each event."""
-    is_json = response.headers["content-type"] == ["application/json"]
-    return response_schema_conformance(context, response, case) if is_json else None
-
-
-CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, json_conformance]
 NUM_EXAMPLES = 4
 """Per route, of requests that fit the page and of those that do not."""
 FEW = settings(

@@ -18,7 +18,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster
         REPO / "configs" / "smollm2_cpu.yaml",
         directory / "cluster.yaml",
         scheduler={"max_waiting_requests": 128, "max_num_requests": 64},
-        api={"max_body_bytes": 4 * 1024 * 1024, "body_timeout_s": 6.0},
+        api={
+            "max_body_bytes": 4 * 1024 * 1024,
+            "body_timeout_s": 6.0,
+            # The checkpoint's own knows no tools, and clients could not ask for any.
+            "chat_template": str(Path(__file__).with_name("smollm2_tools.jinja")),
+        },
         # All prompts of any length go to prefill, so that tests know what they test.
         kv_transfer={"conditional_prefill": False},
         # Less than answers take, so that some of them move when their replica is stopped.

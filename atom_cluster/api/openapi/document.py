@@ -11,10 +11,11 @@ from starlette.routing import BaseRoute
 from atom_cluster import __version__
 from atom_cluster.api.anthropic.errors import MessagesError, speaks_anthropic
 from atom_cluster.api.http.request_id import HEADER
-from atom_cluster.api.http.request_terms import MAX_PRIORITY, MAX_TIMEOUT_MS, PRIORITY_HEADER, TIMEOUT_HEADER
+from atom_cluster.api.http.request_terms import MAX_TIMEOUT_MS, PRIORITY_HEADER, TIMEOUT_HEADER
 from atom_cluster.api.openai.wire import ErrorBody
 from atom_cluster.api.openapi.operation import SERVED_MODEL, Example, Operation, operation_of
 from atom_cluster.api.openapi.schemas import components, reference
+from atom_cluster.config.protection import MAX_PRIORITY
 
 Json = dict[str, Any]
 
@@ -33,6 +34,13 @@ _ERRORS = {
     504: "The request's deadline passed.",
 }
 _RETRY_AFTER = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}}
+_TIMELINE_LINK = {
+    "timeline": {
+        "operationId": "get_v1_requests_request_id_timeline",
+        "parameters": {"request_id": f"$response.header.{HEADER}"},
+        "description": "Where the time of this request went.",
+    }
+}
 _DESCRIPTION = (
     "OpenAI's API, Anthropic's messages, and what those who run the cluster ask it. Unknown fields are errors; `null` "
     "means not given. Every answer has the header `X-Request-Id`: the request's own, if it is fit, or a new one."
@@ -87,6 +95,8 @@ def _operation(operation: Operation, path: str, method: str, model: str) -> Json
         result["description"] = operation.description
     if operation.is_open:
         result["security"] = []
+    if operation.takes_terms:
+        result["responses"]["200"]["links"] = _TIMELINE_LINK
     if operation.request is not None:
         result["requestBody"] = _body(operation, model)
     for status in operation.errors:
@@ -104,7 +114,8 @@ def _parameters(operation: Operation) -> list[Json]:
         timeout = {"type": "integer", "minimum": 1, "maximum": MAX_TIMEOUT_MS}
         priority = {"type": "integer", "minimum": -MAX_PRIORITY, "maximum": MAX_PRIORITY}
         found.append(_header(TIMEOUT_HEADER, "When to give up, in milliseconds from the request's arrival.", timeout))
-        found.append(_header(PRIORITY_HEADER, "Lower runs first; 0 is usual. The body's `priority` wins.", priority))
+        words = "Lower runs first; 0 is usual. The body's `priority` wins. An API key may ask for some only."
+        found.append(_header(PRIORITY_HEADER, words, priority))
     return found
 
 

@@ -51,6 +51,20 @@ def test_every_route_is_described(api: Api, document: Json) -> None:
     assert len(described) >= 19
 
 
+def test_links_lead_from_generations_to_an_operation_and_its_parameters(document: Json) -> None:
+    found = [one for item in document["paths"].values() for one in item.values()]
+    parameters_of = {one["operationId"]: {it["name"] for it in one["parameters"]} for one in found}
+    linked = {one["operationId"]: one["responses"]["200"].get("links", {}) for one in found}
+    assert {name for name, links in linked.items() if "timeline" in links} == {
+        "post_v1_chat_completions",
+        "post_v1_completions",
+        "post_v1_responses",
+        "post_v1_messages",
+    }
+    for link in (link for links in linked.values() for link in links.values()):
+        assert link["parameters"].keys() <= parameters_of[link["operationId"]]
+
+
 def test_the_api_s_page_lists_every_route(document: Json) -> None:
     page = (Path(__file__).parents[3] / "docs" / "api.md").read_text(encoding="utf-8")
     table = page.partition("## Endpoints")[2].partition("\n\n`/openapi.json`")[0]
