@@ -37,6 +37,7 @@ from atom_cluster.errors import ConfigError, ContextLengthExceeded, InvalidReque
 from atom_cluster.gang.local_gang import open_local_gang
 from atom_cluster.llm_output import GenerationOutput, OutputBuilder, StreamCallback, StreamedOutput
 from atom_cluster.messages.cluster import PeerAddress
+from atom_cluster.messages.failures import error_of
 from atom_cluster.messages.profile import ProfileAnswer, StartProfile, StopProfile
 from atom_cluster.messages.requests import (
     CancelRequest,
@@ -164,17 +165,19 @@ class LLMEngine:
     ) -> list[GenerationOutput]:
         """Outputs of all prompts, in order; `n` consecutive ones per prompt.
 
-        Raises InvalidRequest for a wrong prompt or parameter before anything runs, RequestFailed when a request ends
-        with an error.
+        Raises InvalidRequest for a wrong prompt or parameter before anything runs. When a request ends with an error,
+        all others are computed, and then the error of the first one is raised: InvalidRequest or Overloaded when the
+        engine refused it, RequestFailed when it could not finish it.
         """
         wanted = self.add_request(prompts, sampling_params, request_ids=request_ids)
         outputs: dict[str, GenerationOutput] = {}
         while any(request_id in self._open for request_id in wanted):
             for output in self.step():
                 outputs[output["request_id"]] = output
-        for output in outputs.values():
-            if "error" in output:
-                raise RequestFailed(f"{output['request_id']}: {output['error'].kind}: {output['error'].message}")
+        for request_id in wanted:
+            if "error" in outputs[request_id]:
+                error = outputs[request_id]["error"]
+                raise error_of(replace(error, message=f"{request_id}: {error.message}"))
         return [outputs[request_id] for request_id in wanted]
 
     def add_request(

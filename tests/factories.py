@@ -17,9 +17,10 @@ from atom_cluster.kv_cache.block_manager import BlockManager
 from atom_cluster.kv_cache.block_pool import BlockPool
 from atom_cluster.kv_cache.layout import PageGroup
 from atom_cluster.messages.cluster import PeerAddress
-from atom_cluster.messages.requests import EngineRequest, SamplingParams
+from atom_cluster.messages.requests import EngineRequest, GrammarSpec, SamplingParams
 from atom_cluster.messages.steps import NewRow, RowStep, StepPlan
 from atom_cluster.observability.metrics import MetricSink, NullMetrics
+from atom_cluster.structured.compiler import GrammarCompiler
 from tests.fakes import Network, VirtualClock
 
 BLOCK_SIZE = 4
@@ -50,6 +51,7 @@ def make_message(
     min_tokens: int = 0,
     ignore_eos: bool = False,
     logprobs: int | None = None,
+    grammar: GrammarSpec | None = None,
 ) -> EngineRequest:
     """A request as an ingress sends it."""
     sampling = SamplingParams(
@@ -59,6 +61,7 @@ def make_message(
         stop_token_ids=stop_token_ids,
         ignore_eos=ignore_eos,
         logprobs=logprobs,
+        grammar=grammar,
     )
     return EngineRequest(
         request_id=request_id,
@@ -130,6 +133,7 @@ def make_runner(
     other_groups: tuple[PageGroup, ...] = (),
     max_drafts: int = 0,
     draft_acceptance: float = 0.7,
+    grammars: GrammarCompiler | None = None,
 ) -> SimulatedRunner:
     """A simulated device."""
     return SimulatedRunner(
@@ -144,6 +148,7 @@ def make_runner(
         block_size=block_size,
         max_num_requests=num_rows,
         max_model_len=max_model_len,
+        grammars=grammars,
         clock=clock,
     )
 

@@ -207,6 +207,14 @@ def test_request_ids_in_use_are_refused(engine: LLMEngine) -> None:
         engine.add_request(["Hi", "you"], GREEDY, request_ids=["a", "a"])
 
 
+def test_what_the_engine_refuses_is_raised_as_what_it_is_when_the_others_are_through(engine: LLMEngine) -> None:
+    bad = SamplingParams(max_tokens=2, logit_bias=((10**6, 1.0),))
+    with pytest.raises(InvalidRequest, match="bad: logit_bias: token ids must be in") as caught:
+        engine.generate([[5, 6], [7, 8]], [bad, GREEDY], request_ids=["bad", "good"])
+    assert caught.value.param == "logit_bias"
+    assert engine.is_finished()
+
+
 def test_an_unknown_option_is_a_type_error_that_names_the_nearest() -> None:
     with pytest.raises(TypeError, match="`blok_size`; did you mean `block_size`"):
         LLMEngine("anywhere", blok_size=8)  # type: ignore[arg-type]

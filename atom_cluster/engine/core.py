@@ -8,12 +8,9 @@ go out in one message per client and turn, first tokens from prefill before that
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import msgspec
 
@@ -22,25 +19,37 @@ from atom_cluster.config.transfer import KvTransferConfig
 from atom_cluster.engine.admission import make_request
 from atom_cluster.engine.decode_side import DecodeSide
 from atom_cluster.engine.draining import Draining, draining
+from atom_cluster.engine.grammar_desk import GrammarDesk
 from atom_cluster.engine.inbox import DrainWanted, Inbox, Item, Lost, SnapshotWanted
+from atom_cluster.engine.open_requests import OpenRequests
 from atom_cluster.engine.prefill_side import PrefillSide
 from atom_cluster.engine.profiling import ProfileDesk
 from atom_cluster.engine.protocols import EngineInput, Outbox, StepRunner
 from atom_cluster.engine.replies import Replies
 from atom_cluster.engine.reporting import CacheReporter, count_prefix, queue_details, take_status
-from atom_cluster.engine.request import Phase, Request
-from atom_cluster.engine.results import NewTokens, append_tokens, confirm_row, end_before_first, failure_of, note_scores
+from atom_cluster.engine.request import Request
+from atom_cluster.engine.results import (
+    NewTokens,
+    append_tokens,
+    cannot_structure,
+    confirm_row,
+    end_before_first,
+    failure_of,
+    note_scores,
+)
 from atom_cluster.engine.scheduler import ScheduledRow, Scheduler
 from atom_cluster.engine.speculation import DraftStatistics
 from atom_cluster.engine.speed import SpeedMeter
 from atom_cluster.engine.step_meter import StepMeter
-from atom_cluster.errors import AtomClusterError, EngineLost, InvalidRequest, Overloaded, RequestTimeout
+from atom_cluster.engine.step_pipeline import StepPipeline
+from atom_cluster.errors import AtomClusterError, EngineLost, InvalidRequest, Overloaded
 from atom_cluster.kv_cache.block_manager import BlockManager
 from atom_cluster.kv_cache.prefix_hash import fingerprint_of, seed_of
 from atom_cluster.messages.cluster import EngineStatus, PeerAddress
+from atom_cluster.messages.grammars import GrammarReady
 from atom_cluster.messages.profile import StartProfile, StopProfile, WindowWritten
 from atom_cluster.messages.requests import CancelRequest, EngineRequest, TokenDelta
-from atom_cluster.messages.steps import SampledTokens, StepPlan
+from atom_cluster.messages.steps import SampledTokens
 from atom_cluster.messages.transfer import (
     BlocksTagged,
     KvCommand,
@@ -57,19 +66,11 @@ from atom_cluster.messages.transfer import (
 from atom_cluster.observability.metrics import PROMPT_TOKENS, MetricSink
 
 _KV_POLL_S = 0.0002
-"""How often an otherwise idle engine looks for the end of KV reads and checksums."""
+"""How often an otherwise idle engine looks for the end of KV reads, checksums and compilations of grammars."""
 _BLOCKED_WAIT_S = 0.01
 """Longest sleep of an engine whose requests all wait for something."""
 _IDLE_WAIT_S = 0.1
 """Longest sleep of an idle engine; leases, deadlines and reports are looked at this often."""
-
-
-@dataclass(frozen=True, slots=True)
-class _InFlight:
-    """A plan that was submitted and not collected."""
-
-    plan: StepPlan
-    rows: list[ScheduledRow]
 
 
 class EngineCore:
@@ -95,7 +96,6 @@ class EngineCore:
         self._info = info
         self._metrics = metrics
         self._clock = clock
-        self._depth = 2 if scheduler.async_scheduling else 1
         self.fingerprint = fingerprint_of(info.fingerprint_fields)
         self._blocks = BlockManager(
             num_blocks=info.num_blocks,
@@ -114,7 +114,9 @@ class EngineCore:
             max_drafts=info.max_drafts,
         )
         self._speed = SpeedMeter(scheduler, block_size=info.block_size, clock=clock)
-        self._meter = StepMeter(metrics, clock)
+        self._pipeline = StepPipeline(
+            runner, depth=2 if scheduler.async_scheduling else 1, meter=StepMeter(metrics, clock)
+        )
         self.drafts = DraftStatistics(metrics)
         self._replies = Replies(outbox, metrics, clock)
         self._reporter = CacheReporter(
@@ -151,13 +153,13 @@ class EngineCore:
             metrics=metrics,
             clock=clock,
         )
+        self._open = OpenRequests(
+            scheduler=self._scheduler, blocks=self._blocks, replies=self._replies, cancel_remote=self._decode.cancel
+        )
+        self._grammars = GrammarDesk(num_rows=self._scheduler.num_rows, metrics=metrics, clock=clock)
         self._draining = Draining()
         self._profile = ProfileDesk(refusal=info.profile_refusal, replica=peer.peer_id, outbox=outbox)
         self._inbox = Inbox(clock)
-        self._requests: dict[str, Request] = {}
-        self._deadlines: list[tuple[float, int, str]] = []  # of requests that are over, too, and so not the requests
-        self._in_flight: deque[_InFlight] = deque()
-        self._step_ids = itertools.count()
         self._orders = itertools.count()
         self._is_busy = False
         self._is_stopping = False
@@ -219,7 +221,7 @@ class EngineCore:
         self._decode.start_queued()
         is_planned = self._plan()
         self._report()
-        is_result_due = bool(self._in_flight) and (len(self._in_flight) >= self._depth or not is_planned)
+        is_result_due = not self._pipeline.is_empty and (self._pipeline.is_full or not is_planned)
         if is_result_due:
             self._replies.flush()  # a first token from prefill is not to wait for this engine's step
             self._collect()
@@ -237,9 +239,9 @@ class EngineCore:
         )
 
     def _patience(self, wait_s: float) -> float:
-        if self._in_flight or self._is_busy:
+        if self._is_busy or not self._pipeline.is_empty:
             return 0.0
-        if self._awaits_kv():
+        if self._awaits_kv() or self._grammars.is_waiting:
             return min(wait_s, _KV_POLL_S)
         if self._profile.is_waiting:
             return min(wait_s, _BLOCKED_WAIT_S)
@@ -248,8 +250,12 @@ class EngineCore:
 
     def _has_work(self) -> bool:
         has_tickets = len(self._prefill.tickets) + len(self._decode.tickets)
-        has_command = self._kv_commands or self._profile.has_command
-        return bool(self._in_flight or self._requests or has_command or has_tickets)
+        return bool(not self._pipeline.is_empty or len(self._open) or self._has_commands or has_tickets)
+
+    @property
+    def _has_commands(self) -> bool:
+        """Whether ranks are to be told something besides what to compute."""
+        return bool(self._kv_commands) or self._profile.has_command or self._grammars.has_commands
 
     def _plan(self) -> bool:
         step = self._scheduler.schedule(prompt_limit=self._speed.prompt_limit())
@@ -257,24 +263,21 @@ class EngineCore:
             self._prefill.give_up(
                 step.starved, Overloaded("prompts of other engines hold all pages", retry_after_s=1.0)
             )
-        if not (step.rows or step.freed_rows or self._kv_commands or self._profile.has_command):
+        for request in step.unprepared:
+            self._grammars.begin(request)
+        if not (step.rows or step.freed_rows or self._has_commands):
             return False
-        plan = StepPlan(
-            step_id=next(self._step_ids),
-            freed_rows=step.freed_rows,
-            new_rows=tuple(step.new_rows),
-            rows=tuple(step.steps),
+        self._pipeline.submit(
+            step,
             kv=tuple(self._kv_commands),
             profile=self._profile.take_command(),
+            grammars=self._grammars.take_commands(),
         )
         self._kv_commands.clear()
-        self._runner.submit(plan)
-        self._in_flight.append(_InFlight(plan, step.rows))
-        self._meter.submitted(step)
         return True
 
     def _collect(self) -> None:
-        while (result := self._runner.collect(_KV_POLL_S if self._awaits_kv() else self._decode.patience_s)) is None:
+        while (step := self._pipeline.collect(_KV_POLL_S if self._awaits_kv() else self._decode.patience_s)) is None:
             # A step may take longer than a lease, and much longer than the checksums that a first token waits for.
             self._decode.renew(self._clock())
             for report in self._runner.poll_kv():
@@ -284,16 +287,12 @@ class EngineCore:
                 self._take_in(self._inbox.drain(0.0))
                 self._decode.start_queued()
                 self._replies.flush()
-        flight = self._in_flight.popleft()
-        if result.step_id != flight.plan.step_id:
-            raise AssertionError(f"step {flight.plan.step_id} was submitted, {result.step_id} came back")
-        self._meter.collected(flight.rows, result)
-        note_scores(flight.rows, flight.plan.rows, result.prompt_scores)
-        if flight.plan.rows:
-            self._scheduler.note_step_time(sum(row.num_prompt_tokens for row in flight.rows), result.run_s)
-            self._speed.note_step(flight.rows, result.run_s)
-        sampled = iter(result.sampled)
-        for row in flight.rows:
+        note_scores(step.rows, step.steps, step.result.prompt_scores)
+        if step.rows:
+            self._scheduler.note_step_time(sum(row.num_prompt_tokens for row in step.rows), step.result.run_s)
+            self._speed.note_step(step.rows, step.result.run_s)
+        sampled = iter(step.result.sampled)
+        for row in step.rows:
             self._apply(row, next(sampled) if row.samples else None)
 
     def _awaits_kv(self) -> bool:
@@ -323,7 +322,7 @@ class EngineCore:
         elif new is not None:
             self._replies.tokens(request, new)
             if new.finish_reason is not None:
-                self._retire(request)
+                self._open.finish(request)
 
     # --- tokens
 
@@ -337,14 +336,7 @@ class EngineCore:
         count_prefix(request, self._metrics)
         self._replies.tokens(request, new)
         if new.finish_reason is not None:
-            del self._requests[request.request_id]
-            request.phase = Phase.DONE
-
-    def _retire(self, request: Request) -> None:
-        """A request that this engine schedules has ended."""
-        del self._requests[request.request_id]
-        self._scheduler.remove(request)
-        self._blocks.release(request.table)
+            self._open.finish(request)
 
     # --- messages
 
@@ -359,7 +351,7 @@ class EngineCore:
         if isinstance(message, EngineRequest):
             self._add_request(source, message, came_s)
         elif isinstance(message, CancelRequest):
-            self._cancel(source, message.request_id)
+            self._open.cancel(source, message.request_id)
         elif isinstance(message, PrefillOrder):
             self._add_order(source, message, came_s)
         elif isinstance(message, PrefillAccepted):
@@ -388,6 +380,9 @@ class EngineCore:
             self._prefill.on_tagged(report)
         elif isinstance(report, WindowWritten):
             self._profile.on_written(report)
+        elif isinstance(report, GrammarReady):
+            for request in self._grammars.on_ready(report):
+                self._fail(request, cannot_structure(report.error or ""))
         else:
             self._decode.on_read(report)
 
@@ -398,10 +393,9 @@ class EngineCore:
             return self._replies.refuse(client, message.request_id, exc)
         if (reason := end_before_first(request, max_model_len=self._info.max_model_len)) is not None:
             return self._replies.end(request, reason)
-        self._requests[request.request_id] = request
+        self._open.add(request, deadline_s=message.deadline_s)
         self._metrics.inc(PROMPT_TOKENS, request.num_prompt)
-        if message.deadline_s is not None:
-            heapq.heappush(self._deadlines, (request.arrived_s + message.deadline_s, request.order, request.request_id))
+        self._grammars.open(request)
         if message.prefill is not None and self._decode.wants(request):
             self._decode.add(request, message.prefill)
         else:
@@ -409,7 +403,7 @@ class EngineCore:
 
     def _admit(self, client: str, message: EngineRequest, came_s: float) -> Request:
         self._draining.refuse_new()
-        if message.request_id in self._requests:
+        if message.request_id in self._open:
             raise InvalidRequest(f"request id {message.request_id!r} is in use", param="request_id")
         self._scheduler.check_room(num_elsewhere=self._decode.num_queued)
         return make_request(message, client=client, info=self._info, order=next(self._orders), now_s=came_s)
@@ -423,35 +417,19 @@ class EngineCore:
             self._prefill.open(order, peer_id=peer_id, request=request, now_s=self._clock())
         except AtomClusterError as exc:
             return self._prefill.refuse(order, peer_id=peer_id, error=exc)
+        self._grammars.open(request)
         self._scheduler.add(request)
 
     # --- ends
-
-    def _cancel(self, client: str, request_id: str) -> None:
-        request = self._requests.get(request_id)
-        if request is not None and request.client == client:
-            self._abort(request)
-            self._replies.note_end(request, "abort")
-
-    def _abort(self, request: Request) -> None:
-        """End a request of a client, whatever it is doing."""
-        if request.phase is Phase.REMOTE:
-            del self._requests[request.request_id]
-            self._decode.cancel(request)
-        else:
-            self._retire(request)
 
     def _fail(self, request: Request, error: AtomClusterError) -> None:
         """A request cannot go on. Others are none the worse."""
         if request.ticket_id is not None:
             return self._prefill.give_up(request, error)
-        self._abort(request)
-        self._replies.error(request, error)
+        self._open.fail(request, error)
 
     def _drop(self, peer_id: str) -> None:
-        for request in [request for request in self._requests.values() if request.client == peer_id]:
-            self._abort(request)
-            self._replies.note_end(request, "abort")
+        self._open.drop_client(peer_id)
         self._prefill.drop_peer(peer_id)
         self._decode.drop_peer(peer_id)
         self._replies.forget(peer_id)
@@ -460,35 +438,26 @@ class EngineCore:
         # With drafts a step may yield several tokens.
         now_s, token_s = self._clock(), self._speed.decode_step_s / (1 + self._info.max_drafts)
         self._draining.begin(timeout_s, now_s=now_s)
-        for request in list(self._requests.values()):
+        for request in self._open.all():
             if self._draining.leaves_at_once(request, token_s=token_s, now_s=now_s):
-                self._move(request)
-
-    def _move(self, request: Request) -> None:
-        self._abort(request)
-        self._replies.move(request, draining())
+                self._open.move(request, draining())
 
     def _tick(self) -> None:
         now_s = self._clock()
         if self._draining.is_over(now_s):
-            for request in list(self._requests.values()):
-                self._move(request)
+            for request in self._open.all():
+                self._open.move(request, draining())
             self._prefill.give_up_all(draining())
         self._prefill.expire(now_s)
         self._decode.tick(now_s)
-        while self._deadlines and self._deadlines[0][0] <= now_s:
-            _, order, request_id = heapq.heappop(self._deadlines)
-            late = self._requests.get(request_id)
-            if late is not None and late.order == order:
-                self._fail(late, RequestTimeout("the request did not finish within its deadline"))
+        self._open.expire(now_s)
 
     def _fail_everything(self, error: AtomClusterError) -> None:
         """The runner is unusable: tell everybody, so that nobody waits for an engine that will not answer."""
         self._prefill.abandon(error)
         self._decode.abandon()
         self._profile.fail(str(error))
-        for request in self._requests.values():
-            self._replies.error(request, error)
+        self._open.tell_all(error)
         for source, message, _ in self._inbox.drain(0.0):
             if isinstance(message, EngineRequest):
                 self._replies.refuse(source, message.request_id, error)

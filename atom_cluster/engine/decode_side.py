@@ -371,7 +371,7 @@ class DecodeSide:
 
     def cancel(self, request: Request) -> None:
         """A request in `Phase.REMOTE` is over."""
-        request.phase = Phase.DONE
+        request.end()
         self._queue = [entry for entry in self._queue if entry[0] is not request]
         for ticket in self.tickets.of_request(request):
             self._end(ticket, wants_fallback=False)

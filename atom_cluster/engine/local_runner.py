@@ -65,7 +65,7 @@ class _Steps(Protocol):
         ...
 
     def poll_kv(self) -> list[RankReport]:
-        """This rank's reports on KV commands since the last call."""
+        """This rank's reports since the last call."""
         ...
 
     def close(self) -> None:
@@ -192,7 +192,7 @@ class LocalRunner:
             raise
 
     def poll_kv(self) -> list[Report]:
-        """Reports of KV commands and profiler windows that ended since the last call."""
+        """Reports of KV commands, profiler windows and compilations of grammars that ended since the last call."""
         self._check_usable()
         combined = (self._combiner.add(report) for report in self._steps.poll_kv())
         return [report for report in combined if report is not None]

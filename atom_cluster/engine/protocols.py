@@ -115,8 +115,8 @@ class StepRunner(Protocol):
         ...
 
     def poll_kv(self) -> Sequence[Report]:
-        """Reports of KV commands and profiler windows that ended since the last call, combined over ranks. Never
-        blocks."""
+        """Reports of KV commands, profiler windows and compilations of grammars that ended since the last call,
+        combined over ranks. Never blocks."""
         ...
 
     def close(self) -> None:

@@ -10,13 +10,9 @@ import msgspec
 from atom_cluster.engine.protocols import Outbox
 from atom_cluster.engine.request import Phase, Request
 from atom_cluster.engine.results import NewTokens
-from atom_cluster.errors import AtomClusterError, InvalidRequest, NotReady, Overloaded
-from atom_cluster.messages.requests import (
-    FinishReason,
-    RequestError,
-    TokenBatch,
-    TokenDelta,
-)
+from atom_cluster.errors import AtomClusterError, InvalidRequest, NotReady
+from atom_cluster.messages.failures import message_of
+from atom_cluster.messages.requests import FinishReason, TokenBatch, TokenDelta
 from atom_cluster.observability.logging import get_logger
 from atom_cluster.observability.metrics import (
     E2E_S,
@@ -162,10 +158,4 @@ def _batches(deltas: Sequence[TokenDelta]) -> Iterator[tuple[TokenDelta, ...]]:
 
 def error_delta(request_id: str, first_index: int, error: AtomClusterError) -> TokenDelta:
     """The last delta of a request that failed."""
-    wire_error = RequestError(
-        kind=type(error).__name__,
-        message=str(error),
-        param=error.param if isinstance(error, InvalidRequest) else None,
-        retry_after_s=error.retry_after_s if isinstance(error, Overloaded) else None,
-    )
-    return TokenDelta(request_id=request_id, first_index=first_index, finish_reason="error", error=wire_error)
+    return TokenDelta(request_id=request_id, first_index=first_index, finish_reason="error", error=message_of(error))

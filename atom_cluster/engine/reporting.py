@@ -51,7 +51,8 @@ class QueueDetails:
 
 def queue_details(scheduler: Scheduler, prefill: PrefillSide, decode: DecodeSide) -> QueueDetails:
     """Looks at every request that waits and every ticket."""
-    waiting = {"new": 0, "preempted": 0, "kv_arrived": 0, "kv_room": decode.num_queued} | scheduler.waiting_by_reason()
+    waiting = {"new": 0, "preempted": 0, "kv_arrived": 0, "grammar": 0, "kv_room": decode.num_queued}
+    waiting |= scheduler.waiting_by_reason()
     states = ("computing", "publishing", "published", "asked", "receiving", "draining")
     tickets = Counter(ticket.state_name for ticket in prefill.tickets.all())
     tickets += Counter(ticket.state.value for ticket in decode.tickets.all())

@@ -12,7 +12,7 @@ import msgspec
 
 from atom_cluster.engine.marks import Marks
 from atom_cluster.kv_cache.block_manager import BlockTable
-from atom_cluster.messages.requests import PromptScore, SamplingParams
+from atom_cluster.messages.requests import GrammarSpec, PromptScore, SamplingParams
 from atom_cluster.messages.timing import SpanName
 
 
@@ -27,6 +27,20 @@ class Phase(Enum):
     """Prefill computes it, or its blocks are on the way."""
     DONE = "done"
     """Answered or given up; only plans in flight may still touch its blocks."""
+
+
+@dataclass(slots=True, eq=False)
+class EngineGrammar:
+    """A grammar that requests of one engine share. Changed by `engine.grammar_desk` only, but for its users."""
+
+    spec: GrammarSpec
+    """`after` is that of one of the requests."""
+    grammar_id: int | None = None
+    """What ranks know it by; None: they have not been told."""
+    is_ready: bool = False
+    """Whether every rank has compiled it."""
+    users: set[Request] = field(default_factory=set)
+    """Requests that are not over."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -78,6 +92,10 @@ class Request:
     scheduled_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float | None = None
+    grammar: EngineGrammar | None = None
+    """Of `sampling.grammar`, from the moment that the engine has taken the request."""
+    held_out_s: float | None = None
+    """Since when it could have gone on but for its grammar; None: it could not, or has it."""
     marks: Marks = field(init=False)
     """Where its time went so far."""
 
@@ -157,6 +175,17 @@ class Request:
         scores, self.prompt_scores = self.prompt_scores, []
         self.sampling = msgspec.structs.replace(self.sampling, prompt_logprobs=None)
         return (None, *scores)
+
+    @property
+    def may_sample(self) -> bool:
+        """Whether every rank has what its samples take: its grammar, if it has one."""
+        return self.grammar is None or self.grammar.is_ready
+
+    def end(self) -> None:
+        """It has been answered or given up. Its blocks stay the caller's to release."""
+        self.phase = Phase.DONE
+        if self.grammar is not None:
+            self.grammar.users.discard(self)
 
     @property
     def is_done(self) -> bool:

@@ -63,9 +63,12 @@ def end_before_first(request: Request, *, max_model_len: int) -> FinishReason | 
 
 def failure_of(sampled: SampledTokens | None) -> RequestFailed | None:
     """Why a row cannot go on, if it cannot."""
-    if sampled is None or sampled.error is None:
-        return None
-    return RequestFailed(f"the output cannot be given the structure that was asked for: {sampled.error}")
+    return None if sampled is None or sampled.error is None else cannot_structure(sampled.error)
+
+
+def cannot_structure(reason: str) -> RequestFailed:
+    """A request has no output, or no more of it, since it has a grammar."""
+    return RequestFailed(f"the output cannot be given the structure that was asked for: {reason}")
 
 
 def note_scores(rows: Sequence[ScheduledRow], steps: Sequence[RowStep], found: Sequence[PromptScores]) -> None:

@@ -8,8 +8,10 @@ again later. Prompts computed for other engines are not: their blocks are being 
 
 A request that decodes may bring drafts, which its row verifies in one step with its newest token. How many tokens come
 out is known with the result only. Until then the least is counted on, and pages are there for the most, so that the
-next step can be planned; but rows with states wait, since what they would read is not known either. Knows nothing of
-tensors, of clients or of other engines.
+next step can be planned; but rows with states wait, since what they would read is not known either.
+
+A request whose grammar is not compiled (`grammar_desk`) takes no part that samples, and keeps nobody waiting for it.
+Knows nothing of tensors, of clients or of other engines.
 """
 
 from __future__ import annotations
@@ -21,11 +23,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import msgspec
+
 from atom_cluster.config.scheduler import SchedulerConfig
 from atom_cluster.engine.request import Phase, Request
 from atom_cluster.errors import Overloaded
 from atom_cluster.kv_cache.block_manager import BlockManager, NewPages
+from atom_cluster.messages.requests import SamplingParams
 from atom_cluster.messages.steps import NewRow, RowStep
+from atom_cluster.observability.departures import Departures
 from atom_cluster.observability.metrics import PREEMPTIONS, MetricSink
 
 
@@ -55,6 +61,8 @@ class ScheduledStep:
     new_rows: list[NewRow] = field(default_factory=list)
     steps: list[RowStep] = field(default_factory=list)
     rows: list[ScheduledRow] = field(default_factory=list)
+    unprepared: list[Request] = field(default_factory=list)
+    """Without a row, as ranks have not been told to compile their grammars."""
     starved: Request | None = None
     """Computed for another engine, and cannot go on: neither a plan in flight nor anybody else will give it pages."""
 
@@ -97,6 +105,12 @@ class Scheduler:
         self._step = ScheduledStep()
         self._starved: list[Request] = []
         self._has_preempted = False
+        self._departures = Departures(clock)
+
+    @property
+    def num_rows(self) -> int:
+        """Requests that run at a time."""
+        return len(self._free_rows) + len(self._running)
 
     @property
     def num_waiting(self) -> int:
@@ -140,7 +154,8 @@ class Scheduler:
         """Raise `Overloaded` if no further request may wait, here or in queues that hold `num_elsewhere`."""
         num_waiting = len(self._waiting) + num_elsewhere
         if num_waiting >= self._config.max_waiting_requests:
-            raise Overloaded(f"{num_waiting} requests are waiting already", retry_after_s=1.0)
+            retry_after_s = self._departures.retry_after_s(num_waiting)
+            raise Overloaded(f"{num_waiting} requests are waiting already", retry_after_s=retry_after_s)
 
     def add(self, request: Request) -> None:
         """Queue a request, with whatever it has computed and holds."""
@@ -155,7 +170,8 @@ class Scheduler:
         elif request.phase is Phase.RUNNING:
             self._running.remove(request)
             self._free_row(request)
-        request.phase = Phase.DONE
+        request.end()
+        self._departures.note(is_busy=bool(self._waiting))
 
     def note_step_time(self, num_prompt_tokens: int, seconds: float) -> None:
         """Duration of a step, which `delay_factor` refers to."""
@@ -206,7 +222,8 @@ class Scheduler:
 
     def _find_starved(self) -> Request | None:
         starved, self._starved = self._starved, []
-        is_moving = self._step.rows or any(request.num_in_flight for request in self._running)
+        # What waits for its grammar goes on by itself, too.
+        is_moving = self._step.rows or any(request.num_in_flight or not request.may_sample for request in self._running)
         if is_moving or self._blocks.has_pages_elsewhere:
             return None
         return max(starved, key=lambda request: request.rank, default=None)
@@ -222,15 +239,24 @@ class Scheduler:
                     self._place(request, part, new_pages)
 
     def _part_for(self, request: Request, *, is_prefilling: bool) -> _Part | None:
-        """A request's part of this step; None if it has to wait or has nothing left to sample for."""
+        """A request's part of this step; None if it has to wait, for its turn or its grammar, or has nothing left to
+        sample for."""
         num_tokens = self._num_chunk_tokens(request) if is_prefilling else self._num_decode_tokens(request)
         if not num_tokens:
             return None
         end = request.num_computed + num_tokens
         samples = end == len(request.tokens) + request.num_sampling
+        if samples and not request.may_sample:
+            self._hold_out(request)
+            return None
         num_drafts = self._num_drafts_for(request) if samples and not is_prefilling else 0
         furthest = end + request.num_unverified + num_drafts
         return _Part(end, num_drafts, samples, furthest + (self._blocks.lookahead if samples else 0))
+
+    def _hold_out(self, request: Request) -> None:
+        """It could go on but for its grammar."""
+        if request.held_out_s is None:
+            request.held_out_s = self._clock()
 
     def _num_decode_tokens(self, request: Request) -> int:
         if self._max_drafts and request.num_sampling and self._blocks.has_states:
@@ -344,7 +370,12 @@ class Scheduler:
             # In order, but for requests that came from prefill: their blocks come free when they have run.
             if is_blocked and not request.table.block_ids:
                 continue
-            is_blocked |= self._is_held_back(request) or not self._try_admit(request)
+            if request.grammar is not None and request.grammar.grammar_id is None:
+                self._hold_out(request)
+                self._step.unprepared.append(request)
+                continue
+            has_entered = not self._is_held_back(request) and self._try_admit(request)
+            is_blocked |= not has_entered and request.may_sample
 
     def _is_held_back(self, request: Request) -> bool:
         if not self._config.delay_factor or not self._running or request.num_computed:
@@ -408,14 +439,25 @@ class Scheduler:
                 token_ids=tuple(request.tokens),
                 num_prompt_tokens=request.num_prompt,
                 pages=request.table.at_entry(),
-                sampling=request.sampling,
+                sampling=_as_told(request.sampling),
                 eos_token_ids=tuple(sorted(request.eos)),
                 drafts=request.drafts,
+                grammar_id=None if request.grammar is None else request.grammar.grammar_id,
             )
         )
 
 
+def _as_told(sampling: SamplingParams) -> SamplingParams:
+    """What ranks need of it: not the text of its grammar, which may be long and which they have."""
+    spec = sampling.grammar
+    if spec is None:
+        return sampling
+    return msgspec.structs.replace(sampling, grammar=msgspec.structs.replace(spec, text=""))
+
+
 def _why_waiting(request: Request) -> str:
+    if request.held_out_s is not None:
+        return "grammar"
     if request.residence:
         return "preempted"
     return "kv_arrived" if request.table.block_ids else "new"

@@ -30,8 +30,9 @@ from atom_cluster.errors import AtomClusterError, ProtocolError
 from atom_cluster.kv_cache.layout import PageGroup
 from atom_cluster.messages.requests import SamplingParams
 from atom_cluster.messages.steps import NewRow, PromptScores, RowStep, SampledTokens, StepPlan, StepResult
-from atom_cluster.messages.transfer import KvCommand, KvOffer, KvReport, TagBlocks
+from atom_cluster.messages.transfer import KvCommand, KvOffer, Report, TagBlocks
 from atom_cluster.structured.compiler import GrammarCompiler
+from atom_cluster.structured.held import HeldGrammars
 from atom_cluster.structured.masks import MaskFiller
 
 _MAX_PLANS_IN_FLIGHT = 2
@@ -103,10 +104,10 @@ class SimulatedRunner:
         grammars: GrammarCompiler | None = None,
         clock: Clock | None = None,
     ) -> None:
-        """Sizes of the device's memory and vocabulary are in `simulation`. grammars: for rows that have one; None: no
-        row may. Real time unless a clock is given."""
+        """Sizes of the device's memory and vocabulary are in `simulation`. grammars: for rows that have one, this
+        object's to close; None: no row may. Real time unless a clock is given."""
         self._simulation = simulation
-        self._grammars = grammars
+        self._grammars = HeldGrammars(grammars)
         self._mask_filler = MaskFiller()
         self._clock = clock or MonotonicClock()
         self._memory = SimulatedMemory(
@@ -152,6 +153,7 @@ class SimulatedRunner:
         begins_s = max(self._clock.now_s(), self._last_end_s)
         self._last_end_s = begins_s + step_seconds(self._simulation, plan)
         self._flights.append(_Flight(plan, begins_s, self._last_end_s))
+        self._grammars.execute(plan.grammars)
         # Checksums are of blocks whose step was collected, so they need not wait for the steps in flight.
         self._start_kv((command for command in plan.kv if isinstance(command, TagBlocks)), self._clock.now_s())
 
@@ -173,16 +175,18 @@ class SimulatedRunner:
             raise outcome
         return outcome
 
-    def poll_kv(self) -> list[KvReport]:
-        """Reports of KV commands that ended since the last call, whether their plan was collected or not."""
+    def poll_kv(self) -> list[Report]:
+        """Reports of KV commands and grammars that ended since the last call, whether their plan was collected or not.
+        Grammars are compiled in real time."""
         self._check_usable()
         self._advance()
-        return self._transfers.poll(self._clock.now_s())
+        return [*self._transfers.poll(self._clock.now_s()), *self._grammars.poll()]
 
     def close(self) -> None:
         """Drop plans in flight and withdraw the memory from peers. Idempotent."""
         self._is_closed = True
         self._flights.clear()
+        self._grammars.close()
         self._transfers.close()
 
     def corrupt(self, block_id: int) -> None:

@@ -11,6 +11,7 @@ from atom_cluster.gang import wire
 from atom_cluster.gang.plan_channel import PlanReceiver
 from atom_cluster.gang.rank_runner import Launched, RankRunner
 from atom_cluster.gang.step_clock import StepClock
+from atom_cluster.messages.grammars import CompileGrammar
 from atom_cluster.messages.profile import OpenWindow
 from atom_cluster.messages.steps import StepPlan
 from atom_cluster.messages.transfer import ReadBlocks, TagBlocks
@@ -66,6 +67,7 @@ class Follower:
         self._clock.end()
         self._num_open_commands += sum(isinstance(command, (TagBlocks, ReadBlocks)) for command in plan.kv)
         self._num_open_commands += isinstance(plan.profile, OpenWindow)
+        self._num_open_commands += sum(isinstance(command, CompileGrammar) for command in plan.grammars)
 
     def _report_kv(self) -> None:
         reports = tuple(self._runner.poll_kv())

@@ -79,7 +79,8 @@ class GangRunner:
                 return result
 
     def poll_kv(self) -> list[Report]:
-        """Reports of KV commands and profiler windows that ended on every rank since the last call."""
+        """Reports of KV commands, profiler windows and compilations of grammars that ended on every rank since the
+        last call."""
         self._check_usable()
         self._read_followers()
         self._combine(self._poll_local_kv())

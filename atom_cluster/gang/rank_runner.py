@@ -34,7 +34,7 @@ class RankRunner(Protocol):
         ...
 
     def poll_kv(self) -> list[RankReport]:
-        """This rank's reports on KV commands since the last call. Never blocks."""
+        """This rank's reports on KV commands, profiler windows and grammars since the last call. Never blocks."""
         ...
 
     def close(self) -> None:

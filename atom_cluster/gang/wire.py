@@ -21,7 +21,7 @@ class Dismiss(Struct, frozen=True, tag="dismiss"):
 
 
 class RankReports(Struct, frozen=True, tag="reports"):
-    """A follower to rank 0: its KV commands and profiler windows that ended."""
+    """A follower to rank 0: its KV commands, profiler windows and compilations of grammars that ended."""
 
     reports: tuple[RankReport, ...]
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from atom_cluster.errors import ProtocolError
+from atom_cluster.messages.grammars import GrammarReady
 from atom_cluster.messages.profile import WindowWritten
 from atom_cluster.messages.transfer import BlocksTagged, KvOffer, RankReport, ReadFinished, Report
 
-_Key = tuple[str, int, int] | tuple[int] | int
+_Key = tuple[str, int, int] | tuple[str, int] | int
 
 
 def merge_offers(descriptors_by_rank: Sequence[Mapping[str, bytes]]) -> tuple[KvOffer, ...]:
@@ -52,7 +53,9 @@ def _key(report: Report) -> _Key:
     if isinstance(report, ReadFinished):
         return report.read_id
     if isinstance(report, WindowWritten):
-        return (report.window_id,)
+        return ("window", report.window_id)
+    if isinstance(report, GrammarReady):
+        return ("grammar", report.grammar_id)
     return (report.ticket_id, report.group, report.first_block)
 
 
@@ -71,6 +74,11 @@ def _combine(reports: Mapping[int, Report]) -> Report:
             files=tuple(file for rank in sorted(windows) for file in windows[rank].files),
             error=_errors(windows),
         )
+    if isinstance(first, GrammarReady):
+        ready = [report for report in in_order if isinstance(report, GrammarReady)]
+        # All ranks compile the same text within the same limits, so that what one says is what all would say.
+        error = next((report.error for report in ready if report.error is not None), None)
+        return GrammarReady(grammar_id=first.grammar_id, error=error)
     reads = {rank: report for rank, report in reports.items() if isinstance(report, ReadFinished)}
     return ReadFinished(
         read_id=first.read_id,

@@ -24,6 +24,7 @@ from typing import Literal
 
 from msgspec import Struct
 
+from atom_cluster.messages.grammars import GrammarCommand
 from atom_cluster.messages.profile import WindowCommand
 from atom_cluster.messages.requests import PromptScore, SamplingParams, TokenLogprobs
 from atom_cluster.messages.transfer import KvCommand
@@ -41,11 +42,14 @@ class NewRow(Struct, frozen=True, kw_only=True, array_like=True):
     """Per cache group. Window groups: columns that no step of the row reads name page 0. State group: empty, or the
     page that holds the state before the row's first step, which only reads it; it brings its own pages to write to."""
     sampling: SamplingParams
-    """With an integer seed."""
+    """With an integer seed. If it has a grammar, `grammar_id` says which, and not its text, which may be missing."""
     eos_token_ids: tuple[int, ...] = ()
     """Needed by the runner only for `sampling.min_tokens`."""
     drafts: tuple[int, ...] = ()
     """Tokens that another engine drafted behind `token_ids`."""
+    grammar_id: int | None = None
+    """What an earlier plan or this one has every rank compile under this id. The row samples only in plans that are
+    made after the ranks' `GrammarReady`."""
 
 
 class RowStep(Struct, frozen=True, array_like=True):
@@ -80,6 +84,8 @@ class StepPlan(Struct, frozen=True, kw_only=True):
     """KV transfer commands, executed by every rank after the forward pass of this plan was issued."""
     profile: WindowCommand | None = None
     """Executed by every rank before the forward pass."""
+    grammars: tuple[GrammarCommand, ...] = ()
+    """Executed by every rank before the forward pass, which does not wait for what they begin."""
 
     @property
     def num_tokens(self) -> int:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
+from atom_cluster.messages.grammars import GrammarReady
 from atom_cluster.messages.profile import WindowWritten
 from atom_cluster.messages.requests import SamplingParams, TokenDelta
 from atom_cluster.messages.timing import EngineSpan
@@ -224,7 +225,7 @@ class ReadFinished(Struct, frozen=True, kw_only=True, tag="read_finished"):
 
 
 KvReport = BlocksTagged | ReadFinished
-Report = KvReport | WindowWritten
+Report = KvReport | WindowWritten | GrammarReady
 
 
 class RankReport(Struct, frozen=True, kw_only=True):

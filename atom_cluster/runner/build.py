@@ -102,7 +102,7 @@ def build_model_runner(options: RunnerOptions) -> ModelRunner:
             device=device,
             agent=agent,
             profile=options.profile,
-            grammars=GrammarCompiler.for_model(options.model_dir, model.vocab_size),
+            grammars=GrammarCompiler.for_model(options.model_dir, model.vocab_size, capacity=1),
             graph_sizes=options.compilation.sizes(options.max_num_requests) if ops.is_capturable else (),
             piecewise_sizes=_piecewise_sizes(options) if ops.is_capturable else (),
         )

@@ -8,26 +8,21 @@ another replica. Steps without such rows do nothing of this. Knows no model and 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from atom_cluster.errors import AtomClusterError
+from atom_cluster.messages.grammars import GrammarReady
 from atom_cluster.messages.steps import NewRow, RowStep, StepPlan
 from atom_cluster.runner.host_tensors import on_device, send
 from atom_cluster.runner.row_state import RowTable
 from atom_cluster.runner.sampler import TokenMasks
 from atom_cluster.runner.step_layout import SamplingStep, sampling_steps
-from atom_cluster.structured.compiler import GrammarCompiler
-from atom_cluster.structured.grammar import CompiledGrammar
+from atom_cluster.structured.held import HeldGrammars
 from atom_cluster.structured.masks import MaskFiller, MaskRequest
 from atom_cluster.structured.state import GrammarState
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -35,20 +30,18 @@ class _GrammarRow:
     """A row that has a grammar."""
 
     new: NewRow
-    compiled: Future[CompiledGrammar]
     num_read: int
     """Tokens of the row that the host knows, prompt included."""
     state: GrammarState | None = None
-    """None until the grammar is compiled, or when it could not be."""
-    error: str | None = None
+    """None until the row samples for the first time; its grammar is compiled by then."""
 
 
 class GrammarRows:
-    """All such rows of one rank. All calls from one thread."""
+    """All such rows of one rank. All calls but `poll` from one thread."""
 
-    def __init__(self, *, compiler: GrammarCompiler, num_drafts: int, device: torch.device) -> None:
-        """The compiler becomes this object's to close. device: where rows are."""
-        self._compiler = compiler
+    def __init__(self, *, held: HeldGrammars, num_drafts: int, device: torch.device) -> None:
+        """held: becomes this object's to close. device: where rows are."""
+        self._held = held
         self._num_drafts = num_drafts
         self.device = device
         self._rows: dict[int, _GrammarRow] = {}
@@ -58,17 +51,21 @@ class GrammarRows:
 
     def warm_up(self) -> None:
         """Make the vocabulary now."""
-        self._compiler.warm_up()
+        self._held.warm_up()
 
     def apply(self, plan: StepPlan) -> None:
-        """Bring rows up to date for `plan`. Grammars of new rows are compiled from now on, on another thread."""
+        """Bring rows up to date for `plan`; the grammars that it asks for are compiled beside it, on another thread."""
+        self._held.execute(plan.grammars)
         if self._rows:
             for row in plan.freed_rows:
                 self._rows.pop(row, None)
         for new in plan.new_rows:
             if new.sampling.grammar is not None:
-                compiled = self._compiler.submit(new.sampling.grammar)
-                self._rows[new.row] = _GrammarRow(new, compiled, num_read=len(new.token_ids))
+                self._rows[new.row] = _GrammarRow(new, num_read=len(new.token_ids))
+
+    def poll(self) -> list[GrammarReady]:
+        """Compilations that ended since the last call. Never blocks; may be called from any one thread."""
+        return self._held.poll()
 
     def read(self, steps: Sequence[RowStep], table: RowTable) -> PendingMasks | None:
         """Ask the device for the newest tokens of those of a step's rows that sample and have grammars. None: there are
@@ -94,10 +91,10 @@ class GrammarRows:
 
     def advance(self, row: int, known: int, window: Sequence[int], num_drafts: int) -> MaskRequest | None:
         """The row has `known` tokens, the last of which, and drafts behind them, are in `window`. What is to be masked;
-        None: nothing, as the row has failed."""
+        None: nothing, as the row has failed. Raises `ProtocolError` when its grammar is not compiled yet."""
         grammar_row = self._rows[row]
-        state = grammar_row.state or self._begin(grammar_row)
-        if state is None or state.error is not None:
+        state = grammar_row.state = grammar_row.state or self._begin(grammar_row.new)
+        if state.error is not None:
             return None
         first_draft = 1 + self._num_drafts
         state.advance(window[first_draft - (known - grammar_row.num_read) : first_draft])
@@ -107,9 +104,9 @@ class GrammarRows:
     def error_of(self, row: int) -> str | None:
         """Why the row cannot go on."""
         grammar_row = self._rows.get(row)
-        if grammar_row is None:
+        if grammar_row is None or grammar_row.state is None:
             return None
-        return grammar_row.error if grammar_row.state is None else grammar_row.state.error
+        return grammar_row.state.error
 
     def masks(self, requests: Sequence[MaskRequest]) -> torch.Tensor:
         """[M, W] int32 in host memory: see `MaskFiller.fill`."""
@@ -118,31 +115,12 @@ class GrammarRows:
     def close(self) -> None:
         """End the compiler. Idempotent."""
         self._rows.clear()
-        self._compiler.close()
+        self._held.close()
 
-    def _begin(self, row: _GrammarRow) -> GrammarState | None:
-        """Behind the output tokens that the row came with."""
-        if row.error is not None:
-            return None
-        sampling = row.new.sampling
-        try:
-            grammar = row.compiled.result()
-        except Exception as exc:  # noqa: BLE001 - of a request, which hears of it; others go on
-            if not isinstance(exc, AtomClusterError):
-                _log.exception("request %s: its grammar could not be compiled", row.new.request_id)
-            row.error = str(exc)
-            return None
-        assert sampling.grammar is not None
-        self._num_words = grammar.vocabulary.num_words
-        row.state = GrammarState(
-            grammar,
-            after=sampling.grammar.after,
-            eos_token_ids=row.new.eos_token_ids,
-            stop_token_ids=sampling.stop_token_ids,
-            min_tokens=sampling.min_tokens,
-        )
-        row.state.advance(row.new.token_ids[row.new.num_prompt_tokens :])
-        return row.state
+    def _begin(self, new: NewRow) -> GrammarState:
+        state = self._held.begin(new)
+        self._num_words = state.vocabulary.num_words
+        return state
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,7 @@ from atom_cluster.runner.step_layout import SamplingStep, StepLayout, sampling_s
 from atom_cluster.runner.step_profiler import LabelledDrafter, StepProfiler
 from atom_cluster.runner.step_program import Computed, Outcome, StepProgram
 from atom_cluster.structured.compiler import GrammarCompiler
+from atom_cluster.structured.held import HeldGrammars
 
 _log = logging.getLogger(__name__)
 
@@ -169,9 +170,7 @@ class ModelRunner:
             num_drafts=info.max_drafts,
             device=device,
         )
-        self._grammars: GrammarRows | None = None
-        if grammars is not None:
-            self._grammars = GrammarRows(compiler=grammars, num_drafts=info.max_drafts, device=device)
+        self._grammars = GrammarRows(held=HeldGrammars(grammars), num_drafts=info.max_drafts, device=device)
         self._inputs = InputBuilder(table=self._table, kv=memory.layers, place=ops.place_tokens, device=device)
         drafter: Drafter | None = None
         if info.max_drafts:
@@ -235,8 +234,7 @@ class ModelRunner:
     def _issue(self, plan: StepPlan) -> LaunchedStep:
         timer = _StepTimer(self._device)
         self._table.apply(plan)
-        if self._grammars is not None:
-            self._grammars.apply(plan)
+        self._grammars.apply(plan)
         if self._agent is not None and plan.kv:
             # They are about blocks of earlier steps, and need not wait for this one.
             self._agent.execute(plan.kv)
@@ -271,8 +269,7 @@ class ModelRunner:
 
     def warm_up_grammars(self) -> None:
         """Do now what else the first request with a grammar waits for, and others with it."""
-        if self._grammars is not None:
-            self._grammars.warm_up()
+        self._grammars.warm_up()
 
     def _try_capture(self, capture: Callable[[], None]) -> str | None:
         """Why it failed, on this rank or another."""
@@ -288,9 +285,10 @@ class ModelRunner:
         return smallest(int(is_so), self._groups.tensor, self._device) == 1
 
     def poll_kv(self) -> list[RankReport]:
-        """This rank's reports on KV commands and profiler windows since the last call. Never blocks; may be called from
-        any one thread."""
-        return [*self._profiler.poll(), *([] if self._agent is None else self._agent.poll())]
+        """This rank's reports on KV commands, profiler windows and grammars since the last call. Never blocks; may be
+        called from any one thread."""
+        grammars = [RankReport(rank=self.info.rank, report=ready) for ready in self._grammars.poll()]
+        return [*self._profiler.poll(), *([] if self._agent is None else self._agent.poll()), *grammars]
 
     def close(self) -> None:
         """Stop KV transfers and leave the gang; idempotent. Memory goes with the last reference to this object."""
@@ -298,14 +296,13 @@ class ModelRunner:
             self._agent.close()
             self._agent = None
         self._profiler.close()
-        if self._grammars is not None:
-            self._grammars.close()
+        self._grammars.close()
         self.graphs = self.pieces = None  # before the groups, whose collectives they hold
         self._groups.close()
 
     def _step(self, plan: StepPlan, graphs: StepGraphs | None) -> _Outputs:
         """Model, scores of prompts, sampling and drafting. graphs: None: not one of theirs."""
-        pending = None if self._grammars is None else self._grammars.read(plan.rows, self._table)
+        pending = self._grammars.read(plan.rows, self._table)
         if graphs is None:
             layout = self._inputs.lay_out(plan)
             computed = self._program.compute(layout, pieces=self.pieces)

@@ -17,7 +17,8 @@ from atom_cluster.structured.vocabulary import Vocabulary, load_vocabulary
 _log = logging.getLogger(__name__)
 
 _CAPACITY = 32
-"""Compiled grammars kept; a large one has some 10 MB."""
+"""Compiled grammars kept for whoever asks again; a large one has some 10 MB. Ranks keep what their engine says
+(`held.HeldGrammars`), and so hardly any here."""
 
 
 class GrammarCompiler:
@@ -36,9 +37,9 @@ class GrammarCompiler:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="grammar-compiler")
 
     @classmethod
-    def for_model(cls, directory: str | Path, vocab_size: int) -> GrammarCompiler:
+    def for_model(cls, directory: str | Path, vocab_size: int, *, capacity: int = _CAPACITY) -> GrammarCompiler:
         """For the model in a directory in Hugging Face layout."""
-        return cls(lambda: load_vocabulary(directory, vocab_size))
+        return cls(lambda: load_vocabulary(directory, vocab_size), capacity=capacity)
 
     def warm_up(self) -> None:
         """Make the vocabulary now, which holds the interpreter lock for a second with large ones. Logs a failure, which

@@ -33,7 +33,7 @@ class GrammarState:
         min_tokens: int = 0,
     ) -> None:
         """eos_token_ids: tokens that are nothing but an end. stop_token_ids: tokens that may be text as well."""
-        vocabulary = grammar.vocabulary
+        self.vocabulary = vocabulary = grammar.vocabulary
         self.matcher = grammar.matcher.deep_copy()
         """Advanced by all tokens behind `after`."""
         self.num_tokens = 0

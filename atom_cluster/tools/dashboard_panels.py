@@ -127,12 +127,14 @@ def _requests() -> list[Panel]:
         ),
         Panel(
             "Where a first token's time goes",
-            "Means. Ingress: tokenizing, routing, the link. Queue: until scheduled or handed to prefill.",
+            "Means. Ingress: tokenizing, routing, the link. Queue: until scheduled or handed to prefill. Grammar: only "
+            "of those that waited for one.",
             "s",
             (
                 Query(f"{mean(m.HTTP_TTFT_S, 'role')}", "at the ingress"),
                 Query(f"{mean(m.TTFT_S, 'role')}", "at the {{role}} engine"),
                 Query(f"{mean(m.QUEUE_S, 'role')}", "in the queue of {{role}}"),
+                Query(f"{mean(m.GRAMMAR_WAIT_S, 'role')}", "for a grammar that is new to {{role}}"),
             ),
         ),
         Panel(

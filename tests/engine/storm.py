@@ -6,6 +6,7 @@ The ingress sends the requests of an engine that died or drains to another, with
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Literal
 
 import msgspec
@@ -15,7 +16,7 @@ from atom_cluster.config.scheduler import SchedulerConfig
 from atom_cluster.engine.protocols import EngineOutput
 from atom_cluster.engine.sim_runner import SimulatedRunner
 from atom_cluster.kv_cache.layout import PageGroup
-from atom_cluster.messages.requests import CancelRequest
+from atom_cluster.messages.requests import CancelRequest, GrammarSpec
 from atom_cluster.messages.transfer import (
     KvPublication,
     PrefillAccepted,
@@ -39,10 +40,18 @@ from tests.factories import (
     window,
 )
 from tests.fakes import Answer, InterruptedRunner, Network, VirtualClock
+from tests.structured.compilers import HeldCompiler
+from tests.structured.vocabularies import END
 
 NAMES = ("a", "b", "c")
 MESSAGES = (PrefillOrder, PrefillAccepted, KvPublication, PrefillFailed, TicketRelease, TicketRenew)
 DAMAGE = 0x5A5A
+GRAMMARS = (
+    GrammarSpec(kind="regex", text="[a-f]{4}"),
+    GrammarSpec(kind="regex", text="[a-z]{9,}"),
+    GrammarSpec(kind="choice", text='["yes", "no"]'),
+)
+"""Which end before `max_tokens`, behind it, or at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +114,7 @@ _send = st.tuples(
     st.integers(1, 30),
     st.integers(1, 12),
     st.integers(0, 1),  # priority
+    st.sampled_from((None, None, *GRAMMARS)),
 )
 ACTION = st.one_of(
     _send,
@@ -115,6 +125,7 @@ ACTION = st.one_of(
     st.tuples(st.just("deliver"), st.integers(1, 4)),
     st.tuples(st.just("deliver"), st.integers(1, 4)),
     st.tuples(st.just("turns"), st.integers(1, 5)),
+    st.tuples(st.just("compile"), _who, st.integers(1, 3)),
     st.tuples(st.just("cancel"), st.integers(0, 60)),
     st.tuples(st.just("lapse"), st.sampled_from((0.01, 0.3, 1.1, 2.1))),
     st.tuples(st.just("lose"), st.sampled_from(MESSAGES)),
@@ -131,6 +142,7 @@ class _Sent:
     engine: str
     prompt: tuple[int, ...]
     max_tokens: int
+    grammar: GrammarSpec | None
     wire_id: str
     """Of its newest placement."""
     is_cancelled: bool = False
@@ -144,6 +156,7 @@ class Storm:
     seed: int = 0
     network: Network = field(init=False)
     runners: dict[str, SimulatedRunner] = field(default_factory=dict)
+    compilers: dict[str, HeldCompiler] = field(default_factory=dict)
     sent: dict[str, _Sent] = field(default_factory=dict)
     num_epochs: int = 0
     to_lose: list[type[EngineOutput]] = field(default_factory=list)
@@ -164,8 +177,10 @@ class Storm:
     def _start(self, name: str) -> None:
         sizes = self.sizes
         self.num_epochs += 1
+        self.compilers[name] = HeldCompiler()
         runner = make_runner(
             self.network.clock,
+            grammars=self.compilers[name],
             num_blocks=sizes.num_blocks,
             num_rows=sizes.num_rows,
             kv_bytes_per_s=sizes.kv_bytes_per_s,
@@ -204,24 +219,44 @@ class Storm:
     # --- actions
 
     def _do_send(
-        self, name: str, prefill: str | None, family: int, num_tokens: int, max_tokens: int, priority: int
+        self,
+        name: str,
+        prefill: str | None,
+        family: int,
+        num_tokens: int,
+        max_tokens: int,
+        priority: int,
+        grammar: GrammarSpec | None,
     ) -> None:
         prompt = (*make_prompt(num_tokens, seed=family), len(self.sent) % 3)
-        self._send(name, prefill, prompt, max_tokens, priority)
+        self._send(name, prefill, prompt, max_tokens, priority, grammar)
 
     def _do_follow(self, name: str, prefill: str | None, number: int, max_tokens: int) -> None:
         """The next turn of a chat: an earlier prompt with its answer so far, and something new."""
         sent = self.sent.get(f"r{number}")
         answer = None if sent is None else self.network.answers.get(sent.wire_id)
         if sent is not None and answer is not None:
-            self._send(name, prefill, (*sent.prompt, *answer.tokens)[:30] + (7,), max_tokens, 0)
+            self._send(name, prefill, (*sent.prompt, *answer.tokens)[:30] + (7,), max_tokens, 0, None)
 
-    def _send(self, name: str, prefill: str | None, prompt: tuple[int, ...], max_tokens: int, priority: int) -> None:
+    def _send(
+        self,
+        name: str,
+        prefill: str | None,
+        prompt: tuple[int, ...],
+        max_tokens: int,
+        priority: int,
+        grammar: GrammarSpec | None,
+    ) -> None:
         request_id = f"r{len(self.sent)}"
-        self.sent[request_id] = _Sent(name, prompt, max_tokens, request_id)
+        self.sent[request_id] = _Sent(name, prompt, max_tokens, grammar, request_id)
         address = None if prefill is None or prefill == name else self.network.addresses[prefill]
-        message = make_message(request_id, prompt, max_tokens, prefill=address, priority=priority)
+        message = make_message(
+            request_id, prompt, max_tokens, prefill=address, priority=priority, grammar=grammar, eos=_ends(grammar)
+        )
         self.network.engines[name].put("client", message)
+
+    def _do_compile(self, name: str, num_grammars: int) -> None:
+        self.compilers[name].finish(num_grammars)
 
     def _do_step(self, name: str) -> None:
         self.network.step(name)
@@ -291,7 +326,14 @@ class Storm:
         ready = [name for name in NAMES if name not in self.draining]
         sent.engine, prefill = ready[number % len(ready)], NAMES[number % 2]
         address = None if prefill == sent.engine else self.network.addresses[prefill]
-        message = make_message(sent.wire_id, sent.prompt, sent.max_tokens, prefill=address)
+        message = make_message(
+            sent.wire_id,
+            sent.prompt,
+            sent.max_tokens,
+            prefill=address,
+            grammar=sent.grammar,
+            eos=_ends(sent.grammar),
+        )
         emitted = tuple(answer.tokens)
         self.network.engines[sent.engine].put("client", msgspec.structs.replace(message, emitted=emitted))
 
@@ -299,16 +341,36 @@ class Storm:
 
     def check(self) -> None:
         self.to_lose.clear()
+        for compiler in self.compilers.values():
+            compiler.open()
         self.network.settle()
         while self._place_moved():
             self.network.settle()
         for request_id, sent in self.sent.items():
             answer = self.network.answers.get(sent.wire_id)
-            expected = expected_tokens(sent.prompt, sent.max_tokens)
+            expected = _expected(sent.prompt, sent.max_tokens, sent.grammar)
             tokens = [] if answer is None else answer.tokens
             assert tokens == expected[: len(tokens)], f"{request_id} went wrong"
             if not sent.is_cancelled:
-                assert answer is not None and answer.reason == "length", f"{request_id} was lost: {answer}"
-                assert len(tokens) == sent.max_tokens
+                reason = "stop" if expected[-1] == END and sent.grammar is not None else "length"
+                assert answer is not None and answer.reason == reason, f"{request_id} was lost: {answer}"
+                assert len(tokens) == len(expected)
         for engine in self.network.engines.values():
             assert_clean(engine)
+
+
+def _ends(grammar: GrammarSpec | None) -> tuple[int, ...]:
+    """End tokens: without a grammar there are none, so that `max_tokens` decides."""
+    return () if grammar is None else (END,)
+
+
+@cache
+def _expected(prompt: tuple[int, ...], max_tokens: int, grammar: GrammarSpec | None) -> list[int]:
+    """What an engine says that has nothing else to do."""
+    if grammar is None:
+        return expected_tokens(prompt, max_tokens)
+    network = Network(VirtualClock())
+    engine = make_engine(network, runner=make_runner(network.clock, grammars=HeldCompiler(is_open=True)))
+    engine.put("client", make_message("r", prompt, max_tokens, grammar=grammar, eos=_ends(grammar)))
+    network.settle()
+    return network.answers["r"].tokens

@@ -110,7 +110,21 @@ def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
     loop.scheduler.check_room()
     with pytest.raises(Overloaded, match="2 requests are waiting") as caught:
         loop.scheduler.check_room(num_elsewhere=1)
-    assert caught.value.retry_after_s > 0
+    assert 1 <= caught.value.retry_after_s <= 2, "nothing is known of its pace"
+
+
+def test_a_full_queue_says_to_come_back_when_it_will_have_emptied() -> None:
+    loop = Loop(SchedulerConfig(max_waiting_requests=10), num_rows=1)
+    requests = [make_request(number) for number in range(31)]
+    for request in requests:
+        loop.scheduler.add(request)
+    loop.clock.sleep(1.0)
+    for request in requests[:20]:
+        loop.clock.sleep(3.0)
+        loop.scheduler.remove(request)
+    with pytest.raises(Overloaded) as caught:
+        loop.scheduler.check_room()
+    assert 33 / 2 <= caught.value.retry_after_s <= 33
 
 
 def test_the_request_that_goes_last_makes_way_and_comes_back_with_all_its_tokens() -> None:

@@ -59,7 +59,8 @@ def test_who_waits_is_counted_by_why() -> None:
     for _ in range(4):
         engine.step()
     assert metrics.value(table.REQUESTS_WAITING, reason="new") == 2
-    assert metrics.series(table.REQUESTS_WAITING).keys() == {("new",), ("preempted",), ("kv_arrived",), ("kv_room",)}
+    reasons = {"new", "preempted", "kv_arrived", "kv_room", "grammar"}
+    assert metrics.series(table.REQUESTS_WAITING).keys() == {(reason,) for reason in reasons}
     network.settle()
     network.clock.sleep(1.0)
     engine.step()

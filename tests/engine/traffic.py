@@ -322,7 +322,7 @@ class _Actor:
 
     def _is_quiet(self) -> bool:
         """Whether a further turn would find nothing to do until something comes."""
-        return not (self._engine._in_flight or self._engine._is_busy)
+        return self._engine._pipeline.is_empty and not self._engine._is_busy
 
 
 @dataclass(frozen=True)

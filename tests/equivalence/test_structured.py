@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -21,10 +22,13 @@ from atom_cluster.messages.requests import GrammarSpec
 from atom_cluster.messages.steps import RowStep, StepPlan
 from atom_cluster.observability.memory import MemoryMetrics
 from atom_cluster.observability.metrics import KV_TRANSFER_BYTES, PREEMPTIONS, SPEC_ACCEPTED_TOKENS
+from atom_cluster.runner import build
 from atom_cluster.runner.grammar_rows import GrammarRows
 from atom_cluster.runner.row_state import RowTable
 from atom_cluster.structured.compiler import GrammarCompiler
-from tests.equivalence.generation import FREE, GREEDY, PENALIZED, SAMPLED, Request, generate_drafting
+from atom_cluster.structured.held import HeldGrammars
+from atom_cluster.structured.vocabulary import load_vocabulary
+from tests.equivalence.generation import FREE, GREEDY, PENALIZED, SAMPLED, Request, generate_drafting, open_drafting
 from tests.equivalence.pairs import Pair, Side
 from tests.equivalence.test_replay import run
 from tests.structured_models import EOS_ID, character_tokenizer, structured_model_dir
@@ -119,6 +123,32 @@ def test_so_it_is_when_requests_are_preempted(directory: Path, expected: list[li
     assert metrics.value(PREEMPTIONS) > 0
 
 
+def test_so_it_is_when_others_are_answered_while_ranks_compile(
+    directory: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+
+    class LateCompiler(GrammarCompiler):
+        @classmethod
+        def for_model(cls, directory: str | Path, vocab_size: int, *, capacity: int = 1) -> GrammarCompiler:
+            return cls(lambda: load_vocabulary(directory, vocab_size) if gate.wait(60) else pytest.fail("too late"))
+
+    monkeypatch.setattr(build, "GrammarCompiler", LateCompiler)
+    wanted = requests()
+    free = {str(i) for i, (_, sampling) in enumerate(wanted) if sampling.grammar is None}
+    with open_drafting(directory, num_tokens=0) as engine:
+        prompts, samplings = zip(*wanted)
+        names = engine.add_request(prompts, samplings, request_ids=[str(i) for i in range(len(wanted))])
+        outputs: dict[str, list[int]] = {}
+        while not free <= outputs.keys():
+            outputs |= {output["request_id"]: output["token_ids"] for output in engine.step()}
+        assert outputs.keys() == free
+        gate.set()
+        while not engine.is_finished():
+            outputs |= {output["request_id"]: output["token_ids"] for output in engine.step()}
+    assert [outputs[name] for name in names] == expected
+
+
 @pytest.mark.parametrize(("num_tokens", "num_ranks"), [(0, 1), (2, 1), (1, 2)])
 def test_so_it_is_with_prefill_and_decode_apart_and_with_two_ranks(
     directory: Path, expected: list[list[int]], num_tokens: int, num_ranks: int
@@ -146,7 +176,7 @@ def test_a_request_that_cannot_go_on_ends_alone() -> None:
     wanted = [(random_tokens(5, seed=1), with_grammar(GREEDY, WORD)), (random_tokens(9, seed=2), GREEDY)]
     outputs, _ = run(tiny_model_dir("llama"), [[], []], wanted=wanted)
     assert [output.finish_reason for output in outputs] == ["error", "length"]
-    assert (outputs[0].token_ids, len(outputs[1].token_ids)) == ([], 24)
+    assert (outputs[0].token_ids, len(outputs[1].token_ids)) == ([], GREEDY.max_tokens)
 
 
 def test_what_makes_no_sense_is_refused_before_anything_runs(directory: Path) -> None:
@@ -165,9 +195,8 @@ def test_what_makes_no_sense_is_refused_before_anything_runs(directory: Path) ->
 
 
 def test_steps_without_grammars_ask_the_device_for_nothing() -> None:
-    rows = GrammarRows(
-        compiler=GrammarCompiler(lambda: pytest.fail("no vocabulary is needed")), num_drafts=3, device=CPU
-    )
+    held = HeldGrammars(GrammarCompiler(lambda: pytest.fail("no vocabulary is needed")))
+    rows = GrammarRows(held=held, num_drafts=3, device=CPU)
     rows.apply(StepPlan(step_id=0, freed_rows=(1,), new_rows=(), rows=(RowStep(0, 4, 1, samples=True),)))
     assert rows.read((RowStep(0, 4, 1, samples=True),), NO_TABLE) is None
     rows.close()

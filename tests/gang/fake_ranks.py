@@ -20,6 +20,7 @@ from atom_cluster.messages.steps import SampledTokens, StepPlan, StepResult
 from atom_cluster.messages.transfer import BlocksTagged, RankReport, ReadBlocks, ReadFinished, Report, TagBlocks
 from atom_cluster.runner.options import RunnerOptions
 from atom_cluster.runner.rank_info import RankInfo
+from atom_cluster.structured.held import HeldGrammars
 
 
 @dataclass
@@ -37,7 +38,7 @@ class FakeLaunched:
 
 
 class FakeRank:
-    """Samples 100 + row for each sampling row on rank 0; answers KV commands at the second poll."""
+    """Samples 100 + row for each sampling row on rank 0; answers KV commands at the second poll. Has no vocabulary."""
 
     computes_alone = False
 
@@ -52,6 +53,7 @@ class FakeRank:
             world_size=world_size,
             kv_descriptors={"shm": f"rank {rank}".encode()},
         )
+        self.grammars = HeldGrammars(None)
         self.plans: list[StepPlan] = []
         self.num_closed = 0
         self.is_stuck = threading.Event()
@@ -68,6 +70,7 @@ class FakeRank:
                 self.is_stuck.set()
                 self.release.wait()
         self.plans.append(plan)
+        self.grammars.execute(plan.grammars)
         for command in plan.kv:
             if isinstance(command, TagBlocks):
                 own = tuple(10 * self.info.rank + block for block in command.block_ids)
@@ -87,6 +90,7 @@ class FakeRank:
 
     def poll_kv(self) -> list[RankReport]:
         self._num_polls += 1
+        self._reports += [self._report(ready) for ready in self.grammars.poll()]
         return [self._reports.popleft()] if self._reports and self._num_polls % 2 == 0 else []
 
     def close(self) -> None:

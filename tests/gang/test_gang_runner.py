@@ -10,6 +10,7 @@ from typing import cast
 
 import pytest
 
+from atom_cluster.engine.core import EngineCore
 from atom_cluster.engine.local_runner import LocalRunner, merge_rank_infos
 from atom_cluster.errors import AtomClusterError, GangError
 from atom_cluster.gang import wire
@@ -17,13 +18,18 @@ from atom_cluster.gang.follower import Follower
 from atom_cluster.gang.gang_runner import GangRunner
 from atom_cluster.gang.plan_channel import PlanReceiver
 from atom_cluster.gang.step_clock import StepClock
+from atom_cluster.messages.grammars import CompileGrammar, GrammarReady
 from atom_cluster.messages.profile import OpenWindow, WindowWritten
-from atom_cluster.messages.requests import SamplingParams
+from atom_cluster.messages.requests import GrammarSpec, SamplingParams
 from atom_cluster.messages.steps import NewRow, RowStep, SampledTokens, StepPlan
 from atom_cluster.messages.transfer import BlocksTagged, KvPlacement, ReadBlocks, ReadFinished, Report, TagBlocks
 from atom_cluster.runner.model_runner import ModelRunner
+from atom_cluster.structured.held import HeldGrammars
+from tests.factories import assert_clean, make_engine, make_message
+from tests.fakes import Network, VirtualClock
 from tests.gang import channels
 from tests.gang.fake_ranks import FakeRank
+from tests.structured.compilers import HeldCompiler
 
 
 class Rig:
@@ -75,6 +81,7 @@ def make_rig() -> Iterator[Callable[..., Rig]]:
         rig.close()
 
 
+WORD = GrammarSpec(kind="regex", text="[a-f]{4}")
 PLAN = StepPlan(
     step_id=0,
     new_rows=(
@@ -97,6 +104,13 @@ def poll_until(runner: GangRunner, count: int) -> list[Report]:
     while len(reports) < count and time.monotonic() < deadline_s:
         reports += runner.poll_kv()
     return reports
+
+
+def turn_until(engine: EngineCore, condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline_s
+        engine.step()
 
 
 def test_every_rank_executes_the_same_plans_and_rank_0_answers(make_rig: Callable[..., Rig]) -> None:
@@ -141,6 +155,35 @@ def test_kv_reports_come_once_every_rank_has_reported(make_rig: Callable[..., Ri
         BlocksTagged(ticket_id="t", first_block=0, tags=((1, 2), (11, 12), (21, 22))),
         ReadFinished(read_id=7, num_bytes=15),
     ]
+
+
+def test_a_grammar_is_ready_once_every_rank_has_compiled_it_and_nobody_waits_meanwhile(
+    make_rig: Callable[..., Rig],
+) -> None:
+    rig = make_rig(num_followers=1)
+    compilers = [HeldCompiler() for _ in rig.ranks]
+    for rank, compiler in zip(rig.ranks, compilers):
+        rank.grammars = HeldGrammars(compiler)
+    network = Network(VirtualClock())
+    engine = make_engine(network, runner=rig.runner)
+    engine.put("c", make_message("word", (1, 2, 3), 3, grammar=WORD, eos=(255,)))
+    engine.put("c", make_message("free", (4, 5, 6), 3))
+    turn_until(engine, lambda: compilers[1].num_submitted == 1)
+    compilers[0].finish()
+    turn_until(engine, lambda: "free" in network.answers and network.answers["free"].reason == "length")
+    turn_until(engine, lambda: rig.ranks[1].plans == rig.ranks[0].plans)
+    assert "word" not in network.answers
+    compilers[1].finish()
+    turn_until(engine, lambda: "word" in network.answers and network.answers["word"].reason == "length")
+    assert_clean(engine)
+
+
+def test_a_grammar_that_one_rank_cannot_compile_is_not_ready(make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig(num_followers=1)
+    rig.ranks[0].grammars = HeldGrammars(HeldCompiler(is_open=True))
+    rig.runner.submit(StepPlan(step_id=0, grammars=(CompileGrammar(grammar_id=5, spec=WORD),)))
+    assert rig.runner.collect(10.0) is not None
+    assert poll_until(rig.runner, 1) == [GrammarReady(grammar_id=5, error="this runner has no vocabulary")]
 
 
 def test_a_failing_follower_fails_the_gang_with_its_own_words(make_rig: Callable[..., Rig]) -> None:

@@ -10,6 +10,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from atom_cluster.messages.grammars import CompileGrammar
 from atom_cluster.messages.requests import SamplingParams
 from atom_cluster.messages.steps import NewRow, RowStep, SampledTokens, StepPlan
 from atom_cluster.structured.compiler import GrammarCompiler
@@ -94,6 +95,7 @@ class RowDriver:
             Request(str(i), tuple(prompt), samplings[i] if samplings else GREEDY, list(prompt))
             for i, prompt in enumerate(prompts)
         ]
+        self._compile(requests)
         waiting = list(requests)
         while waiting or any(self._rows):
             new_rows = self._admit(waiting)
@@ -107,6 +109,19 @@ class RowDriver:
                     waiting.append(self._leave(row))
         limit = MAX_MODEL_LEN + 1
         return [request.tokens[len(request.prompt) : limit][:num_tokens] for request in requests]
+
+    def _compile(self, requests: Sequence[Request]) -> None:
+        """Let the runner compile all grammars, each under the number of its request."""
+        commands = [
+            CompileGrammar(grammar_id=int(request.name), spec=request.sampling.grammar)
+            for request in requests
+            if request.sampling.grammar is not None
+        ]
+        self.runner.run(StepPlan(step_id=self._step_id, grammars=tuple(commands)))
+        self._step_id += 1
+        num_ready = 0
+        while num_ready < len(commands):
+            num_ready += len(self.runner.poll_kv())
 
     def _admit(self, waiting: list[Request]) -> list[NewRow]:
         new_rows = []
@@ -124,6 +139,7 @@ class RowDriver:
                     num_prompt_tokens=len(request.prompt),
                     pages=((),) * len(self._groups),
                     sampling=request.sampling,
+                    grammar_id=None if request.sampling.grammar is None else int(request.name),
                 )
             )
         return new_rows

@@ -5,13 +5,17 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from atom_cluster.messages.requests import GrammarSpec
+from atom_cluster.errors import ProtocolError
+from atom_cluster.messages.grammars import CompileGrammar
+from atom_cluster.messages.requests import GrammarSpec, SamplingParams
+from atom_cluster.messages.steps import NewRow, RowStep, StepPlan
 from atom_cluster.structured.compiler import GrammarCompiler
-from tests.runner.context_model import VOCAB, ContextModel
+from tests.runner.context_model import VOCAB, ContextModel, make_runner
 from tests.runner.row_driver import RowDriver
 from tests.runner.stand_in_graphs import use_stand_in_graphs
 from tests.runner.test_graphs import make_model
 from tests.runner.test_speculation import NUM_TOKENS, PARTS, SAMPLINGS, prompts
+from tests.structured.compilers import HeldCompiler
 from tests.structured.vocabularies import ids_of, word_vocabulary
 
 GRAMMARS = (
@@ -34,6 +38,26 @@ def expected() -> list[list[int]]:
 
 def test_rows_have_only_tokens_that_their_grammar_allows(expected: list[list[int]]) -> None:
     assert all(set(tokens) <= GRAMMARS[i % len(GRAMMARS)][1] for i, tokens in enumerate(expected))
+
+
+def test_a_row_that_samples_before_its_grammar_is_compiled_is_an_error_of_the_plan() -> None:
+    runner = make_runner(model=ContextModel(**PARTS[0]), grammars=HeldCompiler())  # type: ignore[arg-type]
+    spec = GRAMMARS[0][0]
+    assert spec is not None
+    new = NewRow(
+        row=0,
+        request_id="r",
+        token_ids=(1, 2),
+        num_prompt_tokens=2,
+        pages=((0,),),
+        sampling=SamplingParams(seed=0, grammar=spec),
+        grammar_id=7,
+    )
+    plan = StepPlan(step_id=0, new_rows=(new,), grammars=(CompileGrammar(grammar_id=7, spec=spec),))
+    assert runner.run(plan).sampled == ()
+    with pytest.raises(ProtocolError, match="grammar 7"):
+        runner.run(StepPlan(step_id=1, rows=(RowStep(0, 0, 2, samples=True),)))
+    runner.close()
 
 
 @pytest.mark.parametrize("max_drafts", [0, 1, 3])
