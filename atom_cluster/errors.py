@@ -152,9 +152,16 @@ class RequestFailed(AtomClusterError):
 
 
 class EngineLost(RequestFailed):
-    """The engine that ran the request is gone, has failed, or what it said got lost on the way."""
+    """The engine that ran the request is gone, has failed, or what it said got lost on the way.
+
+    `may_return`: it is out of reach, and nobody knows more; it may turn out to be as well as ever.
+    """
 
     code = "engine_lost"
+
+    def __init__(self, message: str, *, may_return: bool = False) -> None:
+        super().__init__(message)
+        self.may_return = may_return
 
 
 class RequestTimeout(RequestFailed):

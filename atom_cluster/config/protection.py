@@ -9,6 +9,8 @@ from pydantic import Field, StringConstraints, field_validator
 
 from atom_cluster.config.base import FrozenConfig
 
+MAX_PRIORITY = 100
+"""Priorities of requests are from its negative to it. Lower runs first, 0 is usual."""
 MAX_KEYS = 1000
 """Most keys of one file: each is compared with every request's, and is a value of a metric's label."""
 
@@ -38,7 +40,7 @@ class RateLimits(FrozenConfig):
 
 
 class ApiKeyEntry(RateLimits):
-    """One key of a file of keys: its name, its hash, what it may do and how much."""
+    """One key of a file of keys: its name, its hash, what it may do, how much and how urgently."""
 
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     """Shown in logs and metrics instead of the key."""
@@ -48,6 +50,15 @@ class ApiKeyEntry(RateLimits):
     role: Role = "user"
     """user: generation, tokenization and models. monitor: metrics, cluster state, timelines and the status page.
     admin: all of these, and the profiler."""
+    most_urgent_priority: int | None = Field(None, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
+    """The lowest priority that its requests may ask for. Null: for an admin's key any, else that of
+    `api.protection.most_urgent_priority`."""
+
+    def priority_limit(self, default: int) -> int:
+        """The lowest priority it may ask for, where keys without one of their own have `default`."""
+        if self.most_urgent_priority is not None:
+            return self.most_urgent_priority
+        return -MAX_PRIORITY if self.role == "admin" else default
 
 
 class ApiKeyFile(FrozenConfig):
@@ -81,6 +92,9 @@ class ProtectionConfig(FrozenConfig):
     logged."""
     limits: RateLimits = RateLimits()
     """Of each key that sets none of its own; without keys, of all clients together."""
+    most_urgent_priority: int = Field(0, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
+    """The lowest priority, which is the most urgent one, that a key of a user may ask for if it sets none of its own.
+    At 0 keys may put themselves behind others and not before them. Without keys anybody may ask for any."""
     max_open_requests: int = Field(2048, ge=1)
     """POST requests that one ingress answers at the same time; more are answered with 503 before their bodies are read.
     To be above what engines queue and run, or their queues never fill."""

@@ -3,8 +3,11 @@
 A message has a source or destination, never a route: replies to a peer that connected to us go back over its
 connection, messages to an address open one. Liveness is the endpoint's business: every connection is pinged from both
 ends, and a peer that disconnects, restarts, refuses, stops answering or stops reading is reported as lost exactly once
-per connection. A process that was itself frozen for so long that others have given it up loses all of them. What a
-message means is not its business.
+per connection. What a message means is not its business.
+
+Silence counts only while this process is awake to hear it (`lived_time`). Pings and their answers say which connection
+and which session they are of, so a process that others have given up, as it stood still or was short of processor time,
+is told so as soon as they talk again, and need not guess it from a clock.
 
 All methods are called from the event loop's thread, and none of them blocks.
 """
@@ -12,11 +15,12 @@ All methods are called from the event loop's thread, and none of them blocks.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import math
-import time
+import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -25,6 +29,7 @@ from atom_cluster.errors import ProtocolError
 from atom_cluster.link.auth import Authenticator, ClusterKey
 from atom_cluster.link.codec import MAX_MESSAGE_BYTES, Message, decode, encode
 from atom_cluster.link.doorkeeper import Doorkeeper
+from atom_cluster.link.lived_time import LivedTime
 from atom_cluster.messages.cluster import PeerAddress
 from atom_cluster.messages.requests import Ping, Pong
 from atom_cluster.observability.refusals import RefusalLog
@@ -56,6 +61,20 @@ class _Connection:
     socket: _Socket
     monitor: _Socket
     heard_at_s: float
+    number: int = field(default_factory=lambda: random.getrandbits(62))
+    """Tells the peer this connection from those before it."""
+    session: int | None = None
+    """What the peer calls the time since it first heard of this process; None before its first answer."""
+
+
+@dataclass(slots=True)
+class _Inbound:
+    """A peer that connected to us."""
+
+    session: int
+    heard_at_s: float
+    connection: int | None = None
+    """Its number, as the peer says; None before its first ping."""
 
 
 class Endpoint:
@@ -83,7 +102,9 @@ class Endpoint:
         self._ping_period_s = ping_period_s
         self._peer_timeout_s = peer_timeout_s
         self._connections: dict[str, _Connection] = {}
-        self._heard_inbound_at_s: dict[str, float] = {}
+        self._inbound: dict[str, _Inbound] = {}
+        self._sessions = itertools.count(1)
+        self._lived = LivedTime(ping_period_s)
         self._address: PeerAddress | None = None
         self._num_pings = 0
         self._dropped = RefusalLog(logger, "messages")
@@ -117,7 +138,7 @@ class Endpoint:
         frame = encode(message)
         if isinstance(destination, PeerAddress):
             connection = self._connect(destination)
-        elif destination in self._heard_inbound_at_s:
+        elif destination in self._inbound:
             return self._send_inbound(destination, frame)
         else:
             known = self._connections.get(destination)
@@ -136,7 +157,7 @@ class Endpoint:
 
     def disconnect(self, peer_id: str) -> None:
         """Forget a peer without reporting it as lost."""
-        self._heard_inbound_at_s.pop(peer_id, None)
+        self._inbound.pop(peer_id, None)
         connection = self._connections.pop(peer_id, None)
         if connection is not None:
             self._close_connection(connection)
@@ -180,12 +201,12 @@ class Endpoint:
         socket.routing_id = self._peer_id.encode()
         self._key.configure_client(socket)
         monitor = socket.get_monitor_socket(_LOST_EVENTS)
-        connection = _Connection(address, socket, monitor, time.monotonic())
+        connection = _Connection(address, socket, monitor, self._lived.now_s)
         self._connections[address.peer_id] = connection
         socket.connect(address.endpoint)
         self._add_reader(socket, self._drain_connection, connection)
         self._add_reader(monitor, self._drain_monitor, connection)
-        self._send_on(connection, encode(self._next_ping()))
+        self._send_on(connection, encode(self._next_ping(connection.number)))
         return connection
 
     def _add_reader(self, socket: _Socket, drain: Callable[..., None], *args: _Connection) -> None:
@@ -236,9 +257,7 @@ class Endpoint:
             if len(frames) != 2:
                 self._dropped.note(frames[0].decode(errors="replace"), f"of {len(frames)} frames")
                 continue
-            source = frames[0].decode(errors="replace")
-            self._heard_inbound_at_s[source] = time.monotonic()
-            self._deliver(source, frames[1])
+            self._take_inbound(frames[0].decode(errors="replace"), frames[1])
         self._loop.call_soon(self._drain_listener)
 
     def _drain_connection(self, connection: _Connection) -> None:
@@ -249,24 +268,51 @@ class Endpoint:
                 frame = connection.socket.recv(zmq.DONTWAIT)
             except zmq.Again:
                 return
-            connection.heard_at_s = time.monotonic()
-            self._deliver(connection.address.peer_id, frame)
+            self._take(connection, frame)
         self._loop.call_soon(self._drain_connection, connection)
 
-    def _deliver(self, source: str, frame: bytes) -> None:
+    def _take_inbound(self, source: str, frame: bytes) -> None:
+        message = self._decode(source, frame)
+        if isinstance(message, Ping):
+            peer = self._inbound.get(source)
+            if peer is not None and peer.connection not in (None, message.connection):
+                self._lose_inbound(source, "it has connected anew")
+        peer = self._inbound.get(source)
+        if peer is None:
+            peer = self._inbound[source] = _Inbound(next(self._sessions), self._lived.now_s)
+        peer.heard_at_s = self._lived.now_s
+        if isinstance(message, Ping):
+            peer.connection = message.connection
+            pong = Pong(nonce=message.nonce, epoch=self._epoch, session=peer.session)
+            self._send_inbound(source, encode(pong))
+        elif message is not None and not isinstance(message, Pong):
+            self._on_message(source, message)
+
+    def _take(self, connection: _Connection, frame: bytes) -> None:
+        connection.heard_at_s = self._lived.now_s
+        source = connection.address.peer_id
+        message = self._decode(source, frame)
+        if isinstance(message, Ping):
+            self._send_on(connection, encode(Pong(nonce=message.nonce, epoch=self._epoch)))
+        elif isinstance(message, Pong):
+            self._check_pong(connection, message)
+        elif message is not None:
+            self._on_message(source, message)
+
+    def _check_pong(self, connection: _Connection, pong: Pong) -> None:
+        if connection.address.epoch != pong.epoch:
+            self._lose_connection(connection, "another incarnation answers at its address")
+        elif connection.session is None:
+            connection.session = pong.session
+        elif connection.session != pong.session:
+            self._lose_connection(connection, "it had given this process up")
+
+    def _decode(self, source: str, frame: bytes) -> Message | None:
         try:
-            message = decode(frame)
+            return decode(frame)
         except ProtocolError as exc:
             self._dropped.note(source, str(exc))
-            return
-        if isinstance(message, Ping):
-            self.send(source, Pong(nonce=message.nonce, epoch=self._epoch))
-        elif isinstance(message, Pong):
-            connection = self._connections.get(source)
-            if connection is not None and connection.address.epoch != message.epoch:
-                self._lose_connection(connection, "another incarnation answers at its address")
-        else:
-            self._on_message(source, message)
+            return None
 
     # --- liveness
 
@@ -290,42 +336,32 @@ class Endpoint:
         self._on_lost(peer_id)
 
     def _lose_inbound(self, peer_id: str, why: str) -> None:
-        if self._heard_inbound_at_s.pop(peer_id, None) is not None:
+        if self._inbound.pop(peer_id, None) is not None:
             logger.info("lost %s: %s", peer_id, why)
             self._on_lost(peer_id)
 
     async def _watch_peers(self) -> None:
         while True:
-            slept_at_s = time.monotonic()
             await asyncio.sleep(self._ping_period_s)
-            if time.monotonic() - slept_at_s > self._peer_timeout_s:
-                self._lose_everybody("this process stood still, and was given up by others")
+            oldest_s = self._lived.look() - self._peer_timeout_s
             self._doorkeeper.watch()
             self._dropped.flush()
-            ping = encode(self._next_ping())
-            oldest_s = time.monotonic() - self._peer_timeout_s
             for connection in list(self._connections.values()):
                 if connection.heard_at_s < oldest_s:
                     self._lose_connection(connection, f"silent for {self._peer_timeout_s} s")
                 else:
-                    self._send_on(connection, ping)
-            for peer_id, heard_at_s in list(self._heard_inbound_at_s.items()):
-                if heard_at_s < oldest_s:
+                    self._send_on(connection, encode(self._next_ping(connection.number)))
+            ping = encode(self._next_ping())
+            for peer_id, peer in list(self._inbound.items()):
+                if peer.heard_at_s < oldest_s:
                     self._lose_inbound(peer_id, f"silent for {self._peer_timeout_s} s")
                 else:
                     # One whose connection has ended cannot be reached: that is noticed now, not when it was silent.
                     self._send_inbound(peer_id, ping)
 
-    def _lose_everybody(self, why: str) -> None:
-        """Answers that arrived meanwhile say nothing: whoever sent them has forgotten us since."""
-        for connection in list(self._connections.values()):
-            self._lose_connection(connection, why)
-        for peer_id in list(self._heard_inbound_at_s):
-            self._lose_inbound(peer_id, why)
-
-    def _next_ping(self) -> Ping:
+    def _next_ping(self, connection: int = 0) -> Ping:
         self._num_pings += 1
-        return Ping(nonce=self._num_pings)
+        return Ping(nonce=self._num_pings, connection=connection)
 
 
 def _has_input(socket: _Socket) -> bool:

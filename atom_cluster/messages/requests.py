@@ -168,9 +168,12 @@ class TokenBatch(Struct, frozen=True, tag="tokens"):
 
 
 class Ping(Struct, frozen=True, tag="ping"):
-    """Sent by a client of an engine every second; an engine ends the requests of a client that stopped pinging."""
+    """Sent from both ends of a connection every second; an engine ends requests of a client that stopped pinging."""
 
     nonce: int
+    connection: int = 0
+    """Of the side that connected: a number for this connection and no other. The side that listens learns by another
+    one that it was given up meanwhile."""
 
 
 class Pong(Struct, frozen=True, tag="pong"):
@@ -179,3 +182,5 @@ class Pong(Struct, frozen=True, tag="pong"):
     nonce: int
     epoch: int
     """The engine's incarnation. A client that sees another one than before fails its requests of the old one."""
+    session: int = 0
+    """Of the side that listens: another one than before says that it gave the other side up meanwhile."""

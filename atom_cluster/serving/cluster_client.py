@@ -161,7 +161,7 @@ class ClusterClient:
         if self._router is not None and self._router.peer_id == peer_id:
             self._router = None
         for request_id in self._requests_by_peer.pop(peer_id, set()):
-            self._streams[request_id].fail(EngineLost(f"the engine {peer_id} was lost"))
+            self._streams[request_id].fail(EngineLost(f"the engine {peer_id} was lost", may_return=True))
 
     # --- requests, called by the API
 
@@ -171,8 +171,8 @@ class ClusterClient:
         opened = OpenRequest(request, timeout_s=serving.request_timeout_s, avoid_s=serving.member_timeout_s)
         while True:
             opened.begin_attempt()
-            decision = await self._place(opened)
-            stream = self._open(opened, decision)
+            decision, engine = await self._place(opened)
+            stream = self._open(opened, decision, engine)
             is_over = False
             try:
                 while not is_over:
@@ -186,7 +186,7 @@ class ClusterClient:
                     raise
                 # A lost engine may turn out to be there after all, and is to know that nobody reads what it says.
                 is_over = isinstance(exc, Overloaded)
-                opened.fail(exc, stream.peer_id)
+                opened.fail(exc, engine, present={card.address for card in self._engines.values()})
                 self._metrics.inc(REQUESTS_REPLAYED)
                 _log_of(opened).info("%s goes on behind %d tokens: %s", stream.request_id, opened.num_emitted, exc)
             finally:
@@ -220,9 +220,9 @@ class ClusterClient:
         """See `api.generator.Generator`."""
         return await self._profiles.stop(self._attached(), self._engines.values(), target)
 
-    async def _place(self, opened: OpenRequest) -> RouteDecision:
-        """A decision that names an engine, once there is one. Raises `NotReady` if the request may not wait for that,
-        `RequestTimeout` at its deadline."""
+    async def _place(self, opened: OpenRequest) -> tuple[RouteDecision, PeerAddress]:
+        """A decision that names an engine, and that engine, once there is one. Raises `NotReady` if the request may not
+        wait for that, `RequestTimeout` at its deadline."""
         is_counted = False
         try:
             while True:
@@ -230,7 +230,7 @@ class ClusterClient:
                 if self._has_candidate(excluded):
                     decision = await self._decide(opened, excluded)
                     if decision.decode is not None:
-                        return decision
+                        return decision, decision.decode
                 if opened.is_new and not is_counted:
                     self._check_may_wait()
                     self._num_new_waiting += 1
@@ -330,14 +330,10 @@ class ClusterClient:
             del self._queries[query.query_id]
             self._metrics.observe(ROUTER_QUERY_S, time.monotonic() - began_s)
 
-    def _open(self, opened: OpenRequest, decision: RouteDecision) -> DeltaStream:
-        if decision.decode is None:
-            raise AssertionError("an unplaced request has no stream")
+    def _open(self, opened: OpenRequest, decision: RouteDecision, engine: PeerAddress) -> DeltaStream:
         message = opened.place(prefill=decision.prefill, eos_token_ids=self._model.eos_token_ids)
         attempt = opened.attempt
-        stream = DeltaStream(
-            message.request_id, decision.decode.peer_id, num_tokens=opened.num_emitted, attempt=attempt
-        )
+        stream = DeltaStream(message.request_id, engine.peer_id, num_tokens=opened.num_emitted, attempt=attempt)
         self._fallback.started(decision)
         self._streams[stream.request_id] = stream
         self._requests_by_peer.setdefault(stream.peer_id, set()).add(stream.request_id)
@@ -345,8 +341,8 @@ class ClusterClient:
         attempt.prefill = "" if decision.prefill is None else decision.prefill.peer_id
         attempt.sent_s = time.monotonic()  # the engine may have it before `send` returns
         attempt.note("route", attempt.sent_s)
-        if not self._attached().send(decision.decode, message):
-            stream.fail(EngineLost(f"the engine {stream.peer_id} does not take requests"))
+        if not self._attached().send(engine, message):
+            stream.fail(EngineLost(f"the engine {stream.peer_id} does not take requests", may_return=True))
         return stream
 
     def _close(self, stream: DeltaStream, decision: RouteDecision, *, is_finished: bool) -> None:

@@ -12,7 +12,6 @@ import msgspec
 import ray
 
 from atom_cluster.config.cluster import ClusterConfig
-from atom_cluster.gang.ray_metrics import OBSERVED
 from atom_cluster.messages.cluster import MemberCard, Membership
 from atom_cluster.observability.metrics import ALL_METRICS
 
@@ -23,6 +22,11 @@ _RAY_LABELS = re.compile(
 """What Ray adds to every series: long, new with every process, and nothing that `replica` does not tell."""
 _RAY_PREFIX = "ray_"
 """Ray puts this before the name of every metric that it exports."""
+_METRIC_BY_SAMPLE = {
+    f"{_RAY_PREFIX}{metric.name}{suffix}": metric
+    for metric in ALL_METRICS
+    for suffix in (("_bucket", "_sum", "_count") if metric.kind == "histogram" else ("",))
+}
 
 
 def cluster_page(config: ClusterConfig, reasons: dict[str, str], membership: Membership | None) -> dict[str, Any]:
@@ -74,34 +78,21 @@ def _fetch(url: str) -> str:
 
 
 def merge_pages(pages: Iterable[str]) -> str:
-    """One page with only our metrics: each family's HELP and TYPE once, samples of all pages after them.
-
-    A histogram's sum is what `RayMetrics` exported as a counter beside it, since Ray's own is wrong.
-    """
-    known = {metric.name for metric in ALL_METRICS}
-    sums = {f"{metric.name}{OBSERVED}_total": metric.name for metric in ALL_METRICS if metric.kind == "histogram"}
-    headers: dict[str, list[str]] = {}
+    """One page with only our metrics: each family's HELP and TYPE once, samples of all pages after them."""
     samples: dict[str, list[str]] = {}
     for page in pages:
-        family, header = "", list[str]()
         for line in page.splitlines():
-            if line.startswith(("# HELP ", "# TYPE ")):
-                name = _bare(line.split(" ", 3)[2])
-                if name != family:
-                    family, header = name, []
-                header.append(line.replace(_RAY_PREFIX, "", 1))
-                if family in known:
-                    headers.setdefault(family, header)
-            elif family in sums and line.startswith(_RAY_PREFIX):
-                samples.setdefault(sums[family], []).append(_sample(line).replace(f"{OBSERVED}_total", "_sum", 1))
-            elif family in known and line and not _bare(line).startswith(f"{family}_sum"):
-                samples.setdefault(family, []).append(_sample(line))
-    return "".join(line + "\n" for family in headers for line in headers[family] + samples.get(family, []))
+            metric = _METRIC_BY_SAMPLE.get(re.split("[{ ]", line, maxsplit=1)[0])
+            if metric is not None:
+                samples.setdefault(metric.name, []).append(_sample(line))
+    parts: list[str] = []
+    for metric in ALL_METRICS:
+        if metric.name in samples:
+            # Ray knows a histogram's parts only, and calls them gauges.
+            parts += [f"# HELP {metric.name} {metric.help}", f"# TYPE {metric.name} {metric.kind}"]
+            parts += samples[metric.name]
+    return "".join(part + "\n" for part in parts)
 
 
 def _sample(line: str) -> str:
-    return _RAY_LABELS.sub("", _bare(line)).replace(",}", "}", 1).replace("{}", "", 1)
-
-
-def _bare(name: str) -> str:
-    return name.removeprefix(_RAY_PREFIX)
+    return _RAY_LABELS.sub("", line.removeprefix(_RAY_PREFIX)).replace(",}", "}", 1).replace("{}", "", 1)

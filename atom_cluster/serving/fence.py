@@ -22,7 +22,8 @@ class _Heard:
 
 
 class Fence:
-    """Call from one thread. `now_s` is one monotonic clock in seconds."""
+    """Call from one thread. `now_s` is time as this process has lived it (`link.lived_time`): one that stood still
+    itself knows of no silence."""
 
     def __init__(self, *, num_ingresses: int, silence_s: float, end: Callable[[str], None]) -> None:
         """`end` is called with the actor's name of an ingress that was silent for `silence_s`, once `num_ingresses`
@@ -31,7 +32,6 @@ class Fence:
         self._silence_s = silence_s
         self._end = end
         self._heard_by_peer: dict[str, _Heard] = {}
-        self._looked_s: float | None = None
 
     def heard(self, card: MemberCard, now_s: float) -> None:
         """A member has announced itself; those that no actor name came with are left alone."""
@@ -39,13 +39,7 @@ class Fence:
             self._heard_by_peer[card.address.peer_id] = _Heard(card.actor, now_s)
 
     def look(self, now_s: float) -> None:
-        """End who is to be ended. To be called several times per `silence_s`: who has not looked for longer than that
-        stood still itself, and knows of no silence."""
-        looked_s, self._looked_s = self._looked_s, now_s
-        if looked_s is not None and now_s - looked_s >= self._silence_s:
-            for heard in self._heard_by_peer.values():
-                heard.heard_s = now_s
-            return
+        """End who is to be ended. To be called several times per `silence_s`."""
         silent = {
             peer_id: heard for peer_id, heard in self._heard_by_peer.items() if now_s - heard.heard_s >= self._silence_s
         }

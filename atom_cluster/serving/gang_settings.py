@@ -128,7 +128,7 @@ def make_simulated_runner(config: ClusterConfig) -> StepRunner:
         block_size=config.cache.block_size,
         max_num_requests=config.scheduler.max_num_requests,
         max_drafts=config.num_drafts,
-        grammars=GrammarCompiler.for_model(model_dir, config.simulation.vocab_size),
+        grammars=GrammarCompiler.for_model(model_dir, config.simulation.vocab_size, capacity=1),
         max_model_len=model.max_positions if max_model_len == "auto" else max_model_len,
     )
 

@@ -6,7 +6,8 @@ of its own, so that nothing an engine still says of an earlier one is taken for 
 
 Why an engine did not finish it decides what follows:
 
-    lost        connection gone, engine failed, tokens lost on the way: placed again, until MAX_PLACEMENTS are lost
+    lost        connection gone, engine failed, tokens lost on the way: placed again, until MAX_PLACEMENTS are lost.
+                One that was only out of reach, and is back, was not lost: it was slow, or had no processor time
     not ready   draining, or failed and about to be replaced: placed again for as long as there is time
     overloaded  its queue is full: the client is told, unless the request was at an engine or waited for one before;
                 then it is placed again for as long as there is time
@@ -16,7 +17,7 @@ Why an engine did not finish it decides what follows:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 
 import msgspec
 
@@ -29,7 +30,7 @@ from atom_cluster.units import Deadline
 
 MAX_PLACEMENTS = 5
 """Engines that may be lost over one request, before its first token and after: a request that takes its engines down
-with it must not have all of them."""
+with it must not have all of them. How often one that is still there was out of reach does not matter."""
 
 
 class OpenRequest:
@@ -55,7 +56,9 @@ class OpenRequest:
         self._emitted: list[int] = []
         self._num_cached_tokens = 0
         self._has_prompt_scores = False
-        self._num_placements = self._num_lost = 0
+        self._num_placements = self._num_failed = 0
+        self._out_of_reach: frozenset[PeerAddress] = frozenset()
+        """Engines that were lost without a word, and have not come back."""
         self._avoided_until_s: dict[str, float] = {}
         self.attempt = AttemptRecord(clock())
         """What is noted of the current placement."""
@@ -120,19 +123,30 @@ class OpenRequest:
             delta, request_id=self.input.request_id, num_cached_tokens=self._num_cached_tokens
         )
 
-    def fail(self, error: AtomClusterError, peer_id: str) -> None:
-        """The current engine did not finish it. Returns if it is to be placed again, else raises what to tell."""
+    def fail(self, error: AtomClusterError, engine: PeerAddress, *, present: Set[PeerAddress]) -> None:
+        """The current engine did not finish it. Returns if it is to be placed again, else raises what to tell.
+
+        `present`: engines that are there now, which this one is not if it was lost and has not come back.
+        """
         avoid_s = self._avoid_s
         if isinstance(error, EngineLost):
-            self._num_lost += 1
-            if self._num_lost == MAX_PLACEMENTS:
-                raise RequestFailed(
-                    f"{MAX_PLACEMENTS} engines were lost, one after the other, while they worked on the request"
-                ) from error
+            self._count_lost(error, engine, present)
         elif isinstance(error, Overloaded) and not isinstance(error, NotReady):
             if self._num_placements == 1 and not self.has_waited:
                 raise error
-            avoid_s = error.retry_after_s
+            # What it says of its queue is for clients, who keep nothing waiting here.
+            avoid_s = min(avoid_s, error.retry_after_s)
         elif not isinstance(error, NotReady):
             raise error
-        self._avoided_until_s[peer_id] = self._clock() + avoid_s
+        self._avoided_until_s[engine.peer_id] = self._clock() + avoid_s
+
+    def _count_lost(self, error: EngineLost, engine: PeerAddress, present: Set[PeerAddress]) -> None:
+        if error.may_return:
+            self._out_of_reach |= {engine}
+        else:
+            self._num_failed += 1
+        self._out_of_reach -= present
+        if self._num_failed + len(self._out_of_reach) >= MAX_PLACEMENTS:
+            raise RequestFailed(
+                f"{MAX_PLACEMENTS} engines were lost, one after the other, while they worked on the request"
+            ) from error

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import time
 
 import ray
 from ray import serve
@@ -22,6 +21,7 @@ from atom_cluster.gang.ray_metrics import RayMetrics
 from atom_cluster.link.auth import ClusterKey
 from atom_cluster.link.codec import Message
 from atom_cluster.link.endpoint import Endpoint
+from atom_cluster.link.lived_time import LivedTime
 from atom_cluster.messages.cluster import (
     CacheEvents,
     CacheSnapshot,
@@ -71,10 +71,12 @@ class Router:
             num_ingresses=config.serving.ingress_replicas, silence_s=config.serving.fence_after_s, end=self._end
         )
         self._ending: set[asyncio.Task[None]] = set()
+        # Members are not silent while this process has no time to hear them.
+        self._lived = LivedTime(2 * config.serving.announce_period_s)
 
     async def announce(self, card: MemberCard) -> Membership:
         """Take a member's card and return everybody's; engines that are new here are asked for a snapshot."""
-        now_s = time.monotonic()
+        now_s = self._lived.look()
         membership = self._state.announce(card, now_s)
         self._fence.heard(card, now_s)
         self._fence.look(now_s)
@@ -86,10 +88,10 @@ class Router:
         """A member is leaving for good."""
         self._endpoint.disconnect(address.peer_id)
         self._state.withdraw(address.peer_id)
-        return self._state.membership(time.monotonic())
+        return self._state.membership(self._lived.now_s)
 
     def _receive(self, source: str, message: Message) -> None:
-        now_s = time.monotonic()
+        now_s = self._lived.now_s
         if isinstance(message, RouteQuery):
             decision = self._state.decide(message, source=source, now_s=now_s)
             self._endpoint.send(source, decision)

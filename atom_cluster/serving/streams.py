@@ -12,9 +12,9 @@ import time
 
 import msgspec
 
-from atom_cluster import errors
-from atom_cluster.errors import AtomClusterError, EngineLost, InvalidRequest, Overloaded, RequestFailed, RequestTimeout
-from atom_cluster.messages.requests import RequestError, TokenDelta
+from atom_cluster.errors import AtomClusterError, EngineLost, RequestTimeout
+from atom_cluster.messages.failures import error_of
+from atom_cluster.messages.requests import TokenDelta
 from atom_cluster.observability.timeline import AttemptRecord
 from atom_cluster.units import Deadline
 
@@ -101,15 +101,3 @@ def _merge(deltas: list[TokenDelta]) -> TokenDelta:
         num_cached_tokens=max(delta.num_cached_tokens for delta in deltas),
         timing=last.timing,
     )
-
-
-def error_of(error: RequestError) -> AtomClusterError:
-    """The exception that an engine's error message stands for; RequestFailed for kinds unknown here."""
-    kind = getattr(errors, error.kind, None)
-    if not (isinstance(kind, type) and issubclass(kind, AtomClusterError)):
-        return RequestFailed(error.message)
-    if issubclass(kind, InvalidRequest):
-        return kind(error.message, param=error.param)
-    if issubclass(kind, Overloaded):
-        return kind(error.message, retry_after_s=error.retry_after_s or 1.0)
-    return kind(error.message)

@@ -66,7 +66,9 @@ def _run(options: argparse.Namespace) -> int:
             tokens_per_minute=options.tokens_per_minute,
             concurrent_requests=options.concurrent_requests,
         )
-        key, line = new_key(options.name, role=options.role, limits=limits)
+        key, line = new_key(
+            options.name, role=options.role, limits=limits, most_urgent_priority=options.most_urgent_priority
+        )
         print(f"the key, which is not kept anywhere: {key}\nits line in the file of keys:\n{line}")
     elif options.command == "get-demo-model":
         get_demo_model(demo_model_dir(), replace=options.force, report=_print_now)
@@ -119,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     key.add_argument("--role", choices=get_args(Role), default="user", help="what it may do; default: %(default)s")
     for limit in RateLimits.model_fields:
         key.add_argument(f"--{limit.replace('_', '-')}", type=_positive, metavar="N", help="limit of its own")
+    key.add_argument("--most-urgent-priority", type=int, metavar="N", help="lowest it may ask for; lower runs first")
     demo = commands.add_parser("get-demo-model", help="fetch the small model that the quick start serves")
     demo.add_argument("--force", action="store_true", help="make it anew even if it is there")
     commands.add_parser("version", help="print the version")

@@ -9,10 +9,12 @@ from atom_cluster.config.protection import ApiKeyEntry, RateLimits
 from atom_cluster.errors import ConfigError
 
 
-def new_key(name: str, *, role: str, limits: RateLimits) -> tuple[str, str]:
-    """A key, which is nowhere else, and its line for the file. Raises `ConfigError` for a name that cannot be."""
+def new_key(name: str, *, role: str, limits: RateLimits, most_urgent_priority: int | None = None) -> tuple[str, str]:
+    """A key, which is nowhere else, and its line for the file. Raises `ConfigError` that names what cannot be."""
     key = make_key()
     fields = {"name": name, "sha256": hash_key(key), "role": role} | limits.model_dump(exclude_none=True)
+    if most_urgent_priority is not None:
+        fields["most_urgent_priority"] = most_urgent_priority
     try:
         ApiKeyEntry.model_validate(fields)
     except ValidationError as exc:

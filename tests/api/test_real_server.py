@@ -150,3 +150,17 @@ async def test_a_large_body_is_refused_and_the_next_request_served(make_api: Mak
     async with httpx.AsyncClient() as client:
         served = await client.post(f"{url}/v1/completions", json={"model": MODEL, "prompt": "hi"})
     assert served.status_code == 200
+
+
+@pytest.mark.parametrize("num_headers, num_bytes, is_served", [(95, 1, True), (101, 1, False), (1, 34_000, False)])
+async def test_headers_beyond_the_limits_pass_the_server_and_are_refused_by_the_application(
+    hello: Api, serve: Serve, num_headers: int, num_bytes: int, is_served: bool
+) -> None:
+    url = httpx.URL(await serve(hello.app))
+    reader, writer = await asyncio.open_connection(url.host, url.port)
+    lines = [f"x-{number}: {'y' * num_bytes}\r\n" for number in range(num_headers)]
+    writer.write(f"GET /v1/models HTTP/1.1\r\nHost: a\r\nConnection: close\r\n{''.join(lines)}\r\n".encode())
+    answer = await asyncio.wait_for(reader.read(), 10)
+    writer.close()
+    assert answer.startswith(b"HTTP/1.1 200" if is_served else b"HTTP/1.1 431")
+    assert is_served or json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "headers_too_large"

@@ -92,6 +92,28 @@ async def test_messages(make: Make, serve: Serve, streams: bool) -> None:
     assert RESULT_TURNS.format(id=call.id, arguments='{"city": "Oslo"}') in tools.prompt()
 
 
+@pytest.mark.parametrize(
+    ("choice", "is_shown", "enforces"),
+    [
+        ({"type": "auto"}, True, False),
+        ({"type": "any"}, True, True),
+        ({"type": "tool", "name": "weather"}, True, True),
+        ({"type": "none"}, False, False),
+    ],
+    ids=lambda value: value["type"] if isinstance(value, dict) else str(value),
+)
+async def test_messages_choose_tools_in_anthropic_s_words(
+    make: Make, choice: dict, is_shown: bool, enforces: bool
+) -> None:
+    tools = make(CALLING)
+    body = {"model": MODEL, "max_tokens": 500, "messages": [QUESTION], "tools": [MESSAGES_TOOL], "tool_choice": choice}
+    async with tools.api.client() as client:
+        answer = (await client.post("/v1/messages", json=body)).json()
+    grammar = tools.api.generator.requests[-1].sampling.grammar
+    assert (grammar is not None) == enforces and ("<tool weather>" in tools.prompt()) == is_shown
+    assert answer["stop_reason"] == ("tool_use" if is_shown else "end_turn")
+
+
 async def test_a_failed_tool_is_told_to_the_model(make: Make) -> None:
     tools = make("sorry")
     call = {"type": "tool_use", "id": "t1", "name": "weather", "input": {}}
@@ -128,6 +150,20 @@ async def test_reasoning_is_switched_by_each_endpoint_s_field(
         response = await client.post(path, json={"model": MODEL, **turns, **limit, **fields})
     assert response.status_code == 200, response.text
     assert expected in tools.prompt()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"reasoning": "hm"}, {"reasoning_content": "hm"}, {"reasoning": "x", "reasoning_content": "hm"}],
+    ids=lambda fields: "+".join(fields),
+)
+async def test_earlier_reasoning_has_either_of_its_names(make: Make, fields: dict) -> None:
+    tools = make("ok")
+    turns = [QUESTION, {"role": "assistant", "content": "rain", **fields}, QUESTION]
+    async with tools.api.client() as client:
+        response = await client.post("/v1/chat/completions", json={"model": MODEL, "messages": turns})
+    assert response.status_code == 200, response.text
+    assert "<think>hm</think>rain" in tools.prompt()
 
 
 async def test_thinking_that_is_not_to_be_shown_is_left_out(make: Make) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 import urllib.request
+from typing import ClassVar
 
 import pytest
 import ray
 from prometheus_client.parser import text_string_to_metric_families
 
+from atom_cluster.gang import ray_metrics
 from atom_cluster.gang.ray_metrics import RayMetrics
-from atom_cluster.observability.metrics import KV_BLOCKS, PREEMPTIONS, REQUESTS_FINISHED, STEP_S
+from atom_cluster.observability.metrics import ITL_S, KV_BLOCKS, PREEMPTIONS, REQUESTS_FINISHED, STEP_S
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -58,6 +60,40 @@ def test_labels_that_are_not_the_metrics_are_an_error_where_they_are_recorded() 
     metrics.close()
 
 
+class Recorded:
+    """In the place of Ray's gauges and counters: how often they were called, and what gauges are last."""
+
+    num_calls = 0
+    values: ClassVar[dict[tuple[str, str], float]] = {}
+
+    def __init__(self, name: str, description: str, tag_keys: tuple[str, ...]) -> None:
+        self._name = name
+
+    def set_default_tags(self, tags: dict[str, str]) -> None:
+        pass
+
+    def set(self, value: float, tags: dict[str, str]) -> None:
+        Recorded.num_calls += 1
+        Recorded.values[self._name, tags.get("le", "")] = value
+
+
+def test_what_ray_is_told_does_not_grow_with_what_is_recorded_and_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_metrics.ray_metrics, "Gauge", Recorded)
+    num_calls = []
+    for num_observations in (1, 5000):
+        monkeypatch.setattr(Recorded, "num_calls", 0)
+        metrics = RayMetrics(labels={}, period_s=60.0, collect=lambda sink: None)
+        for number in range(num_observations):
+            metrics.observe(ITL_S, number * 1e-4)
+        metrics.close()
+        num_calls.append(Recorded.num_calls)
+    assert num_calls[0] == num_calls[1] == len(ITL_S.buckets) + 3
+    values = {key: value for (name, key), value in Recorded.values.items() if name == f"{ITL_S.name}_bucket"}
+    assert (values["0.001"], values["0.1"], values["+Inf"]) == (11, 1001, 5000), "bounds belong to their buckets"
+    assert Recorded.values[f"{ITL_S.name}_count", ""] == 5000
+    assert Recorded.values[f"{ITL_S.name}_sum", ""] == pytest.approx(sum(range(5000)) * 1e-4)
+
+
 def test_recordings_appear_on_rays_metrics_port() -> None:
     recorder = Recorder.remote()
     ray.get(recorder.record.remote())
@@ -67,9 +103,10 @@ def test_recordings_appear_on_rays_metrics_port() -> None:
         ("ray_atom_kv_blocks", "free"): 7.0,
         ("ray_atom_step_seconds_bucket", "0.01"): 1.0,
         ("ray_atom_step_seconds_bucket", "0.025"): 3.0,
+        ("ray_atom_step_seconds_bucket", "0.0001"): 0.0,
+        ("ray_atom_step_seconds_bucket", "+Inf"): 3.0,
         ("ray_atom_step_seconds_count", ""): 3.0,
-        # Ray's own sum takes each observation for the middle of its bucket.
-        ("ray_atom_step_seconds_observed_total", ""): pytest.approx(0.0402),
+        ("ray_atom_step_seconds_sum", ""): pytest.approx(0.0402),
     }
     deadline_s = time.monotonic() + 30
     while True:

@@ -94,7 +94,7 @@ async def test_an_inbound_peer_that_closes_is_lost_long_before_it_was_silent_for
     await asyncio.sleep(0.5)
     assert first.lost == second.lost == []
     await first.endpoint.close()
-    await eventually(lambda: second.lost == ["first"], timeout_s=1.0)
+    await eventually(lambda: second.lost == ["first"])
     assert not second.endpoint.send("first", CancelRequest("x"))
     await second.endpoint.close()
 
@@ -119,18 +119,51 @@ async def test_an_inbound_peer_that_falls_silent_is_lost_and_pings_alone_keep_it
     await second.endpoint.close()
 
 
-async def test_a_process_that_stood_still_takes_everybody_for_lost() -> None:
-    first, second = Node("first", peer_timeout_s=0.4), Node("second", peer_timeout_s=30.0)
+async def test_a_process_that_stood_still_takes_nobody_for_silent() -> None:
+    """All of a starved machine do: here two, each as a client and as a server of the other."""
+    first, second = Node("first", peer_timeout_s=0.6), Node("second", peer_timeout_s=0.6)
     await first.endpoint.start()
     await second.endpoint.start()
     first.endpoint.connect(second.endpoint.address)
     second.endpoint.connect(first.endpoint.address)
     await asyncio.sleep(0.3)
-    assert first.lost == []
-    time.sleep(0.6)
-    await eventually(lambda: first.lost == ["second", "second"], timeout_s=1.0)  # as a client, as a server
+    for _ in range(2):
+        time.sleep(0.8)
+        await asyncio.sleep(0.15)
+    assert first.endpoint.send("second", CancelRequest("x")) and second.endpoint.send("first", CancelRequest("y"))
+    await eventually(lambda: len(first.received) == len(second.received) == 1)
+    assert first.lost == second.lost == []
     await first.endpoint.close()
     await second.endpoint.close()
+
+
+async def test_who_was_given_up_meanwhile_is_told_so_once(nodes: tuple[Node, Node]) -> None:
+    first, second = nodes
+    first.endpoint.send(second.endpoint.address, CancelRequest("x"))
+    await eventually(lambda: len(second.received) == 1)
+    assert first.lost == []
+    second.endpoint.disconnect("first")  # as if it had been silent; its connection is as good as ever
+    await eventually(lambda: first.lost == ["second"])
+    first.endpoint.send(second.endpoint.address, CancelRequest("y"))
+    await eventually(lambda: len(second.received) == 2)
+    await asyncio.sleep(0.3)
+    assert first.lost == ["second"]
+
+
+async def test_a_client_that_comes_back_over_another_connection_had_given_its_server_up(
+    nodes: tuple[Node, Node],
+) -> None:
+    first, second = nodes
+    first.endpoint.send(second.endpoint.address, CancelRequest("before"))
+    await eventually(lambda: len(second.received) == 1)
+    first.endpoint.disconnect("second")
+    first.endpoint.send(second.endpoint.address, CancelRequest("after"))
+    await eventually(lambda: len(second.received) == 2)
+    assert second.lost == ["first"], "what came before is over, and what came after is not"
+    assert second.endpoint.send("first", CancelRequest("answer"))
+    await eventually(lambda: first.received == [("second", CancelRequest("answer"))])
+    await asyncio.sleep(0.3)
+    assert second.lost == ["first"] and first.lost == []
 
 
 async def test_an_address_where_nobody_listens_is_lost(nodes: tuple[Node, Node]) -> None:
@@ -158,7 +191,7 @@ async def test_a_frozen_process_is_lost_and_a_killed_one_at_once() -> None:
         asyncio.run(main())
         """
     )
-    node = Node("parent", peer_timeout_s=1.0)
+    node = Node("parent", peer_timeout_s=2.0)
     await node.endpoint.start()
     for kill_signal in (signal.SIGSTOP, signal.SIGKILL):
         with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as child:

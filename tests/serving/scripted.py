@@ -130,13 +130,14 @@ def ignore(peer: Peer, source: str, message: Message) -> None:
 
 
 class Cluster:
-    """A client, a router that walks through `order`, and engines."""
+    """A client, a router that walks through `order` and then knows nobody, and engines."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, query_timeout_s: float = 4.0) -> None:
+        """`query_timeout_s`: how long the router is waited for, which on a busy machine may answer late."""
         config = ClusterConfig(
             model="m",
             unified=GroupConfig(),
-            router=RoutingConfig(query_timeout_s=0.1),
+            router=RoutingConfig(query_timeout_s=query_timeout_s),
             scheduler=SchedulerConfig(max_waiting_requests=3),
             serving=ServingConfig(announce_period_s=0.1, member_timeout_s=AVOID_S, request_timeout_s=TIMEOUT_S),
         )
@@ -154,6 +155,7 @@ class Cluster:
         )
         self.router = Peer("router", self._route)
         self.order: list[PeerAddress] = []
+        self.router_answers = True
         self.queries: list[RouteQuery] = []
         self.engines: list[Peer] = []
 
@@ -173,6 +175,8 @@ class Cluster:
             if self.order:
                 decision = RouteDecision(query_id=message.query_id, decode=self.order.pop(0), reason="load")
                 peer.endpoint.send(source, decision)
+            elif self.router_answers:
+                refuse_to_place(peer, source, message)
 
     async def add(self, peer_id: str, answer: Callable[[Peer, str, Message], None], *, role: Role = "unified") -> Peer:
         engine = Peer(peer_id, answer, role=role)

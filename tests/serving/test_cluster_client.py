@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 
@@ -53,9 +54,13 @@ async def test_requests_go_where_the_router_says(cluster: Cluster) -> None:
     assert len(hashes) == 2  # ten tokens in blocks of four
 
 
-async def test_a_silent_router_is_not_waited_for(cluster: Cluster) -> None:
+async def test_a_silent_router_is_not_waited_for() -> None:
+    cluster = Cluster(query_timeout_s=0.1)
+    cluster.router_answers = False
+    await cluster.start()
     await cluster.add("only", count_up)
     assert await cluster.generate() == [0, 1, 2, 3, 4]
+    await cluster.close()
 
 
 async def test_a_new_router_that_knows_nobody_yet_does_not_make_the_ingress_forget(cluster: Cluster) -> None:
@@ -215,7 +220,7 @@ async def test_a_client_that_leaves_while_its_request_waits_leaves_nothing_behin
     await cluster.remove(first)
     await asyncio.sleep(0.05)
     running.cancel()
-    await asyncio.wait((running,), timeout=1.0)
+    await asyncio.wait((running,), timeout=20.0)
     assert running.cancelled() and not cluster.client.has_open_requests
     second = await cluster.add("second", count_up)
     await asyncio.sleep(0.1)
@@ -224,11 +229,12 @@ async def test_a_client_that_leaves_while_its_request_waits_leaves_nothing_behin
 
 async def test_an_engine_that_was_lost_by_mistake_is_used_again_after_a_while(cluster: Cluster) -> None:
     only = await cluster.add("only", count_up)
+    lost_s = time.monotonic()
     cluster.client.lose("only")
     cluster.announce()
     running = asyncio.create_task(cluster.generate())
     await asyncio.sleep(AVOID_S / 2)
-    assert only.received == []
+    assert only.received == [] or time.monotonic() > lost_s + AVOID_S
     await asyncio.sleep(AVOID_S / 2)
     cluster.announce()
     assert await running == [0, 1, 2, 3, 4]
@@ -286,6 +292,26 @@ async def test_losing_one_engine_after_the_other_is_an_error_that_says_so(cluste
     assert not cluster.client.has_open_requests
 
 
+async def test_engines_that_are_only_slow_may_be_given_up_any_number_of_times(cluster: Cluster) -> None:
+    """As on a machine that has no processor time for a while: everybody is silent, and everybody is there again."""
+    for name in ("first", "second", "third"):
+        await cluster.add(name, say_one_token)
+
+    async def announce_again_and_again() -> None:
+        while True:
+            cluster.announce()
+            await asyncio.sleep(0.02)
+
+    announcing = asyncio.create_task(announce_again_and_again())
+    async with aclosing(cluster.client.generate(request_of("r", 50))) as deltas:
+        for number in range(MAX_PLACEMENTS + 2):
+            assert (await deltas.__anext__()).token_ids == (number,)
+            (peer_id,) = cluster.client._requests_by_peer
+            cluster.client.lose(peer_id)
+    announcing.cancel()
+    assert not cluster.client.has_open_requests
+
+
 async def test_leaving_early_cancels_the_request_and_nothing_stays_behind(cluster: Cluster) -> None:
     engine = await cluster.add("first", say_one_token)
     cluster.order = [engine.endpoint.address]
@@ -296,12 +322,13 @@ async def test_leaving_early_cancels_the_request_and_nothing_stays_behind(cluste
 
 
 async def test_a_request_that_is_cancelled_just_as_the_router_answers_reaches_no_engine(cluster: Cluster) -> None:
+    cluster.router_answers = False
     engine = await cluster.add("first", ignore)
     running = asyncio.create_task(cluster.generate())
     await eventually(lambda: len(cluster.queries) == 1)
     decision = RouteDecision(query_id=cluster.queries[0].query_id, decode=engine.endpoint.address, reason="load")
     cluster.client.receive("router", decision)
     running.cancel()
-    await asyncio.wait((running,), timeout=1.0)
+    await asyncio.wait((running,), timeout=20.0)
     assert running.cancelled()
     assert not cluster.client.has_open_requests and engine.received == []

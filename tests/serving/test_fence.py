@@ -63,17 +63,6 @@ def test_one_that_was_silent_for_a_while_is_not_ended() -> None:
     assert scene.ended == []
 
 
-def test_who_did_not_look_for_long_knows_of_no_silence() -> None:
-    scene = Scene()
-    scene.pass_time(3, ingress("slow"), ingress("new"))
-    scene.now_s += 60.0  # the router stood still
-    scene.pass_time(1, ingress("new"))
-    assert scene.ended == []
-    scene.pass_time(5, ingress("slow"), ingress("new"))
-    scene.pass_time(20, ingress("new"))
-    assert scene.ended == ["actor of slow"]
-
-
 def test_engines_and_those_without_an_actor_are_left_alone() -> None:
     scene = Scene()
     address = PeerAddress(peer_id="engine", endpoint="", epoch=1)

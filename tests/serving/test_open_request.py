@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 import msgspec
 import pytest
 
@@ -22,6 +24,10 @@ from atom_cluster.units import Deadline
 from tests.fakes import VirtualClock
 
 AVOID_S = 3.0
+EVERYBODY = {
+    PeerAddress(peer_id=name, endpoint="tcp://127.0.0.1:2", epoch=1)
+    for name in ("engine", "other", "last", *(f"engine{number}" for number in range(MAX_PLACEMENTS)))
+}
 PREFILL = PeerAddress(peer_id="prefill", endpoint="tcp://127.0.0.1:1", epoch=1)
 
 
@@ -35,6 +41,16 @@ def opened(clock: VirtualClock) -> OpenRequest:
     sampling = SamplingParams(seed=5, max_tokens=9)
     request = GenerateInput(request_id="r", token_ids=(7, 8), sampling=sampling)
     return OpenRequest(request, timeout_s=60.0, avoid_s=AVOID_S, clock=clock)
+
+
+def engine(name: str, epoch: int = 1) -> PeerAddress:
+    return PeerAddress(peer_id=name, endpoint="tcp://127.0.0.1:2", epoch=epoch)
+
+
+def lose(opened: OpenRequest, lost: PeerAddress, *, present: Set[PeerAddress] = frozenset()) -> None:
+    """An engine that has the request is out of reach."""
+    opened.place(prefill=None, eos_token_ids=())
+    opened.fail(EngineLost("silent", may_return=True), lost, present=present)
 
 
 def delta(first_index: int, *token_ids: int, cached: int = 0) -> TokenDelta:
@@ -96,19 +112,43 @@ def test_a_prompt_is_scored_again_until_its_scores_were_given_out() -> None:
 def test_engines_may_be_lost_a_few_times_and_are_avoided_for_a_while(opened: OpenRequest, clock: VirtualClock) -> None:
     for number in range(MAX_PLACEMENTS - 1):
         opened.place(prefill=None, eos_token_ids=())
-        opened.fail(EngineLost("gone"), f"engine{number}")
+        opened.fail(EngineLost("gone"), engine(f"engine{number}"), present=EVERYBODY)
         clock.sleep(1.0)
     assert opened.avoided() == {"engine2", "engine3"}
     opened.place(prefill=None, eos_token_ids=())
     with pytest.raises(RequestFailed, match=f"{MAX_PLACEMENTS} engines were lost") as caught:
-        opened.fail(EngineLost("gone"), "last")
+        opened.fail(EngineLost("gone"), engine("last"), present=EVERYBODY)
     assert not isinstance(caught.value, EngineLost)
+
+
+def test_engines_that_are_out_of_reach_count_while_they_are(opened: OpenRequest) -> None:
+    """A request that ends the processes of its engines: each is another one."""
+    for number in range(MAX_PLACEMENTS - 1):
+        lose(opened, engine("engine", epoch=number), present={engine("engine", epoch=number + 1), engine("other")})
+    with pytest.raises(RequestFailed, match=f"{MAX_PLACEMENTS} engines were lost"):
+        lose(opened, engine("engine", epoch=MAX_PLACEMENTS - 1), present={engine("other")})
+
+
+def test_an_engine_that_is_slow_again_and_again_is_not_lost(opened: OpenRequest) -> None:
+    for _ in range(10 * MAX_PLACEMENTS):
+        lose(opened, engine("only"))
+
+
+def test_engines_that_came_back_count_no_more_and_those_that_did_not_do(opened: OpenRequest) -> None:
+    names = [f"engine{number}" for number in range(3 * MAX_PLACEMENTS)]
+    for number, name in enumerate(names):
+        lose(opened, engine(name), present={engine(other) for other in names[: max(0, number - 1)]})
+    for number in range(MAX_PLACEMENTS - 3):
+        opened.place(prefill=None, eos_token_ids=())
+        opened.fail(EngineLost("it says so itself"), engine(f"failed{number}"), present=set())
+    with pytest.raises(RequestFailed, match="engines were lost"):
+        lose(opened, engine("last"))
 
 
 def test_engines_that_are_not_ready_may_refuse_any_number_of_times(opened: OpenRequest, clock: VirtualClock) -> None:
     for _ in range(3 * MAX_PLACEMENTS):
         opened.place(prefill=None, eos_token_ids=())
-        opened.fail(NotReady("draining", retry_after_s=0.1), "engine")
+        opened.fail(NotReady("draining", retry_after_s=0.1), engine("engine"), present=EVERYBODY)
         assert opened.avoided() == {"engine"}
         clock.sleep(AVOID_S)
         assert opened.avoided() == set()
@@ -117,19 +157,29 @@ def test_engines_that_are_not_ready_may_refuse_any_number_of_times(opened: OpenR
 def test_a_full_queue_refuses_new_requests_only(opened: OpenRequest, clock: VirtualClock) -> None:
     opened.place(prefill=None, eos_token_ids=())
     with pytest.raises(Overloaded):
-        opened.fail(Overloaded("full", retry_after_s=0.5), "engine")
-    opened.fail(EngineLost("gone"), "engine")
+        opened.fail(Overloaded("full", retry_after_s=0.5), engine("engine"), present=EVERYBODY)
+    opened.fail(EngineLost("gone"), engine("engine"), present=EVERYBODY)
     opened.place(prefill=None, eos_token_ids=())
-    opened.fail(Overloaded("full", retry_after_s=0.5), "other")
+    opened.fail(Overloaded("full", retry_after_s=0.5), engine("other"), present=EVERYBODY)
     assert opened.avoided() == {"engine", "other"}
     clock.sleep(0.5)
     assert opened.avoided() == {"engine"}
 
 
+def test_a_full_queue_is_looked_at_again_soon_whatever_it_tells_clients(
+    opened: OpenRequest, clock: VirtualClock
+) -> None:
+    opened.has_waited = True
+    opened.place(prefill=None, eos_token_ids=())
+    opened.fail(Overloaded("full", retry_after_s=60.0), engine("engine"), present=EVERYBODY)
+    clock.sleep(AVOID_S)
+    assert opened.avoided() == set()
+
+
 def test_a_request_that_waited_for_an_engine_waits_for_its_queue_as_well(opened: OpenRequest) -> None:
     opened.has_waited = True
     opened.place(prefill=None, eos_token_ids=())
-    opened.fail(Overloaded("full", retry_after_s=0.5), "engine")
+    opened.fail(Overloaded("full", retry_after_s=0.5), engine("engine"), present=EVERYBODY)
     assert opened.avoided() == {"engine"}
 
 
@@ -137,4 +187,4 @@ def test_a_request_that_waited_for_an_engine_waits_for_its_queue_as_well(opened:
 def test_other_errors_are_the_answer(opened: OpenRequest, error: AtomClusterError) -> None:
     opened.place(prefill=None, eos_token_ids=())
     with pytest.raises(type(error)):
-        opened.fail(error, "engine")
+        opened.fail(error, engine("engine"), present=EVERYBODY)

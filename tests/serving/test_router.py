@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 
@@ -16,6 +15,7 @@ from atom_cluster.config.serving import ServingConfig
 from atom_cluster.link.auth import ClusterKey
 from atom_cluster.link.codec import Message
 from atom_cluster.link.endpoint import Endpoint
+from atom_cluster.link.lived_time import LivedTime
 from atom_cluster.messages.cluster import (
     CacheSnapshot,
     MemberCard,
@@ -30,6 +30,7 @@ from atom_cluster.messages.requests import CancelRequest
 from atom_cluster.observability.metrics import NullMetrics
 from atom_cluster.serving import router as router_module
 from atom_cluster.serving.router import Router
+from tests.fakes import VirtualClock
 from tests.serving.conftest import eventually
 
 SECRET = b"a secret of the cluster"
@@ -190,6 +191,22 @@ async def test_an_engine_that_was_lost_and_announces_itself_again_is_asked_for_i
     await eventually(lambda: engine.has(SnapshotRequest))
 
 
+async def test_a_router_that_stood_still_keeps_its_members_and_one_that_did_not_leaves_the_silent_out(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = VirtualClock()
+    monkeypatch.setattr(scene.router, "_lived", LivedTime(1.0, clock))
+    engines = [await scene.member(f"engine{number}") for number in range(2)]
+    for engine in engines:
+        await scene.router.announce(engine.card())
+    clock.sleep(60.0)
+    assert len((await scene.router.announce(engines[0].card())).members) == 2
+    for _ in range(8):
+        clock.sleep(0.5)
+        membership = await scene.router.announce(engines[0].card())
+    assert [card.address.peer_id for card in membership.members] == ["engine0"]
+
+
 async def test_a_message_that_is_not_for_routers_is_dropped(scene: Scene) -> None:
     ingress = await scene.member("ingress")
     address = (await scene.router.announce(ingress.card())).router
@@ -204,13 +221,18 @@ async def test_an_ingress_that_stands_still_is_ended_when_another_has_come(
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(namespace="serve"))
     monkeypatch.setattr(ray, "get_actor", lambda name, namespace: f"{namespace}/{name}")
     monkeypatch.setattr(ray, "kill", killed.append)
-    seconds = itertools.count(1)
-    monkeypatch.setattr(router_module, "time", SimpleNamespace(monotonic=lambda: float(next(seconds))))
+    clock = VirtualClock()
+    monkeypatch.setattr(scene.router, "_lived", LivedTime(1.0, clock))
     old, new = [
         MemberCard(address=PeerAddress(peer_id=name, endpoint="", epoch=1), kind="ingress", actor=f"actor of {name}")
         for name in ("old", "new")
     ]
     await scene.router.announce(old)
+    await scene.router.announce(new)
+    clock.sleep(60.0)  # the router itself stood still
+    await scene.router.announce(new)
+    assert killed == []
     for _ in range(10):
+        clock.sleep(1.0)
         await scene.router.announce(new)
     await eventually(lambda: killed == ["serve/actor of old"])

@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 
-from atom_cluster.errors import EngineLost, InvalidRequest, Overloaded, RequestFailed, RequestTimeout
+from atom_cluster.errors import EngineLost, RequestFailed, RequestTimeout
 from atom_cluster.messages.requests import PromptScore, RequestError, TokenDelta, TokenLogprobs
-from atom_cluster.serving.streams import DeltaStream, error_of
+from atom_cluster.serving.streams import DeltaStream
 from atom_cluster.units import Deadline
 
 
@@ -84,15 +84,6 @@ async def test_the_first_failure_is_the_one_that_is_told() -> None:
         await stream.read(soon())
 
 
-def test_errors_come_back_as_what_they_were() -> None:
-    invalid = error_of(RequestError(kind="InvalidRequest", message="no", param="prompt"))
-    assert isinstance(invalid, InvalidRequest) and invalid.param == "prompt"
-    full = error_of(RequestError(kind="Overloaded", message="full", retry_after_s=3.0))
-    assert isinstance(full, Overloaded) and full.retry_after_s == 3.0
-    for kind in ("NoSuchError", "annotations", "Exception"):
-        assert type(error_of(RequestError(kind=kind, message="?"))) is RequestFailed
-
-
 @pytest.mark.parametrize("num_turns", range(6))
 async def test_a_cancellation_that_comes_together_with_a_delta_is_not_forgotten(num_turns: int) -> None:
     stream = DeltaStream("r", "engine")
@@ -107,5 +98,5 @@ async def test_a_cancellation_that_comes_together_with_a_delta_is_not_forgotten(
     for _ in range(num_turns):
         await asyncio.sleep(0)
     reader.cancel()
-    await asyncio.wait((reader,), timeout=1.0)
+    await asyncio.wait((reader,), timeout=20.0)
     assert reader.cancelled()

@@ -99,7 +99,7 @@ class Answer(Response):
                     await send({"type": "http.response.start", "status": 200, "headers": _raw(sse.HEADERS)})
                     has_started = True
                 limit.start()
-                times.write()
+                times.write(running.take_grown())
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
                 limit.stop()
             await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -7,7 +7,7 @@ of what is written.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from atom_cluster.observability.metrics import (
@@ -24,6 +24,7 @@ from atom_cluster.observability.metrics import (
 class CountedOutput(Protocol):
     """An output whose tokens are counted."""
 
+    index: int
     first_token_at_s: float | None
     last_token_at_s: float | None
 
@@ -55,7 +56,7 @@ class AnswerTimes:
         metrics: MetricSink,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`route`: the template. `arrived_at_s`: of the request, on `clock`."""
+        """`outputs`: all, each at its index. `route`: the template. `arrived_at_s`: of the request, on `clock`."""
         self._outputs = outputs
         self._route = route
         self._arrived_at_s = arrived_at_s
@@ -63,12 +64,14 @@ class AnswerTimes:
         self._clock = clock
         self._written = [_Written() for _ in outputs]
 
-    def write(self) -> None:
-        """A piece of a stream is about to be written, with all tokens that the outputs have by now."""
+    def write(self, grown: Iterable[CountedOutput]) -> None:
+        """A piece of a stream is about to be written, with all tokens that the outputs have by now.
+
+        `grown`: those of them that got tokens since the last piece; an answer may have hundreds, of which few did.
+        """
         now_s = self._clock()
-        for output, written in zip(self._outputs, self._written):
-            if output.num_tokens == written.num_tokens:
-                continue
+        for output in grown:
+            written = self._written[output.index]
             if written.num_tokens:
                 self._metrics.observe(HTTP_ITL_S, now_s - written.last_s, route=self._route)
             else:

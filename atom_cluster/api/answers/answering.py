@@ -105,13 +105,14 @@ def answer_prompts(
 ) -> Answer:
     """The answer to tokenized prompts. `body` and `grammar` have been checked."""
     params = msgspec.structs.replace(sampling_params(body, model=context.model), grammar=grammar)
+    is_chat = isinstance(body, ChatCompletionRequest)
     inputs = output_inputs(
         params,
         prompts,
         answer_id=answer_id,
         model=context.model,
         limits=context.limits,
-        prompt_param="messages" if isinstance(body, ChatCompletionRequest) else "prompt",
+        prompt_param="messages" if is_chat else "prompt",
         terms=terms,
     )
     eos = frozenset(context.model.eos_token_ids)
@@ -125,6 +126,7 @@ def answer_prompts(
                 eos=eos,
                 parser=reading.parser(),
                 shown_ids=reading.shown_ids,
+                is_message=is_chat,
             )
             for index, entry in enumerate(inputs)
         ],

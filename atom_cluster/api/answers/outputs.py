@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol, runtime_checkable
@@ -79,8 +79,10 @@ class Output:
         eos: frozenset[int],
         parser: OutputParser = PLAIN,
         shown_ids: frozenset[int] = frozenset(),
+        is_message: bool = False,
     ) -> None:
-        """`parser` is this output's own. `shown_ids`: special tokens that it has to see as text."""
+        """`parser` is this output's own. `shown_ids`: special tokens that it has to see as text. `is_message`: the text
+        is one of its own, rather than going on where the prompt's ended."""
         self.index = index
         self.request = request
         self.finish_reason: WireFinishReason | None = None
@@ -90,7 +92,12 @@ class Output:
         self.num_reasoning_tokens = 0
         """Output tokens that began within reasoning: those behind the opening mark, up to and with the closing one."""
         self._parser = parser
-        self._detokenizer = IncrementalDetokenizer(tokenizer, stop_strings=stop, shown_ids=shown_ids)
+        self._detokenizer = IncrementalDetokenizer(
+            tokenizer,
+            stop_strings=stop,
+            shown_ids=shown_ids,
+            before=None if is_message else request.token_ids[-1],
+        )
         hidden = frozenset(request.sampling.stop_token_ids)
         self._hidden_last_ids = hidden if request.sampling.ignore_eos else hidden | eos
         self._pieces: list[Piece] = []
@@ -198,7 +205,9 @@ class Output:
             self._token_ends.popleft()
             self._count_token()
         self._take_pieces(self._parser.finish())
-        self.finish_reason = "tool_calls" if reason == "stop" and self._has_called else reason
+        # A stop string may end the output in the middle of a call, which is none to be run then.
+        is_cut_off = self._detokenizer.matched_stop is not None and self._parser.in_call
+        self.finish_reason = "tool_calls" if reason == "stop" and self._has_called and not is_cut_off else reason
         self._finish_is_news = True
 
 
@@ -215,6 +224,7 @@ class RunningOutputs:
         self._error: BaseException | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._with_news: dict[int, Output] = {}
+        self._grown: dict[int, Output] = {}
 
     async def __aenter__(self) -> RunningOutputs:
         """Start all outputs."""
@@ -258,6 +268,11 @@ class RunningOutputs:
                 await asyncio.sleep(self._coalesce_s)
             self._changed.clear()
 
+    def take_grown(self) -> Collection[Output]:
+        """Outputs that got tokens since the last call, whether these are news yet or not."""
+        grown, self._grown = self._grown, {}
+        return grown.values()
+
     async def wait_until_done(self) -> list[OutputNews]:
         """Everything the outputs produced, one entry each, in order. Raises an output's error."""
         while not self.is_done:
@@ -284,6 +299,8 @@ class RunningOutputs:
             async for delta in deltas:
                 output.push(delta)
                 self._with_news[output.index] = output
+                if delta.token_ids:
+                    self._grown[output.index] = output
                 self._changed.set()
                 if output.finish_reason is not None:
                     return

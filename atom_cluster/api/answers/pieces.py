@@ -27,7 +27,8 @@ class ReasoningPiece:
 
 @dataclass(frozen=True, slots=True)
 class ToolCallBegun:
-    """The model calls a tool. Its arguments follow; there is always at least one `ToolCallArguments`, if only `{}`."""
+    """The model calls a tool. Its arguments follow: at least one `ToolCallArguments`, if only `{}`, unless the output
+    was cut off before."""
 
     index: int
     """0 for the output's first call, 1 for the second, and so on."""
@@ -56,6 +57,11 @@ class OutputParser(Protocol):
         ...
 
     @property
+    def in_call(self) -> bool:
+        """Whether the text so far ends within a call."""
+        ...
+
+    @property
     def is_complete(self) -> bool:
         """Whether nothing more is wanted, such as after the only call that a request allows: the output ends there."""
         ...
@@ -73,6 +79,7 @@ class PlainParser:
     """All text is content. Has no state: one serves all outputs."""
 
     in_reasoning = False
+    in_call = False
     is_complete = False
 
     def feed(self, text: str) -> list[Piece]:

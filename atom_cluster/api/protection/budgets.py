@@ -15,11 +15,10 @@ from typing import Literal
 
 from atom_cluster.config.protection import RateLimits
 from atom_cluster.errors import RateLimited
+from atom_cluster.observability.departures import Departures
 
 Clock = Callable[[], float]
 Limit = Literal["requests_per_minute", "tokens_per_minute", "concurrent_requests"]
-
-_RETRY_CONCURRENT_S = 1.0
 
 
 class Bucket:
@@ -60,11 +59,13 @@ class Budget:
         self._tokens = _bucket(limits.tokens_per_minute, num_sharers, clock)
         self._max_open = limits.concurrent_requests and math.ceil(limits.concurrent_requests / num_sharers)
         self._num_open = 0
+        self._departures = Departures(clock)
 
     def admit(self, num_estimated_tokens: int) -> Admission:
         """Take what a request needs. Raises `RateLimited`, having taken nothing, when that is not there."""
         if self._max_open is not None and self._num_open >= self._max_open:
-            raise self._refusal("concurrent_requests", "requests at the same time", _RETRY_CONCURRENT_S)
+            wait_s = self._departures.retry_after_s(self._num_open)
+            raise self._refusal("concurrent_requests", "requests at the same time", wait_s)
         if self._requests is not None and (wait_s := self._requests.wait_s(1)):
             raise self._refusal("requests_per_minute", "requests per minute", wait_s)
         if self._tokens is not None and (wait_s := self._tokens.wait_s(max(1, num_estimated_tokens))):
@@ -91,6 +92,7 @@ class Budget:
 
     def end_request(self) -> None:
         """One that was admitted is over."""
+        self._departures.note(is_busy=self._max_open is not None and 2 * self._num_open > self._max_open)
         self._num_open -= 1
 
     def _refusal(self, limit: Limit, what: str, retry_after_s: float) -> RateLimited:

@@ -17,8 +17,9 @@ from atom_cluster.api.protection.access import Access, may_use
 from atom_cluster.api.protection.budgets import Admission, Budget
 from atom_cluster.api.protection.key_file import KeyFile
 from atom_cluster.api.protection.keys import KeyRing
-from atom_cluster.config.protection import ApiKeyEntry, ProtectionConfig
+from atom_cluster.config.protection import MAX_PRIORITY, ApiKeyEntry, ProtectionConfig
 from atom_cluster.errors import AtomClusterError, Forbidden, HeadersTooLarge, Overloaded, RateLimited, Unauthorized
+from atom_cluster.observability.departures import Departures
 from atom_cluster.observability.metrics import KEY_REQUESTS, KEY_TOKENS, MetricSink
 from atom_cluster.observability.refusals import RefusalLog
 
@@ -55,6 +56,8 @@ class Pass:
     """Of requests that count: POST requests that are not an admin's."""
     headers: dict[str, str]
     """To be sent with the answer."""
+    priority_limit: int = -MAX_PRIORITY
+    """The lowest priority that it may ask for."""
 
 
 class Gate:
@@ -82,6 +85,7 @@ class Gate:
         self._ring: KeyRing | None = None
         self._budgets: dict[str, Budget] = {}
         self._num_open = 0
+        self._departures = Departures(clock)
         self._refusals = RefusalLog(logger, "HTTP requests")
 
     async def enter(self, visit: Visit) -> Pass:
@@ -108,6 +112,8 @@ class Gate:
         admission = found.admission
         if admission is None:
             return
+        # Below half, requests leave no faster than they come.
+        self._departures.note(is_busy=2 * self._num_open > self._config.max_open_requests)
         self._num_open -= 1
         admission.close()
         if admission.num_prompt_tokens:
@@ -144,11 +150,13 @@ class Gate:
         if visit.method != "POST" or visit.access in ("open", "admin"):
             return Pass(name, None, {})
         if self._num_open >= self._config.max_open_requests:
-            raise Overloaded(f"{self._num_open} requests are being answered already", retry_after_s=1.0)
+            retry_after_s = self._departures.retry_after_s(self._num_open)
+            raise Overloaded(f"{self._num_open} requests are being answered already", retry_after_s=retry_after_s)
         budget = self._budget(entry, name)
         admission = budget.admit(_estimated_tokens(visit.headers))
         self._num_open += 1
-        return Pass(name, admission, budget.headers())
+        limit = -MAX_PRIORITY if entry is None else entry.priority_limit(self._config.most_urgent_priority)
+        return Pass(name, admission, budget.headers(), limit)
 
     def _budget(self, entry: ApiKeyEntry | None, name: str) -> Budget:
         default = self._config.limits

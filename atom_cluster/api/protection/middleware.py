@@ -1,7 +1,7 @@
 """ASGI middleware around the whole API: every request passes the gate, or is answered with why it does not.
 
-Whoever handles the request finds the name of its key in `scope["state"]["api_key_name"]`, and tells with `note_used`
-what it has used. Knows nothing of keys or limits.
+Whoever handles the request finds the name of its key in `scope["state"]["api_key_name"]`, how urgent it may be in
+`RequestTerms`, and tells with `note_used` what it has used. Knows nothing of keys or limits.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from atom_cluster.api.http.error_ledger import note_error
 from atom_cluster.api.http.error_responses import error_response
 from atom_cluster.api.http.request_record import note_failure
+from atom_cluster.api.http.request_terms import PRIORITY_LIMIT
 from atom_cluster.api.protection.access import access_of
 from atom_cluster.api.protection.gate import Gate, Pass, Visit
 from atom_cluster.errors import AtomClusterError, Unauthorized
@@ -53,6 +54,7 @@ class Protection:
         state = scope.setdefault("state", {})
         state[_STATE] = found
         state["api_key_name"] = found.key_name
+        state[PRIORITY_LIMIT] = found.priority_limit
 
         async def telling_send(message: Message) -> None:
             if message["type"] == "http.response.start":

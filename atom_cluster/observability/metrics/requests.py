@@ -17,7 +17,8 @@ REQUESTS_WAITING = Metric(
     unit="requests",
     labels=("reason",),
     help="Requests admitted and not running yet. new: not scheduled so far. preempted: gave up its blocks. kv_arrived: "
-    "its KV came from prefill, it waits for a row. kv_room: waits for blocks before prefill is asked.",
+    "its KV came from prefill, it waits for a row. kv_room: waits for blocks before prefill is asked. grammar: its "
+    "grammar is being compiled.",
     advice="Near `scheduler.max_waiting_requests`: answers of 503 follow. Grow the role whose queue it is; `preempted` "
     "and `kv_room` say that blocks are short, not compute.",
 )
@@ -83,6 +84,16 @@ QUEUE_S = Metric(
     buckets=LATENCY_S,
     help="From a request's arrival at its engine to its first being scheduled or handed to prefill.",
     advice="A large part of the time to first token: the engine lacks rows or blocks; see `atom_requests_waiting`.",
+)
+GRAMMAR_WAIT_S = Metric(
+    name="atom_grammar_wait_seconds",
+    kind="histogram",
+    unit="s",
+    buckets=LATENCY_S,
+    help="How long a request could have gone on but for its grammar, which was being compiled. Only of those that "
+    "waited; others did not wait for them.",
+    advice="A few steps are usual for a grammar that is new. Near a second: clients send large grammars, and each a "
+    "new one; a lower `api.grammar_timeout_s` refuses the worst.",
 )
 PROMPT_TOKENS = Metric(
     name="atom_prompt_tokens_total",

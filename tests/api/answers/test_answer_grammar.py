@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import tokenizers
 from llguidance import LLMatcher
@@ -10,6 +12,7 @@ from atom_cluster.api.answers.answer_grammar import chat_grammar
 from atom_cluster.api.http.request_body import validate
 from atom_cluster.api.openai.requests import ChatCompletionRequest
 from atom_cluster.api.parsers.dialect import Dialect, choose_dialect
+from atom_cluster.api.parsers.lark_writer import LarkWriter
 from atom_cluster.api.text.chat_template import ChatTemplate
 from atom_cluster.api.text.tokenizer import Tokenizer
 from atom_cluster.errors import InvalidRequest
@@ -31,6 +34,11 @@ TOOLS = [
 LOOSE = TOOLS[1:]
 F = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
 G = '<tool_call>\n{"name": "g", "arguments": {"y": []}}\n</tool_call>'
+LENIENT = {
+    "name": "a",
+    "strict": False,
+    "schema": {"type": "array", "items": {"type": "integer"}, "uniqueItems": True},
+}
 JSON = {"type": "json_schema", "json_schema": {"name": "a", "schema": STRICT}}
 
 
@@ -99,6 +107,11 @@ NAMED = {"type": "function", "function": {"name": "f"}}
             ['{"x": 1}', G, '<think>hm</think>\n\n{"x": 1}'],
             ["hello", '{"x": true}', f'{{"x": 1}}{G}'],
         ),
+        (
+            {"tools": LOOSE, "response_format": {"type": "json_schema", "json_schema": LENIENT}},
+            ["[1, 1]", G],
+            ["hello", "[true]"],
+        ),
         ({"tools": LOOSE, "guided_regex": "a/b|c"}, ["a/b", "c", G], ["a", "hello"]),
         ({"tools": LOOSE, "guided_choice": ["yes", "no"]}, ["yes", G], ["maybe"]),
         ({"tools": LOOSE, "guided_choice": ["\x7f", "\x00", "€"]}, ["\x7f", "\x00", "€"], ["a"]),
@@ -157,6 +170,41 @@ def test_what_cannot_be_enforced_names_its_field(qwen: Model) -> None:
         with pytest.raises(InvalidRequest) as caught:
             qwen.grammar(**fields)
         assert caught.value.param == param
+
+
+def test_a_grammar_that_is_too_long_is_given_up_while_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of many parameters names the same large definitions: a small request, and a grammar of their product."""
+    definitions = {f"d{i}": {"type": "integer"} for i in range(200)}
+    properties = {f"p{i}": {"$ref": "#/$defs/d0"} for i in range(200)}
+    parameters = {"type": "object", "properties": properties, "$defs": definitions}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    num_written = 0
+
+    def count(writer: LarkWriter, body: str, rule: Callable[[LarkWriter, str], str] = LarkWriter.rule) -> str:
+        nonlocal num_written
+        num_written += len(body)
+        return rule(writer, body)
+
+    monkeypatch.setattr(LarkWriter, "rule", count)
+    with pytest.raises(InvalidRequest, match="more than 10000 bytes") as caught:
+        Model("qwen3_coder").grammar(tools=[tool], tool_choice="required")
+    assert caught.value.param == "tools" and num_written < 20_000
+
+
+@pytest.mark.parametrize(
+    ("family", "call"),
+    [
+        ("hermes", '<tool_call>\n{{"name": "f", "arguments": {{{x}}}}}\n</tool_call>'),
+        ("qwen3_coder", "<tool_call>\n<function=f>\n{x}</function>\n</tool_call>"),
+    ],
+)
+def test_arguments_that_refer_to_themselves_are_enforced(family: str, call: str) -> None:
+    again = {"anyOf": [{"$ref": "#/$defs/A"}, {"type": "null"}]}
+    arguments = {**STRICT, "properties": {**STRICT["properties"], "next": again}}
+    tool = {"name": "f", "parameters": {"$ref": "#/$defs/A", "$defs": {"A": arguments}}}
+    fields = {"tools": [{"type": "function", "function": tool}], "tool_choice": "required"}
+    model, x = Model(family), '"x": 1' if family == "hermes" else "<parameter=x>\n1\n</parameter>\n"
+    assert model.accepts(call.format(x=x), **fields) and not model.accepts(call.format(x=""), **fields)
 
 
 def test_what_a_schema_says_to_people_is_no_part_of_the_grammar(qwen: Model) -> None:

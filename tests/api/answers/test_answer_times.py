@@ -27,6 +27,7 @@ ROUTE = "/v1/completions"
 
 @dataclass
 class Counted:
+    index: int = 0
     num_tokens: int = 0
     first_token_at_s: float | None = None
     last_token_at_s: float | None = None
@@ -43,18 +44,18 @@ def spread(found: Histogram) -> tuple[int, float]:
 
 def test_a_stream_is_timed_by_its_writes() -> None:
     clock, metrics = VirtualClock(100.0), MemoryMetrics()
-    outputs = [Counted(), Counted()]
+    outputs = [Counted(0), Counted(1)]
     times = AnswerTimes(outputs, route=ROUTE, arrived_at_s=99.0, metrics=metrics, clock=clock)
-    times.write()  # a piece without tokens
+    times.write([])  # a piece without tokens
     clock.sleep(0.5)
     outputs[0].num_tokens = 1
-    times.write()
+    times.write(outputs[:1])
     clock.sleep(0.25)
     outputs[0].num_tokens, outputs[1].num_tokens = 4, 1
-    times.write()
+    times.write(outputs)
     clock.sleep(0.25)
     outputs[1].num_tokens = 2
-    times.write()
+    times.write(outputs[1:])
     clock.sleep(1.0)
     times.end(num_prompt_tokens=7)
     assert spread(metrics.histogram(HTTP_TTFT_S, route=ROUTE)) == (1, 1.5)
@@ -65,9 +66,23 @@ def test_a_stream_is_timed_by_its_writes() -> None:
     assert metrics.histogram(HTTP_OUTPUT_TOKENS, route=ROUTE).sum == 6
 
 
+def test_a_write_looks_at_the_outputs_that_grew_and_at_no_other() -> None:
+    class Untouchable(Counted):
+        def __getattribute__(self, name: str) -> object:
+            raise AssertionError(f"{name} of an output that has nothing new")
+
+    clock, metrics = VirtualClock(), MemoryMetrics()
+    outputs = [Counted(0), Untouchable(), Counted(2, num_tokens=1)]
+    times = AnswerTimes(outputs, route=ROUTE, arrived_at_s=0.0, metrics=metrics, clock=clock)
+    times.write(outputs[2:])
+    clock.sleep(1.0)
+    times.write(outputs[2:])
+    assert spread(metrics.histogram(HTTP_ITL_S)) == (1, 1.0)
+
+
 def test_a_whole_answer_is_timed_by_when_its_tokens_came() -> None:
     clock, metrics = VirtualClock(100.0), MemoryMetrics()
-    output = Counted(5, 101.0, 103.0)
+    output = Counted(0, 5, 101.0, 103.0)
     clock.sleep(4.0)
     AnswerTimes([output], route=ROUTE, arrived_at_s=100.0, metrics=metrics, clock=clock).end(num_prompt_tokens=3)
     assert spread(metrics.histogram(HTTP_TTFT_S, route=ROUTE)) == (1, 1.0)

@@ -111,6 +111,31 @@ async def test_everything_that_arrived_is_handed_over_at_once(tokenizer: Tokeniz
         assert {entry.finish_reason for entry in await running.wait_until_done()} == {"stop"}
 
 
+async def test_outputs_that_grew_are_told_once_whether_they_are_news_yet_or_not(tokenizer: Tokenizer) -> None:
+    gates = [asyncio.Event() for _ in range(3)]
+    letter, euro = tokenizer.encode("a"), tokenizer.encode("€")
+
+    def script(request: GenerateInput) -> list[object]:
+        gate = gates[int(request.request_id.removeprefix("r-"))]
+        return [tuple(letter), gate, tuple(euro[:1]), gate, "stop"]
+
+    async with RunningOutputs(FakeGenerator(script), [make_output(tokenizer, index) for index in range(3)]) as running:  # type: ignore[arg-type]
+
+        async def grown() -> list[int]:
+            for _ in range(20):
+                await asyncio.sleep(0)
+            return sorted(output.index for output in running.take_grown())
+
+        assert await grown() == [0, 1, 2]
+        assert await grown() == []
+        gates[1].set()
+        assert await grown() == [1], "part of a character: no text yet, and a token all the same"
+        for gate in gates:
+            gate.set()
+        await running.wait_until_done()
+        assert await grown() == [0, 2]
+
+
 async def test_a_stop_string_closes_the_generator(tokenizer: Tokenizer) -> None:
     never = asyncio.Event()
     await run(tokenizer, lambda request: [tuple(tokenizer.encode("a stop")), never], stop=("stop",))

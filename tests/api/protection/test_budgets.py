@@ -85,6 +85,19 @@ def test_so_many_at_the_same_time_and_no_more() -> None:
     budget.admit(0)
 
 
+def test_who_has_too_many_open_is_told_to_come_back_when_they_will_have_ended() -> None:
+    clock = Clock()
+    budget = make(clock, concurrent_requests=10)
+    admissions = [budget.admit(0) for _ in range(10)]
+    for _ in range(30):
+        clock.now_s += 2.0
+        admissions.pop(0).close()
+        admissions.append(budget.admit(0))
+    with pytest.raises(RateLimited) as caught:
+        budget.admit(0)
+    assert 10 <= caught.value.retry_after_s <= 20
+
+
 def test_a_refusal_takes_nothing() -> None:
     budget = make(Clock(), requests_per_minute=10, tokens_per_minute=100, concurrent_requests=1)
     budget.admit(10)

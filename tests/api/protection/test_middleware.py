@@ -215,7 +215,7 @@ async def test_so_many_requests_are_open_and_no_more_and_bodies_of_others_are_no
             yield b""
 
         refused = await client.post(CHAT, content=body())  # type: ignore[arg-type]
-        assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
+        assert refused.status_code == 503 and refused.headers["Retry-After"] in ("1", "2")
         assert (await client.get("/ready")).status_code == 200
         go.set()
         assert [(await task).status_code for task in tasks] == [200, 200]
