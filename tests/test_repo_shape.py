@@ -70,6 +70,12 @@ def test_every_architecture_that_can_be_served_is_described() -> None:
     assert set(ARCHITECTURES) <= described
 
 
+def test_the_run_for_a_ray_cluster_collects_all_tests_that_need_one() -> None:
+    (command,) = re.findall(r"^python -m pytest -m ray (.+)$", (ROOT / "scripts" / "test").read_text(), re.MULTILINE)
+    marked = [path for path in (ROOT / "tests").rglob("*.py") if re.search(r"\bmark\.ray\b", path.read_text())]
+    assert {name_of(path.parent) for path in marked} == set(command.split())
+
+
 def test_only_config_env_reads_environment_variables() -> None:
     readers = {name_of(path) for path in LIBRARY if re.search(r"\bos\.(environ|getenv)\b", path.read_text())}
     assert readers == {"atom_cluster/config/env.py"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import signal
 import threading
@@ -95,25 +96,25 @@ def assert_copied(
             assert not target.blocks.any()
 
 
-@pytest.mark.parametrize(
-    ("remote", "local"),
-    [
-        ((3,), (11,)),
-        ((4, 5, 6), (0, 1, 2)),
-        ((9, 2, 3, 15), (15, 4, 5, 0)),
-        (tuple(range(16)), tuple(range(15, -1, -1))),
-    ],
-    ids=["one", "adjacent", "scattered", "all reversed"],
+BLOCKS = (
+    ((3,), (11,)),
+    ((4, 5, 6), (0, 1, 2)),
+    ((9, 2, 3, 15), (15, 4, 5, 0)),
+    (tuple(range(16)), tuple(range(15, -1, -1))),
 )
-@pytest.mark.parametrize("group", [0, 1, 2])
-def test_copies_the_right_blocks_of_a_group_and_no_others(
-    pair: tuple[Rank, Exporter], remote: tuple[int, ...], local: tuple[int, ...], group: int
-) -> None:
+"""Of the peer and here: one, adjacent ones, scattered ones, all reversed."""
+
+
+def test_copies_the_right_blocks_of_a_group_and_no_others(pair: tuple[Rank, Exporter], name: str) -> None:
     reader, exporter = pair
-    completion = reader.read(1, "peer", remote, local, group)
-    assert (completion.read_id, completion.error) == (1, None)
-    assert completion.num_bytes == len(remote) * exporter.regions[group].block_bytes
-    assert_copied(reader, exporter.regions, remote, local, group)
+    for group, (remote, local) in itertools.product(range(3), BLOCKS):
+        for region in reader.regions:
+            region.blocks.zero_()
+        settle(name)
+        completion = reader.read(1, "peer", remote, local, group)
+        assert (completion.read_id, completion.error) == (1, None)
+        assert completion.num_bytes == len(remote) * exporter.regions[group].block_bytes
+        assert_copied(reader, exporter.regions, remote, local, group)
 
 
 def test_groups_have_their_own_numbers_of_blocks_and_reads_of_several_run_together(name: str) -> None:
@@ -243,21 +244,20 @@ def bytes_of(extents: list[Extent]) -> list[int]:
 REMOTE_BYTES, LOCAL_BYTES = (bytes_of(side) for side in zip(*((piece.remote, piece.local) for piece in PIECES)))
 
 
-@pytest.mark.parametrize(
-    ("remote", "local"), [((3,), (11,)), ((4, 5, 6), (0, 1, 2)), ((9, 2, 3, 15), (15, 4, 5, 0))], ids=len
-)
 def test_pieces_of_blocks_are_copied_and_nothing_else_of_them_is_touched(
-    pair: tuple[Rank, Exporter], remote: tuple[int, ...], local: tuple[int, ...]
+    pair: tuple[Rank, Exporter], name: str
 ) -> None:
     reader, exporter = pair
     target, source = reader.regions[2].blocks, exporter.regions[2].blocks
-    target.fill_(77)
-    completion = reader.read(1, "peer", remote, local, 2, PIECES)
-    assert (completion.error, completion.num_bytes) == (None, len(remote) * len(LOCAL_BYTES))
-    expected = torch.full_like(target, 77)
-    for there, here in zip(remote, local):
-        expected[here, LOCAL_BYTES] = source[there, REMOTE_BYTES].to(target.device)
-    assert torch.equal(target, expected)
+    for remote, local in BLOCKS[:3]:
+        target.fill_(77)
+        settle(name)
+        completion = reader.read(1, "peer", remote, local, 2, PIECES)
+        assert (completion.error, completion.num_bytes) == (None, len(remote) * len(LOCAL_BYTES))
+        expected = torch.full_like(target, 77)
+        for there, here in zip(remote, local):
+            expected[here, LOCAL_BYTES] = source[there, REMOTE_BYTES].to(target.device)
+        assert torch.equal(target, expected)
     assert not reader.regions[0].blocks.any() and not reader.regions[1].blocks.any()
 
 
@@ -272,19 +272,15 @@ def test_reads_into_different_pieces_of_the_same_blocks_run_together(pair: tuple
     assert torch.equal(reader.regions[2].blocks, parts.flip(1).reshape(16, 4096).to(reader.regions[2].blocks.device))
 
 
-@pytest.mark.parametrize(
-    "piece",
-    [
+def test_pieces_that_are_not_within_a_block_end_with_an_error(pair: tuple[Rank, Exporter]) -> None:
+    reader, _ = pair
+    for piece in (
         Piece(Extent(4096, 8), Extent(0, 8)),
         Piece(Extent(0, 8), Extent(4090, 8)),
         Piece(Extent(0, 8, 3, 2048), Extent(0, 8, 3, 8)),
         Piece(Extent(-8, 8), Extent(0, 8)),
-    ],
-    ids=["remote outside", "local outside", "last run outside", "negative"],
-)
-def test_pieces_that_are_not_within_a_block_end_with_an_error(pair: tuple[Rank, Exporter], piece: Piece) -> None:
-    reader, _ = pair
-    assert "not within a block" in str(reader.read(1, "peer", (0,), (0,), 2, (piece,)).error)
+    ):
+        assert "not within a block" in str(reader.read(1, "peer", (0,), (0,), 2, (piece,)).error)
     assert not reader.regions[2].blocks.any()
 
 
@@ -329,7 +325,7 @@ def long_read(name: str, deadline_s: float) -> Iterator[tuple[Rank, Exporter]]:
 
 def test_nothing_is_written_after_a_deadline_passed_in_the_middle(name: str) -> None:
     with long_read(name, deadline_s=0.2) as (reader, _):
-        (completion,) = wait_for(reader.transport, 1, timeout_s=5)
+        (completion,) = wait_for(reader.transport, 1)
         assert "deadline" in str(completion.error)
         reader.regions[0].blocks.fill_(0)
         assert reader.read(2, "peer", (3,), (12,)).error is None
@@ -339,7 +335,7 @@ def test_nothing_is_written_after_a_deadline_passed_in_the_middle(name: str) -> 
 def test_nothing_is_written_after_a_disconnect_in_the_middle(name: str) -> None:
     with long_read(name, deadline_s=60) as (reader, exporter):
         reader.transport.disconnect("peer")
-        (completion,) = wait_for(reader.transport, 1, timeout_s=5)
+        (completion,) = wait_for(reader.transport, 1)
         assert (completion.read_id, completion.error) == (1, "disconnected")
         reader.regions[0].blocks.fill_(0)
         assert "unknown peer" in str(reader.read(2, "peer", (0,), (0,)).error)
@@ -363,7 +359,7 @@ def test_a_peer_that_stands_still_does_not_hold_reads_beyond_their_deadline(name
         assert reader.read(0, "peer", (0,), (8,)).error is None
         exporter.signal(signal.SIGSTOP)
         reader.transport.start_read(1, "peer", 0, (0, 1), (0, 1), Deadline.after(0.3))
-        (stopped,) = wait_for(reader.transport, 1, timeout_s=5)
+        (stopped,) = wait_for(reader.transport, 1)
         if stopped.error is not None:  # shared memory can be read all the same
             reader.regions[0].blocks[:2] = 0
         exporter.signal(signal.SIGCONT)

@@ -26,6 +26,7 @@ from atom_cluster.messages.cluster import (
 )
 from atom_cluster.messages.profile import ProfileAnswer, StartProfile, StopProfile
 from atom_cluster.messages.requests import CancelRequest, SamplingParams
+from atom_cluster.messages.steps import StepResult
 from atom_cluster.messages.transfer import KvPlacement, PrefillFailed, PrefillOrder
 from atom_cluster.observability.memory import MemoryMetrics
 from atom_cluster.observability.metrics import REQUESTS_FINISHED
@@ -124,14 +125,22 @@ async def test_whoever_asks_for_a_snapshot_gets_events_and_load_from_then_on(sta
 
 
 async def test_its_status_is_told_whoever_asks_while_a_step_runs(stage: Stage) -> None:
-    engine, client = await stage.host(make_slow_runner(0.3)), await stage.client()
+    runner, may_end = make_slow_runner(), threading.Event()
+    collect = runner.collect
+
+    def collect_late(timeout_s: float | None = None) -> StepResult | None:
+        return collect(timeout_s) if may_end.wait(timeout_s) else None
+
+    runner.collect = collect_late  # type: ignore[method-assign]
+    engine, client = await stage.host(runner), await stage.client()
     client.endpoint.send(engine.card.address, make_message("slow", max_tokens=3))
     await eventually(lambda: engine.host.status().num_running == 1)
     client.endpoint.send("engine", StatusRequest())
-    await eventually(lambda: any(isinstance(message, StatusAnswer) for message in client.received), timeout_s=0.2)
+    await eventually(lambda: any(isinstance(message, StatusAnswer) for message in client.received))
     (answer,) = [message for message in client.received if isinstance(message, StatusAnswer)]
     assert answer.epoch == engine.card.address.epoch
     assert answer.status.num_running == 1 and answer.status.num_mismatches == 0
+    may_end.set()
     await client.finished("slow")
 
 

@@ -26,11 +26,11 @@ _VARIANTS = {
 FAMILIES = tuple(name for name in TINY_MODELS if name not in _VARIANTS)
 """One tiny model of every kind that is computed in its own way."""
 
-GREEDY = SamplingParams(temperature=0.0, seed=0, max_tokens=24, ignore_eos=True)
-SAMPLED = SamplingParams(temperature=1.0, top_p=0.95, seed=3, max_tokens=24)
-FREE = SamplingParams(temperature=1.3, seed=11, max_tokens=17, ignore_eos=True)
+GREEDY = SamplingParams(temperature=0.0, seed=0, max_tokens=16, ignore_eos=True)
+SAMPLED = SamplingParams(temperature=1.0, top_p=0.95, seed=3, max_tokens=16)
+FREE = SamplingParams(temperature=1.3, seed=11, max_tokens=13, ignore_eos=True)
 PENALIZED = SamplingParams(
-    temperature=0.8, top_k=50, repetition_penalty=1.2, frequency_penalty=0.5, seed=4, max_tokens=24, ignore_eos=True
+    temperature=0.8, top_k=50, repetition_penalty=1.2, frequency_penalty=0.5, seed=4, max_tokens=16, ignore_eos=True
 )
 
 Request = tuple[list[int], SamplingParams]
@@ -69,6 +69,13 @@ def generate_drafting(
     directory: Path, requests: Sequence[Request], *, num_tokens: int, **options: object
 ) -> list[list[int]]:
     """Output of the requests by one engine, with so many drafts after each token; 0: without speculation."""
+    with open_drafting(directory, num_tokens=num_tokens, **options) as engine:
+        outputs = engine.generate([prompt for prompt, _ in requests], [sampling for _, sampling in requests])
+    return [output["token_ids"] for output in outputs]
+
+
+def open_drafting(directory: Path, *, num_tokens: int, **options: object) -> LLMEngine:
+    """That engine."""
     settings: dict[str, object] = {
         "dtype": "float64",
         "device": "cpu",
@@ -80,6 +87,4 @@ def generate_drafting(
         "speculative": SpeculativeConfig(method="mtp", num_tokens=num_tokens) if num_tokens else None,
         **options,
     }
-    with LLMEngine(directory, **settings) as engine:  # type: ignore[arg-type]
-        outputs = engine.generate([prompt for prompt, _ in requests], [sampling for _, sampling in requests])
-    return [output["token_ids"] for output in outputs]
+    return LLMEngine(directory, **settings)  # type: ignore[arg-type]

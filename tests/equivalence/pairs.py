@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,9 +25,12 @@ from atom_cluster.runner.options import RunnerOptions
 from atom_cluster.units import Deadline
 from tests.equivalence.follower_process import run_follower
 from tests.equivalence.generation import Request
+from tests.processes import forking
 
 Way = Literal["remote", "decode", "prefill"]
 """Prefill computes the prompt and decode the output, or either computes both."""
+KINDS = ("llama", "deepseek_v3", "deepseek_v4", "qwen3_next", "gpt_oss")
+"""Models of whatever KV is moved: heads, latents, entries of several tokens, states or windows beside heads."""
 CLIENT = "client"
 BLOCK_SIZE = 8
 
@@ -147,7 +149,7 @@ def _open_runner(options: RunnerOptions, num_ranks: int) -> StepRunner:
         probe.bind(("127.0.0.1", 0))
         meeting_point = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
     sender = ShmPlanSender(tuple(range(1, num_ranks)), send_timeout_s=30.0)
-    context = multiprocessing.get_context("spawn")
+    context = forking()
     pipes = []
     options = replace(options, world_size=num_ranks, init_method=meeting_point)
     for rank in range(1, num_ranks):

@@ -3,7 +3,6 @@ flip a near-tie. The ranks are real processes joined by the gang's own channel, 
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from atom_cluster.runner.build import build_model_runner
 from atom_cluster.runner.options import RunnerOptions
 from tests.draft_models import draft_model_dir
 from tests.equivalence.follower_process import run_follower
+from tests.processes import forking
 from tests.tiny_models import random_tokens, tiny_model_dir
 
 NUM_STEPS = 12
@@ -61,7 +61,7 @@ def make_options(model: Model, *, rank: int, world_size: int, init_method: str) 
 def open_gang(model: Model, world_size: int, meeting_point: Path) -> StepRunner:
     init_method = f"file://{meeting_point}"
     sender = ShmPlanSender(tuple(range(1, world_size)), send_timeout_s=30.0)
-    context = multiprocessing.get_context("spawn")
+    context = forking()
     pipes = []
     for rank in range(1, world_size):
         ours, theirs = context.Pipe()

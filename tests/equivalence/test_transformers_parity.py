@@ -51,7 +51,7 @@ def most_likely_continuation(model: PreTrainedModel, prompt: list[int], output: 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 def test_tiny_models_continue_prompts_as_transformers_does(name: str, backend: str) -> None:
     prompts = [random_tokens(length, seed=length) for length in (1, 7, 16, 33, 90)]
-    params = SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True)
+    params = SamplingParams(temperature=0.0, max_tokens=32, ignore_eos=True)
     with LLMEngine(
         tiny_model_dir(name), device="cpu", dtype="float32", num_blocks=64, num_threads=1, ops_backend=backend
     ) as engine:

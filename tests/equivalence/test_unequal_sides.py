@@ -17,12 +17,9 @@ from atom_cluster.observability.memory import MemoryMetrics
 from atom_cluster.observability.metrics import KV_BAD_BLOCKS, KV_TRANSFER_BYTES, KV_TRANSFER_FAILURES
 from atom_cluster.ops.select import torch_table
 from tests.equivalence.generation import Request, generate, mixed_requests
-from tests.equivalence.pairs import Pair, Side
+from tests.equivalence.pairs import KINDS, Pair, Side
 from tests.models.paged_driver import make_context
 from tests.tiny_models import tiny_model_dir
-
-KINDS = ("llama", "deepseek_v3", "deepseek_v4", "qwen3_next", "gpt_oss")
-"""Heads, latents, entries of several tokens, states beside heads, windows beside heads."""
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +82,17 @@ def _unit_bytes(pages: PageMap, rank: int, num_ranks: int, unit: int) -> int:
     return pages.offsets(rank, num_ranks, unit)[-1]
 
 
-@pytest.mark.parametrize("sizes", [(4, 8), (8, 4), (4, 16), (32, 8)], ids=lambda sizes: f"{sizes[0]} to {sizes[1]}")
-@pytest.mark.parametrize(("transport", "model"), [("shm", kind) for kind in KINDS] + [("tcp", kind) for kind in KINDS])
+SIZES = ((4, 8), (8, 4), (4, 16), (32, 8))
+BLOCKS = [("shm", kind, sizes) for kind in KINDS for sizes in SIZES]
+BLOCKS += [("tcp", kind, SIZES[(i + turn) % len(SIZES)]) for i, kind in enumerate(KINDS) for turn in range(2)]
+"""All sizes of all kinds, and over sockets each kind and each size several times."""
+
+
+def id_of(value: str | tuple[int, int]) -> str:
+    return value if isinstance(value, str) else f"{value[0]} to {value[1]}"
+
+
+@pytest.mark.parametrize(("transport", "model", "sizes"), BLOCKS, ids=id_of)
 def test_blocks_of_other_sizes(
     model: str, transport: str, sizes: tuple[int, int], pairs: list[Pair], expected: dict[str, list[list[int]]]
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ from atom_cluster.gang.shm_receiver import connect_shm
 from atom_cluster.gang.shm_sender import ShmPlanSender
 from atom_cluster.gang.shm_wire import ShmAddress
 from atom_cluster.gang.zmq_channel import ZmqAddress, ZmqPlanSender, connect_zmq
+from tests.processes import forking
 
 KINDS = ("shm", "zmq")
 RING_BYTES = 64 * 1024
@@ -48,7 +48,7 @@ def open_channel(
 
 
 def start_process(target: Any, *args: Any) -> BaseProcess:
-    process = multiprocessing.get_context("spawn").Process(target=target, args=args, daemon=True)
+    process = forking().Process(target=target, args=args, daemon=True)
     process.start()
     return process
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import multiprocessing
 import sys
 import threading
 import time
@@ -8,6 +7,7 @@ import time
 import pytest
 
 from atom_cluster.gang.local_gang import _log_deaths
+from tests.processes import forking
 
 
 def end_behind(seconds: float, status: int) -> None:
@@ -16,9 +16,8 @@ def end_behind(seconds: float, status: int) -> None:
 
 
 def test_any_follower_that_dies_is_told_of_whichever_lives_on(caplog: pytest.LogCaptureFixture) -> None:
-    spawn = multiprocessing.get_context("spawn")
     followers = [
-        spawn.Process(target=end_behind, args=(seconds, status), name=f"rank-{rank}", daemon=True)
+        forking().Process(target=end_behind, args=(seconds, status), name=f"rank-{rank}", daemon=True)
         for rank, seconds, status in ((1, 60.0, 0), (2, 0.0, 3))
     ]
     for follower in followers:

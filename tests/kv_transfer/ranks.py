@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import time
@@ -20,6 +19,7 @@ from atom_cluster.kv_transfer.shared_memory import allocate_shared
 from atom_cluster.units import Deadline
 from tests.kv_transfer.ipc_stand_in import open_stand_in
 from tests.kv_transfer.mori_io_stand_in import open_over_stand_in
+from tests.processes import forking
 
 SECRET = b"a secret of the cluster"
 SMALL = (64, 200, 4096)
@@ -141,8 +141,7 @@ def exporter_elsewhere(
     device_index: int | None = None,
 ) -> Iterator[Exporter]:
     """The exporter in another process, which dies with the context at the latest. On the last GPU by default."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.kv_transfer.ranks", "atom_cluster.kv_transfer.agent"])
+    context = forking()
     ours, theirs = context.Pipe()
     process = context.Process(
         target=_export, args=(theirs, name, num_blocks, block_bytes, seed, device_index), daemon=True
@@ -150,7 +149,7 @@ def exporter_elsewhere(
     process.start()
     theirs.close()
     try:
-        assert ours.poll(60), "the exporter did not start"
+        assert ours.poll(200), "the exporter did not start"
         regions = make_regions(num_blocks=num_blocks, block_bytes=block_bytes, seed=seed, name=name)
         yield Exporter(ours.recv_bytes(), regions, process.pid)
     finally:

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,8 +54,8 @@ class Host:
         self.regions = make_regions(num_blocks=self.num_blocks, block_bytes=self.block_bytes, seed=self.seed)
         self.descriptor = self.transport.export(self.regions)
 
-    def start(self, read_id: int, remote: tuple[int, ...], local: tuple[int, ...], timeout_s: float = 20) -> None:
-        self.transport.start_read(read_id, "peer", 0, remote, local, Deadline.after(timeout_s))
+    def start(self, read_id: int, remote: tuple[int, ...], local: tuple[int, ...]) -> None:
+        self.transport.start_read(read_id, "peer", 0, remote, local, Deadline.after(20))
 
     def finish_copies(self) -> None:
         for fence in self.device.fences:
@@ -115,12 +114,12 @@ def test_the_device_is_given_a_bounded_number_of_bytes_at_a_time(reader: Host, s
 @pytest.mark.usefixtures("small_batches")
 @pytest.mark.parametrize("end", ["deadline", "disconnect"])
 def test_a_read_that_has_to_end_waits_for_its_copies_and_gets_no_more(reader: Host, end: str) -> None:
-    reader.start(1, tuple(range(12)), tuple(range(12)), timeout_s=0.05 if end == "deadline" else 20)
+    reader.start(1, tuple(range(12)), tuple(range(12)))
     reader.transport.poll()
     if end == "disconnect":
         reader.transport.disconnect("peer")
     else:
-        time.sleep(0.06)
+        reader.transport._reads[1].deadline = Deadline.after(0)
     reader.device.fences[0].is_done = True
     assert reader.transport.poll() == []
     assert reader.transport.poll() == []

@@ -90,8 +90,9 @@ def test_a_late_transfer_holds_its_read_until_it_cannot_write_any_more() -> None
         assert reader.read(3, "peer", (5, 7), (5, 7)).error is None
 
 
-def test_transfers_that_are_only_slow_may_end_a_little_after_the_deadline() -> None:
+def test_transfers_that_are_only_slow_may_end_a_little_after_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine is not given up for them."""
+    monkeypatch.setattr(mori, "_DRAIN_S", 30.0)
     with two_ranks() as (reader, _):
         assert reader.read(1, "peer", (0,), (0,)).error is None
         (engine,) = reading_engines()
@@ -109,7 +110,7 @@ def test_a_lost_status_ends_its_read_at_the_deadline() -> None:
         assert reader.read(1, "peer", (0,), (0,)).error is None
         FAULTS.loses_statuses = True
         start(reader, 2, (1, 3), deadline_s=0.1)
-        (completion,) = wait_for(reader.transport, 1, timeout_s=3)
+        (completion,) = wait_for(reader.transport, 1)
         assert completion.error == "the deadline passed"
         FAULTS.loses_statuses = False
         assert reader.read(3, "peer", (1, 3), (1, 3)).error is None
@@ -203,7 +204,7 @@ def test_a_failure_that_mori_tells_of_ends_reads_before_their_deadline() -> None
         assert ends_within(reader, 0.1) == []
         engine.failures.append(event)
         threading.Timer(0.3, gate.opened.set).start()
-        (completion,) = wait_for(reader.transport, 1, timeout_s=5)
+        (completion,) = wait_for(reader.transport, 1)
         assert "PEER_UNREACHABLE: link down" in str(completion.error)
         FAULTS.before_write = None
         assert reader.read(3, "peer", (1,), (1,)).error is None, "in another engine"
@@ -252,17 +253,18 @@ def test_a_peer_that_does_not_answer_holds_nobody_else() -> None:
         silent.signal(signal.SIGSTOP)
         reader.transport.connect("silent", silent.descriptor)
         reader.transport.connect("good", good.descriptor)
-        start(reader, 1, (0,), deadline_s=0.4, peer="silent")
+        start(reader, 1, (0,), deadline_s=0.8, peer="silent")
         start(reader, 2, (1,), peer="good")
-        completions = wait_for(reader.transport, 2, timeout_s=0.8)
+        completions = wait_for(reader.transport, 2)
         assert [(done.read_id, done.error) for done in completions] == [(2, None), (1, "the deadline passed")]
         assert "cannot open" in str(reader.read(3, "silent", (0,), (0,)).error)
         silent.signal(signal.SIGCONT)
         assert reader.read(4, "silent", (0,), (0,)).error is None
 
 
-def test_closing_waits_for_a_peer_that_is_being_opened() -> None:
+def test_closing_waits_for_a_peer_that_is_being_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     """MORI's engine must not be closed under a call."""
+    monkeypatch.setattr(mori_engine, "_OPEN_TIMEOUT_S", 60.0)
     with (
         exporter_elsewhere(NAME, num_blocks=8, block_bytes=(64,)) as silent,
         rank_here(NAME, num_blocks=8, block_bytes=(64,)) as reader,
@@ -273,7 +275,7 @@ def test_closing_waits_for_a_peer_that_is_being_opened() -> None:
         assert ends_within(reader, 0.2) == []
         started_s = time.monotonic()
         reader.transport.close()
-        assert time.monotonic() - started_s < 4
+        assert time.monotonic() - started_s < 30
 
 
 def test_an_opening_that_gets_no_answer_leaves_nothing_that_mori_could_write_to(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import multiprocessing
 import os
 import signal
 import socket
@@ -30,6 +29,7 @@ from atom_cluster.kv_transfer.protocol import KvRegion
 from atom_cluster.kv_transfer.registry import TransportSettings, open_transport
 from atom_cluster.units import Deadline
 from tests.kv_transfer.ranks import SECRET, Rank, exporter_elsewhere, make_regions, rank_here, wait_for, wait_until
+from tests.processes import forking
 
 pytestmark = pytest.mark.skipif(
     "nixl" in registry.missing("cpu"), reason=f"nixl: {registry.missing('cpu').get('nixl')}"
@@ -152,12 +152,12 @@ def test_a_reader_that_ends_in_the_middle_does_not_take_its_peer_along(reader: R
 
 
 def end_in_the_middle_of_a_read(descriptor: bytes, number: signal.Signals) -> None:
-    context = multiprocessing.get_context("forkserver")
+    context = forking()
     ours, theirs = context.Pipe()
     process = context.Process(target=_read_on_and_on, args=(theirs, descriptor), daemon=True)
     process.start()
     theirs.close()
-    assert ours.poll(60)
+    assert ours.poll(200)
     os.kill(process.pid or 0, number)
     process.join()
     ours.close()
@@ -185,7 +185,7 @@ def test_what_a_stopped_peer_sends_after_the_deadline_is_not_written() -> None:
         exporter.signal(signal.SIGSTOP)
         blocks = tuple(range(8))
         transport.start_read(1, "peer", 0, blocks, blocks, Deadline.after(0.3))
-        (completion,) = wait_for(transport, 1, timeout_s=5)
+        (completion,) = wait_for(transport, 1)
         assert completion.error == "the deadline passed"
         region.blocks[:8] = 0
         exporter.signal(signal.SIGCONT)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import os
 import stat
+import struct
 import subprocess
 import sys
 
@@ -12,12 +13,14 @@ import torch
 
 from atom_cluster.errors import TransferError
 from atom_cluster.kv_transfer.shared_memory import (
+    SharedSpan,
     allocate_shared,
     host_realm,
     locate,
     map_read_only,
     process_start_time,
 )
+from tests.processes import call_elsewhere
 
 
 def test_memory_is_zeroed_writable_and_readable_through_its_span() -> None:
@@ -33,18 +36,16 @@ def test_memory_is_zeroed_writable_and_readable_through_its_span() -> None:
         mapping[0] = 1
 
 
+def read_second_float(encoded: bytes) -> float:
+    span = msgspec.msgpack.decode(encoded, type=SharedSpan)
+    number: float = struct.unpack_from("d", map_read_only(span, 5000), 8)[0]
+    return number
+
+
 def test_another_process_reads_it() -> None:
     memory = allocate_shared(5000)
     memory.view(torch.float64)[1] = 2.5
-    code = (
-        "import msgspec, struct, sys\n"
-        "from atom_cluster.kv_transfer.shared_memory import SharedSpan, map_read_only\n"
-        "span = msgspec.msgpack.decode(bytes.fromhex(sys.argv[1]), type=SharedSpan)\n"
-        "print(struct.unpack_from('d', map_read_only(span, 5000), 8)[0])\n"
-    )
-    span = msgspec.msgpack.encode(locate(memory)).hex()
-    result = subprocess.run([sys.executable, "-c", code, span], check=True, capture_output=True, text=True)
-    assert result.stdout.strip() == "2.5"
+    assert call_elsewhere(read_second_float, msgspec.msgpack.encode(locate(memory))) == 2.5
 
 
 def test_memory_has_no_name_is_private_to_the_user_and_cannot_shrink() -> None:
@@ -110,5 +111,4 @@ def test_a_process_that_ended_has_no_start_time_even_before_it_is_reaped() -> No
 
 
 def test_the_realm_is_the_same_for_all_processes_here() -> None:
-    code = "from atom_cluster.kv_transfer.shared_memory import host_realm; print(host_realm())"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == host_realm()
+    assert call_elsewhere(host_realm) == host_realm()

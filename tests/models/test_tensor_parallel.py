@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
 
 from atom_cluster.errors import ConfigError
 from atom_cluster.models.registry import build_model, read_spec
@@ -12,6 +11,7 @@ from atom_cluster.ops.select import torch_table
 from atom_cluster.parallel.groups import Group, ProcessGroups
 from tests.models.paged_driver import make_context
 from tests.models.tensor_parallel_worker import run_model, run_rank
+from tests.processes import run_ranks
 from tests.tiny_models import TINY_MODELS, random_tokens, tiny_model_dir
 
 _COUNTS = {"num_experts", "n_routed_experts", "num_local_experts"}
@@ -39,8 +39,8 @@ TOKENS = random_tokens(30)
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     folder = tmp_path_factory.mktemp("gang")
     directories = {name: str(tiny_model_dir(name.split("/")[0])) for name in NAMES}
-    args = (2, f"file://{folder}/meeting", directories, TOKENS, f"{folder}/logits.pt")
-    torch.multiprocessing.spawn(run_rank, args=args, nprocs=2)
+    meeting, out = f"file://{folder}/meeting", f"{folder}/logits.pt"
+    run_ranks(run_rank, 2, meeting, directories, TOKENS, out, num_ranks=2)
     return torch.load(folder / "logits.pt")
 
 

@@ -7,6 +7,7 @@ import torch
 
 from atom_cluster.config.ops import OpsConfig
 from atom_cluster.ops.attention import AttentionMetadata
+from atom_cluster.ops.cpu.gated_delta import SEGMENT_TOKENS
 from atom_cluster.ops.gated_delta import Gates, StateMetadata
 from atom_cluster.ops.select import select_ops
 from atom_cluster.ops.table import OpTable
@@ -28,10 +29,11 @@ class Row:
     keeps_all: bool = False
 
 
+SEGMENTS = "a prompt of more than one segment"
 STEPS = {
     "decode rows": [Row(1, 3, (4,)), Row(1, 5, (5,)), Row(1, -1, (6,))],
     "a whole prompt of many chunks": [Row(200, -1, (2,))],
-    "a prompt of more than one segment": [Row(1500, 7, (7,))],
+    SEGMENTS: [Row(2 * SEGMENT_TOKENS + 88, 7, (7,))],
     "chunks of every size": [Row(2, 1, (2,)), Row(63, -1, (3,)), Row(64, 4, (4,)), Row(65, 5, (6,)), Row(129, 7, (8,))],
     "decodes, chunks, and a shared state": [Row(1, 9, (0,)), Row(5, 9, (1,)), Row(3, -1, (2,)), Row(1, 9, (3,))],
     "drafts of several lengths": [
@@ -119,8 +121,12 @@ def test_the_convolution_sees_the_inputs_before_the_step(case: tuple[OpTable, to
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_the_delta_rule_is_its_recurrence(case: tuple[OpTable, torch.dtype], name: str) -> None:
+def test_the_delta_rule_is_its_recurrence(
+    case: tuple[OpTable, torch.dtype], name: str, request: pytest.FixtureRequest
+) -> None:
     ops, dtype = case
+    if name == SEGMENTS and "triton" in request.node.name:
+        pytest.skip("kernels know chunks alone, and interpreted they are slow")
     rows, wide = STEPS[name], torch.promote_types(dtype, torch.float32)
     attention, states = metadata(rows)
     num_tokens = attention.query_start_cpu[-1]

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import torch
-import torch.multiprocessing
 
 from atom_cluster.parallel.collectives import all_reduce_max, all_reduce_sum, gather_last_dim, smallest
 from atom_cluster.parallel.groups import ProcessGroups
+from tests.processes import run_ranks
 
 CPU = torch.device("cpu")
 
@@ -35,7 +35,7 @@ def run_rank(rank: int, folder: str) -> None:
 
 
 def test_two_ranks_agree(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(run_rank, args=(str(tmp_path),), nprocs=2)
+    run_ranks(run_rank, str(tmp_path), num_ranks=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for found in (first, second):
         assert found["sum"] == [[3.0] * 3] * 2

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
 
 from atom_cluster.errors import GangError
 from atom_cluster.parallel.collectives import all_reduce_sum
 from atom_cluster.parallel.groups import ProcessGroups
+from tests.processes import run_ranks
 
 CPU = torch.device("cpu")
 
@@ -50,7 +50,7 @@ def listening_addresses() -> list[str]:
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs a Linux /proc")
 def test_two_ranks_meet_and_listen_on_no_other_interface(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(run_rank, args=(free_port(), str(tmp_path)), nprocs=2)
+    run_ranks(run_rank, free_port(), str(tmp_path), num_ranks=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert first["sum"] == second["sum"] == [2.0] * 3
     assert first["listens"], "rank 0 listens at least for the meeting"

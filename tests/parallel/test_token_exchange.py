@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
 
 from atom_cluster.errors import ConfigError
 from atom_cluster.ops import torch_ref
@@ -16,6 +15,7 @@ from atom_cluster.parallel.groups import Group, ProcessGroups
 from atom_cluster.parallel.mori_ep import MoriExchange
 from atom_cluster.parallel.token_exchange import AllToAllExchange, TokenExchange
 from tests.parallel import mori_stand_in
+from tests.processes import run_ranks
 
 NUM_EXPERTS, SIZE, EXPERT_SIZE, NUM_CHOSEN = 6, 8, 4, 3
 STEPS = [(5, 2), (0, 4), (3, 0), (4, 4), (0, 0)]
@@ -96,7 +96,7 @@ def mori_exchange(group: Group, ranks_per_node: int = 8) -> MoriExchange:
 
 
 def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(run_rank, args=(str(tmp_path),), nprocs=2)
+    run_ranks(run_rank, str(tmp_path), num_ranks=2)
     op = experts(slice(None))
     for rank in range(2):
         for name, found in torch.load(tmp_path / f"{rank}.pt").items():

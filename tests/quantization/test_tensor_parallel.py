@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
 
 from atom_cluster.parallel.groups import ProcessGroups
 from tests.models.tensor_parallel_worker import run_model, run_rank
+from tests.processes import run_ranks
 from tests.quantization.checkpoints import write_gpt_oss_pair, write_pair
 from tests.quantization.formats import FORMATS
 from tests.tiny_models import random_tokens
@@ -48,8 +48,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def test_two_ranks_equal_one(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     directories = {name: str(directory) for name, directory in checkpoints.items()}
-    args = (2, f"file://{tmp_path}/meeting", directories, TOKENS, f"{tmp_path}/logits.pt")
-    torch.multiprocessing.spawn(run_rank, args=args, nprocs=2)
+    meeting, out = f"file://{tmp_path}/meeting", f"{tmp_path}/logits.pt"
+    run_ranks(run_rank, 2, meeting, directories, TOKENS, out, num_ranks=2)
     two_ranks = torch.load(tmp_path / "logits.pt")
     for name, directory in checkpoints.items():
         one_rank = run_model(name, directory, TOKENS, ProcessGroups.single())

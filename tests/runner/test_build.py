@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import multiprocessing
 from dataclasses import replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,8 @@ from atom_cluster.messages.steps import NewRow, RowStep, StepPlan
 from atom_cluster.runner.build import build_model_runner
 from atom_cluster.runner.options import RunnerOptions
 from tests.draft_models import draft_model_dir
+from tests.processes import forking
+from tests.runner.rank_process import Tokens, run_and_send, run_plans
 from tests.tiny_models import VOCAB_SIZE, random_tokens, tiny_model_dir
 
 SAMPLINGS = (SamplingParams(temperature=0.0, seed=0), SamplingParams(temperature=1.0, top_p=0.9, seed=5))
@@ -57,18 +57,8 @@ def plans() -> list[StepPlan]:
     return [first, *decodes]
 
 
-def run(settings: RunnerOptions) -> list[tuple[tuple[int, ...], ...]]:
-    """Sampled tokens of each step."""
-    runner = build_model_runner(settings)
-    try:
-        results = [runner.run(plan) for plan in plans()]
-    finally:
-        runner.close()
-    return [tuple(sampled.token_ids for sampled in result.sampled) for result in results]
-
-
-def run_and_send(settings: RunnerOptions, connection: Connection) -> None:
-    connection.send(run(settings))
+def run(settings: RunnerOptions) -> Tokens:
+    return run_plans(settings, plans())
 
 
 def test_info_tells_sizes_choices_and_identity() -> None:
@@ -142,12 +132,12 @@ def test_an_exporting_rank_has_a_descriptor_per_transport() -> None:
 
 def test_two_ranks_sample_what_one_does_and_only_the_first_answers(tmp_path: Path) -> None:
     expected = run(options())
-    context = multiprocessing.get_context("spawn")
+    context = forking()
     results = []
     for rank in range(2):
         receiver, sender = context.Pipe(duplex=False)
         settings = options(rank=rank, world_size=2, init_method=f"file://{tmp_path}/meeting")
-        process = context.Process(target=run_and_send, args=(settings, sender), daemon=True)
+        process = context.Process(target=run_and_send, args=(settings, plans(), sender), daemon=True)
         process.start()
         sender.close()
         results.append((process, receiver))

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
 
 from atom_cluster.config.ops import OpsConfig
 from atom_cluster.layers.logits import Logits
@@ -21,6 +20,7 @@ from atom_cluster.platform.detect import detect_platform
 from atom_cluster.runner.row_state import RowTable
 from atom_cluster.runner.sampler import SampledBatch, Samples, sample
 from atom_cluster.runner.sampling_table import draw_of
+from tests.processes import run_ranks
 from tests.runner.context_model import ContextModel
 
 VOCAB = 40
@@ -217,7 +217,7 @@ def run_rank(rank: int, folder: str) -> None:
 
 def test_two_ranks_choose_what_one_does(tmp_path: Path) -> None:
     expected = sample_batches(ProcessGroups.single().tensor)
-    torch.multiprocessing.spawn(run_rank, args=(str(tmp_path),), nprocs=2)
+    run_ranks(run_rank, str(tmp_path), num_ranks=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert first == expected
     assert second == [(token_ids, False) for token_ids, _ in expected]

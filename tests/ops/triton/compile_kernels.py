@@ -10,6 +10,7 @@ import argparse
 import importlib
 import json
 import pkgutil
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -82,18 +83,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--chips", nargs="+", default=list(CHIPS), choices=list(CHIPS))
     parser.add_argument("--only", default="", help="launches whose name has this in it")
-    parser.add_argument("--part", default="0/1", help="i/n: every n-th launch, from the i-th")
+    parser.add_argument("--asked", action="store_true", help="those that standard input names, as [launch, chip] each")
     args = parser.parse_args()
-    index, count = map(int, args.part.split("/"))
-    chosen = [(name, launch) for name, launch in all_launches() if args.only in name]
-    for name, launch in chosen[index::count]:
-        for chip in args.chips:
-            num_kernels, error = 0, None
-            try:
-                num_kernels = compile_launch(launch, CHIPS[chip])
-            except Exception:  # noqa: BLE001 - reported
-                error = traceback.format_exc()
-            print(json.dumps({"launch": name, "chip": chip, "num_kernels": num_kernels, "error": error}), flush=True)
+    found = dict(all_launches())
+    chosen: Iterator[tuple[str, str]] = ((name, chip) for name in found if args.only in name for chip in args.chips)
+    for name, chip in map(json.loads, sys.stdin) if args.asked else chosen:
+        num_kernels, error = 0, None
+        try:
+            num_kernels = compile_launch(found[name], CHIPS[chip])
+        except Exception:  # noqa: BLE001 - reported
+            error = traceback.format_exc()
+        print(json.dumps({"launch": name, "chip": chip, "num_kernels": num_kernels, "error": error}), flush=True)
 
 
 if __name__ == "__main__":
