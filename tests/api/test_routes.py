@@ -172,7 +172,7 @@ async def test_operators_routes(hello: Api) -> None:
         assert "atom_requests_running 0" in (await client.get("/metrics")).text
         cluster = (await client.get("/v1/cluster")).json()
         assert cluster["replicas"] == [{"role": "decode"}]
-        assert [note["kind"] for note in cluster["recent_errors"]] == ["NotReady"]
+        assert cluster["recent_errors"] == [], "a probe was told no, as it asked"
         assert cluster["api"]["tool_parser"] == "none: the chat template knows no tools"
         models = (await client.get("/v1/models")).json()
         assert [card["id"] for card in models["data"]] == [MODEL]

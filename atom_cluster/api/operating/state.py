@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from fastapi import FastAPI
+from starlette.requests import Request
 from starlette.responses import Response
 
 from atom_cluster.api.context import ApiContext
-from atom_cluster.api.http.error_responses import json_response
+from atom_cluster.api.http.error_responses import error_response, json_response
 from atom_cluster.api.openapi.operating import CLUSTER, HEALTH, METRICS, READY
 from atom_cluster.api.openapi.operation import described
+from atom_cluster.errors import NotReady
 
 
 def add_state_routes(app: FastAPI, context: ApiContext) -> None:
@@ -18,8 +20,12 @@ def add_state_routes(app: FastAPI, context: ApiContext) -> None:
     async def health() -> Response:
         return json_response({"status": "ok"})
 
-    async def ready() -> Response:
-        await generator.check_ready()
+    async def ready(request: Request) -> Response:
+        try:
+            await generator.check_ready()
+        except NotReady as exc:
+            # What a probe asks for: no error of anybody's, and not to be listed among those.
+            return error_response(exc, scope=request.scope)
         return json_response({"status": "ready"})
 
     async def cluster() -> Response:
