@@ -168,7 +168,7 @@ def test_a_grammar_is_ready_once_every_rank_has_compiled_it_and_nobody_waits_mea
     engine = make_engine(network, runner=rig.runner)
     engine.put("c", make_message("word", (1, 2, 3), 3, grammar=WORD, eos=(255,)))
     engine.put("c", make_message("free", (4, 5, 6), 3))
-    turn_until(engine, lambda: compilers[1].num_submitted == 1)
+    turn_until(engine, lambda: all(compiler.num_submitted == 1 for compiler in compilers))
     compilers[0].finish()
     turn_until(engine, lambda: "free" in network.answers and network.answers["free"].reason == "length")
     turn_until(engine, lambda: rig.ranks[1].plans == rig.ranks[0].plans)

@@ -32,9 +32,9 @@ class HeldCompiler(GrammarCompiler):
         self._waiting: deque[tuple[GrammarSpec, Future[CompiledGrammar]]] = deque()
 
     def submit(self, spec: GrammarSpec) -> Future[CompiledGrammar]:
-        self.num_submitted += 1
         future: Future[CompiledGrammar] = Future()
         self._waiting.append((spec, future))
+        self.num_submitted += 1  # last: who has seen it may call `finish`
         if self.is_open:
             self.finish()
         return future
