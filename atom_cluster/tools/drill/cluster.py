@@ -166,7 +166,7 @@ def serve_run(
     default_variable("RAY_USAGE_STATS_ENABLED", "0")
     # Lines that look alike would come as one, with a count.
     default_variable("RAY_DEDUP_LOGS", "0")
-    with log.open("w") as output:
+    with log.open("w") as output, children_hear_sigint():
         process = subprocess.Popen(
             [str(Path(sys.executable).with_name("serve")), "run", str(config)],
             cwd=working_dir,
@@ -189,6 +189,21 @@ def serve_run(
         yield cluster
     finally:
         stop(process)
+
+
+@contextmanager
+def children_hear_sigint() -> Iterator[None]:
+    """Processes started in this block can be ended as `stop` does. Shells have jobs in the background ignore SIGINT, and
+    so would these. To be entered on the main thread."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:
+        # A handler of Python's is none for the program that a child becomes.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if before is signal.SIG_IGN:
+            signal.signal(signal.SIGINT, before)
 
 
 def ray_address_of(pid: int) -> str:
