@@ -193,8 +193,8 @@ def serve_run(
 
 @contextmanager
 def children_hear_sigint() -> Iterator[None]:
-    """Processes started in this block can be ended as `stop` does. Shells have jobs in the background ignore SIGINT, and
-    so would these. To be entered on the main thread."""
+    """Processes started in this block can be ended as `stop` does. Shells have jobs in the background ignore SIGINT,
+    and so would these. To be entered on the main thread."""
     before = signal.getsignal(signal.SIGINT)
     if before is signal.SIG_IGN:
         # A handler of Python's is none for the program that a child becomes.
