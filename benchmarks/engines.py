@@ -160,11 +160,14 @@ class _Kept:
         self.info, self.poll_kv = runner.info, runner.poll_kv
         self._runner = runner
         self._in_flight: deque[tuple[int, int, int]] = deque()
+        self._taken_rows: set[int] = set()
         self._steps: deque[TimedStep] = deque(maxlen=_MAX_STEPS)
 
     def submit(self, plan: StepPlan) -> None:
         """See `StepRunner`."""
         self._runner.submit(plan)
+        self._taken_rows.difference_update(plan.freed_rows)
+        self._taken_rows.update(new.row for new in plan.new_rows)
         self._in_flight.append((len(plan.rows), plan.num_tokens, len(plan.kv)))
 
     def collect(self, timeout_s: float | None = None) -> StepResult | None:
@@ -179,7 +182,10 @@ class _Kept:
         return [self._steps.popleft() for _ in range(len(self._steps))]
 
     def settle(self) -> None:
-        """Take the results that the engine left behind: the next one would take them for its own."""
+        """Take the results that the engine left behind, and free its rows: the next one would take those results for
+        its own, and these rows for free ones."""
+        if self._taken_rows:
+            self.submit(StepPlan(step_id=0, freed_rows=tuple(sorted(self._taken_rows))))
         while self._in_flight:
             self.collect()
         self.poll_kv()

@@ -162,6 +162,26 @@ def test_what_an_engine_left_in_flight_is_not_the_next_ones() -> None:
     assert kept.take_steps() == []
 
 
+def test_rows_that_an_engine_left_taken_are_free_for_the_next_one(engine: EngineProcess) -> None:
+    first = engine.serve(SETTINGS)
+    long = SamplingParams(temperature=0.0, seed=0, max_tokens=390, ignore_eos=True)
+
+    async def leave_in_the_middle() -> None:
+        front = FrontEnd([first], secret=SECRET, transfer=KvTransferConfig())
+        await front.start()
+        asking = asyncio.create_task(front.generate((5, 6, 7), long))
+        while not engine.steps():
+            await asyncio.sleep(0.005)
+        second = engine.serve(SETTINGS)
+        asking.cancel()
+        await front.close()
+        answer = await ask(second)
+        assert answer.record.error is None
+        assert answer.record.num_output_tokens == 4
+
+    asyncio.run(leave_in_the_middle())
+
+
 def test_steps_are_told_by_kind_and_the_longest_one_by_one() -> None:
     steps = [
         *[engines.TimedStep(0.01, 8, 8, 0)] * 20,
