@@ -40,6 +40,7 @@ from atom_cluster.engine_server.settings import EngineHostSettings
 from atom_cluster.messages.cluster import MemberCard, Role, RouteDecision
 from atom_cluster.messages.requests import SamplingParams
 from atom_cluster.observability.metrics import (
+    KERNELS_COMPILED,
     KV_EXPOSED_S,
     KV_PUBLISH_S,
     KV_TRANSFER_BYTES,
@@ -363,6 +364,7 @@ class Run:
             "read_gb": _difference(before, after, KV_TRANSFER_BYTES.name) / 1e9,
             "failures": _difference(before, after, KV_TRANSFER_FAILURES.name),
             "preemptions": _difference(before, after, PREEMPTIONS.name),
+            "kernels_compiled": _difference(before, after, KERNELS_COMPILED.name),
         }
         for engine, old, new in zip(self._engines, before, after):
             count = _difference([old], [new], f"{STEP_S.name}_count")

@@ -288,7 +288,7 @@ class EngineCore:
                 self._decode.start_queued()
                 self._replies.flush()
         note_scores(step.rows, step.steps, step.result.prompt_scores)
-        if step.rows:
+        if step.rows and not step.result.compiled:
             self._scheduler.note_step_time(sum(row.num_prompt_tokens for row in step.rows), step.result.run_s)
             self._speed.note_step(step.rows, step.result.run_s)
         sampled = iter(step.result.sampled)

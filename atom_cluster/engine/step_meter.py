@@ -5,6 +5,7 @@ Knows nothing of what is in a step but counts.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -17,6 +18,7 @@ from atom_cluster.observability.metrics import (
     DEVICE_WAIT_S,
     GRAPH_CAPTURE_S,
     GRAPHS_CAPTURED,
+    KERNELS_COMPILED,
     MEMORY_BYTES,
     START_S,
     STEP_S,
@@ -25,6 +27,9 @@ from atom_cluster.observability.metrics import (
     MetricSink,
 )
 
+_log = logging.getLogger(__name__)
+
+_WORTH_TELLING_S = 0.1
 MAX_CHOICE_LENGTH = 120
 """Characters of a choice's reason in a label."""
 
@@ -62,6 +67,12 @@ class StepMeter:
         self._metrics.observe(STEP_S, result.run_s, kind=kind)
         self._metrics.observe(STEP_TOKENS, sum(row.num_tokens for row in rows), kind=kind)
         self._metrics.inc(STEPS, execution=result.execution)
+        if result.compiled:
+            self._metrics.inc(KERNELS_COMPILED, len(result.compiled))
+            seconds = sum(seconds for _, seconds in result.compiled)
+            if seconds > _WORTH_TELLING_S:
+                names = ", ".join(sorted({name for name, _ in result.compiled}))
+                _log.warning("a step with %d rows waited %.1f s for kernels: %s", len(rows), seconds, names)
         self._metrics.inc(DEVICE_WAIT_S, max(0.0, now_s - could_begin_s - result.run_s))
 
 

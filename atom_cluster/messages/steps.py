@@ -130,3 +130,5 @@ class StepResult(Struct, frozen=True, kw_only=True):
     """Seconds the runner spent on the step, for metrics."""
     execution: Execution = "eager"
     """How rank 0 ran it, for metrics."""
+    compiled: tuple[tuple[str, float], ...] = ()
+    """Kernels that rank 0 had to compile or load for it, and the seconds that took: `run_s` says little then."""

@@ -188,6 +188,7 @@ def _triton_table(platform: Platform, reason: str) -> OpTable:
     """Our kernels, and reference ops for what has none."""
     from atom_cluster.ops import triton as kernels
 
+    kernels.watch_compilations()
     return replace(
         torch_table(reason),
         place_tokens=kernels.place_tokens,
@@ -221,6 +222,7 @@ def _triton_table(platform: Platform, reason: str) -> OpTable:
         accept=kernels.accept,
         float8_dtype=float8_dtype_of(platform),
         is_capturable=True,
+        take_compiled=kernels.take_compiled,
         choices={"ops": f"triton ({reason}; {platform.arch})", **kernels.attention_choices(platform.arch)},
     )
 

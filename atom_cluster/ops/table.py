@@ -5,6 +5,7 @@ Every op runs under `torch.inference_mode` on tensors of the device and dtype th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -65,5 +66,7 @@ class OpTable:
     is_capturable: bool = False
     """Whether steps that only decode may be captured in graphs: no op waits for the device or asks the host how long
     contexts are. Reference ops do both."""
+    take_compiled: Callable[[], tuple[tuple[str, float], ...]] = tuple
+    """Kernels that had to be compiled or loaded since the last call, and the seconds that launches waited for each."""
     choices: dict[str, str] = field(default_factory=dict)
     """Which backend each op family uses and why, such as {"ops.linear": "cpu: ..."}; shown at start-up."""

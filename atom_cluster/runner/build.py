@@ -35,6 +35,7 @@ from atom_cluster.runner.profiling import kv_budget_bytes
 from atom_cluster.runner.rank_info import NO_TRACES, RankInfo
 from atom_cluster.runner.row_state import slack
 from atom_cluster.runner.start_facts import start_facts
+from atom_cluster.runner.warm_up import warm_up_plans
 from atom_cluster.structured.compiler import GrammarCompiler
 from atom_cluster.units import GiB
 
@@ -108,6 +109,9 @@ def build_model_runner(options: RunnerOptions) -> ModelRunner:
         )
         choices["graphs"], graph_bytes = _capture(runner, options, ops)
         clock.note("capture")
+        if device.type != "cpu" and options.compilation.capture == "start":
+            _warm_up(runner, options, model.kv_layout)
+            clock.note("warm up")
         choices["start"] = clock.describe()
         start = start_facts(runner, model, memory, graph_bytes=graph_bytes, parts_s=clock.parts_s)
         runner.info = replace(runner.info, start=start)
@@ -152,6 +156,17 @@ def _capture(runner: ModelRunner, options: RunnerOptions, ops: OpTable) -> tuple
     parts = [f"{part.describe()}, in {part.capture_s:.1f} s" for part in (runner.graphs, runner.pieces) if part]
     parts += [f"{kind}: none: {problem}" for kind, problem in problems.items()]
     return f"{'; '.join(parts)}; {num_bytes / GiB:.2f} GiB", num_bytes
+
+
+def _warm_up(runner: ModelRunner, options: RunnerOptions, layout: KvLayout) -> None:
+    plans = warm_up_plans(
+        layout,
+        runner.info,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        decodes=runner.graphs is None,
+    )
+    for plan in plans:
+        runner.run(plan)
 
 
 def _max_model_len(wanted: int | None, spec: ModelSpec) -> int:

@@ -16,6 +16,7 @@ from atom_cluster.errors import ProtocolError
 from atom_cluster.layers.forward_batch import AttentionMetadata, ForwardBatch, LayerCache, StateMetadata
 from atom_cluster.messages.steps import RowStep, StepPlan
 from atom_cluster.ops.step_inputs import PlacedTokens, PlaceTokens, StepRows
+from atom_cluster.runner.page_tables import whole_lines
 from atom_cluster.runner.row_state import RowTable
 from atom_cluster.runner.step_layout import SamplingStep, StepLayout, lay_out
 from atom_cluster.units import ceil_div
@@ -124,7 +125,7 @@ class InputBuilder:
 
     def new_block_tables(self, num_rows: int, num_tokens: int) -> BlockTables:
         """Tables of the pages of so many rows with up to `num_tokens` tokens."""
-        shape = (num_rows, ceil_div(num_tokens, self._table.block_size))
+        shape = (num_rows, whole_lines(ceil_div(num_tokens, self._table.block_size)))
         return tuple(torch.zeros(shape, dtype=torch.int32, device=self._device) for _ in self._table.pages)
 
     def _place_rows(

@@ -107,8 +107,17 @@ class _Outputs:
 class LaunchedStep:
     """A step whose work was issued. On GPUs it may still be running; `wait` is where the host waits for it."""
 
-    def __init__(self, plan: StepPlan, *, outputs: _Outputs, execution: Execution, timer: _StepTimer) -> None:
+    def __init__(
+        self,
+        plan: StepPlan,
+        *,
+        outputs: _Outputs,
+        execution: Execution,
+        compiled: tuple[tuple[str, float], ...],
+        timer: _StepTimer,
+    ) -> None:
         self._plan = plan
+        self._compiled = compiled
         self._execution = execution
         self._outputs = outputs
         self._timer = timer
@@ -128,6 +137,7 @@ class LaunchedStep:
             prompt_scores=() if scores is None else scores.read(),
             run_s=run_s,
             execution=self._execution,
+            compiled=self._compiled,
         )
 
 
@@ -233,6 +243,7 @@ class ModelRunner:
 
     def _issue(self, plan: StepPlan) -> LaunchedStep:
         timer = _StepTimer(self._device)
+        self._ops.take_compiled()  # what was before
         self._table.apply(plan)
         self._grammars.apply(plan)
         if self._agent is not None and plan.kv:
@@ -243,7 +254,8 @@ class ModelRunner:
         if plan.rows:
             execution = self._execution_of(plan)
             outputs = self._step(plan, self.graphs if execution == "graph" else None)
-        return LaunchedStep(plan, outputs=outputs, execution=execution, timer=timer)
+        compiled = self._ops.take_compiled()
+        return LaunchedStep(plan, outputs=outputs, execution=execution, compiled=compiled, timer=timer)
 
     def _execution_of(self, plan: StepPlan) -> Execution:
         """How a step with rows will be run."""

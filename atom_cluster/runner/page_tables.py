@@ -11,6 +11,14 @@ import torch
 
 from atom_cluster.errors import ProtocolError
 from atom_cluster.runner.host_tensors import on_device, send
+from atom_cluster.units import align_up
+
+_LINE = 16
+
+
+def whole_lines(num_columns: int) -> int:
+    """No fewer columns, such that each line begins at a multiple of 64 bytes: kernels are compiled for that alone."""
+    return align_up(num_columns, _LINE)
 
 
 class PageTable:
@@ -20,9 +28,10 @@ class PageTable:
         """spare_page: where a row has no page; a page that nobody reads, so that writing to it does no harm."""
         self._device = device
         self._spare_page = spare_page
-        self._host = torch.full((num_rows, num_columns), spare_page, dtype=torch.int32)
+        self._most_pages = num_columns
+        self._host = torch.full((num_rows, whole_lines(num_columns)), spare_page, dtype=torch.int32)
         self.device = self._host.to(device)
-        """[num_rows, num_columns] int32 on the device, after `flush`."""
+        """[num_rows, whole lines] int32 on the device, after `flush`."""
         self._num_pages = [0] * num_rows
         self._grown: list[tuple[int, int, int]] = []
 
@@ -49,7 +58,7 @@ class PageTable:
 
     def _append(self, row: int, pages: tuple[int, ...]) -> None:
         first, last = self._num_pages[row], self._num_pages[row] + len(pages)
-        if last > self._host.shape[1]:
+        if last > self._most_pages:
             raise ProtocolError(f"row {row} was given {last} blocks, more than its context needs")
         self._host.numpy()[row, first:last] = pages
         self._num_pages[row] = last

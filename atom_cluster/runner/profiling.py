@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import msgspec
 import torch
 
 from atom_cluster.errors import ConfigError
@@ -83,24 +82,6 @@ def kv_budget_bytes(
     )
 
 
-def _odd_step(
-    new_rows: list[NewRow], state_pages: tuple[tuple[int, ...], ...], *, max_model_len: int
-) -> list[StepPlan]:
-    """Rows go on, and the last, which is the longest, begins anew with fewer tokens. Nothing if it is too short."""
-    *others, last = new_rows
-    decoding = [
-        RowStep(row.row, len(row.token_ids), 1, samples=True) for row in others if len(row.token_ids) < max_model_len
-    ]
-    length = len(last.token_ids) - len(decoding) - 1
-    if (length + len(decoding)) % 2 == 0:
-        length -= 1
-    if length < 2:
-        return []
-    prompt = msgspec.structs.replace(last, token_ids=last.token_ids[:length], num_prompt_tokens=length)
-    chunk = RowStep(last.row, 0, length, samples=True, new_pages=state_pages)
-    return [StepPlan(step_id=1, freed_rows=(last.row,), new_rows=(prompt,), rows=(*decoding, chunk))]
-
-
 def _gib(num_bytes: int) -> str:
     return f"{num_bytes / GiB:.2f} GiB"
 
@@ -119,12 +100,10 @@ def largest_step(*, max_num_requests: int, max_model_len: int, max_num_batched_t
 def step_plans(
     lengths: list[int], *, layout: KvLayout, block_size: int, max_model_len: int, num_drafts: int
 ) -> tuple[list[StepPlan], tuple[int, ...]]:
-    """A step of rows with these numbers of tokens, whose prompts are scored; one that verifies drafts; one that decodes
-    beside a prompt of an odd length; and the pages that they need.
+    """A step of rows with these numbers of tokens, whose prompts are scored; one that verifies drafts; and the pages
+    that they need.
 
-    The last one is smaller: it is for kernels, of which there are others for sizes that are no multiple of 16, to be
-    compiled before a request waits for them. Rows share the pages of states, which may take more memory than there is
-    and whose content does not matter here.
+    Rows share the pages of states, which may take more memory than there is and whose content does not matter here.
     """
     new_rows = []
     num_blocks = 0
@@ -155,6 +134,4 @@ def step_plans(
             if length + 1 + num_drafts <= max_model_len
         ]
         plans.append(StepPlan(step_id=1, rows=tuple(verifying[: sum(lengths) // (1 + num_drafts)])))
-    else:
-        plans += _odd_step(new_rows, state_pages, max_model_len=max_model_len)
     return plans, (num_blocks,) * num_paged + (len(states),) * has_states

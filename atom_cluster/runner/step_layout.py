@@ -126,8 +126,13 @@ def _upload(arrays: dict[str, IntArray], device: torch.device) -> dict[str, torc
     """The arrays on the device, int64; on GPUs one asynchronous copy of all of them together."""
     if device.type == "cpu":
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
-    packed = send(torch.from_numpy(np.concatenate(list(arrays.values()))), device)
-    return dict(zip(arrays, torch.split(packed, [len(array) for array in arrays.values()])))
+    # Each begins at a multiple of 16 bytes, whatever the others' lengths: kernels are compiled for that.
+    starts = _starts(np.array([len(array) + len(array) % 2 for array in arrays.values()]))
+    packed = np.zeros(starts[-1], dtype=np.int64)
+    for start, array in zip(starts, arrays.values()):
+        packed[start : start + len(array)] = array
+    sent = send(torch.from_numpy(packed), device)
+    return {name: sent[start : start + len(array)] for start, (name, array) in zip(starts, arrays.items())}
 
 
 def _starts(counts: IntArray) -> IntArray:

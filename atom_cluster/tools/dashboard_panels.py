@@ -351,6 +351,13 @@ def _runner() -> list[Panel]:
             "short",
             one(total(m.GRAPHS_CAPTURED, "replica, kind"), "{{replica}} {{kind}}"),
         ),
+        Panel(
+            "Kernels compiled by steps",
+            "All their rows waited for that.",
+            "short",
+            one(rate(m.KERNELS_COMPILED, "replica"), "{{replica}}"),
+            is_quiet=True,
+        ),
         Panel("Start", "Seconds by part.", "s", one(total(m.START_S, "replica, part"), "{{replica}} {{part}}")),
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from atom_cluster.config.scheduler import SchedulerConfig
@@ -48,6 +49,38 @@ def test_the_device_waits_for_the_host_from_when_a_step_could_have_begun() -> No
         "it had been submitted before the one before ended"
     )
     assert metrics.value(table.STEPS, execution="graph") == 1
+
+
+def test_steps_that_waited_for_kernels_are_counted_told_and_not_taken_for_slow_ones(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    clock, metrics = VirtualClock(), MemoryMetrics()
+    meter = StepMeter(metrics, clock)
+    rows = [ScheduledRow(make_request(0), 1, 1, samples=True)]
+    for compiled in ((("a.kernel", 0.02),), (("b.kernel", 1.5), ("a.kernel", 0.5)), ()):
+        meter.submitted(ScheduledStep())
+        meter.collected(rows, StepResult(step_id=0, compiled=compiled))
+    assert metrics.value(table.KERNELS_COMPILED) == 3
+    assert [record.getMessage() for record in caplog.records] == [
+        "a step with 1 rows waited 2.0 s for kernels: a.kernel, b.kernel"
+    ]
+
+
+def test_what_a_compiling_step_took_says_nothing_of_later_ones() -> None:
+    network = Network(VirtualClock())
+    runner = make_runner(network.clock)
+    engine = make_engine(network, runner=runner)
+    collect = runner.collect
+
+    def collect_compiled(timeout_s: float | None = None) -> StepResult | None:
+        result = collect(timeout_s)
+        return None if result is None else msgspec.structs.replace(result, run_s=9.0, compiled=(("a.kernel", 9.0),))
+
+    runner.collect = collect_compiled  # type: ignore[method-assign]
+    engine.put("client", make_message("r0", make_prompt(20), 5))
+    network.settle()
+    assert engine._speed.decode_step_s == 0.0
+    assert not engine._speed.speed(has_decoding=False).prompt_s
 
 
 def test_who_waits_is_counted_by_why() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
 import pytest
@@ -11,12 +12,14 @@ from atom_cluster.config.compilation import CompilationConfig
 from atom_cluster.messages.requests import SamplingParams
 from atom_cluster.messages.steps import NewRow, RowStep, StepPlan
 from atom_cluster.ops.torch_ref.moe import PlainExperts
+from atom_cluster.runner import warm_up
 from atom_cluster.runner.build import build_model_runner
 from atom_cluster.runner.model_runner import LaunchedStep, ModelRunner
 from atom_cluster.runner.options import RunnerOptions
 from tests.draft_models import NUM_DRAFT_LAYERS, draft_model_dir
 from tests.equivalence import test_speculation
 from tests.equivalence.generation import FAMILIES, generate, make_engine, mixed_requests
+from tests.runner import kernel_variants
 from tests.tiny_models import random_tokens, tiny_model_dir
 
 pytestmark = [
@@ -99,6 +102,18 @@ def test_steps_launched_ahead_give_what_steps_waited_for_do() -> None:
     expected = [waited.run(plan).sampled for plan in plans()]
     launched = [ahead.launch(plan) for plan in plans()]
     assert [step.wait().sampled for step in launched] == expected
+
+
+@pytest.mark.parametrize("model", ["llama", "qwen3_moe", "deepseek_v3"])
+def test_no_step_waits_for_a_kernel_to_be_compiled(model: str) -> None:
+    changes = {"model_dir": str(tiny_model_dir(model, "bfloat16")), "dtype": "bfloat16", "ops_backend": "auto"}
+    budget, rng = 256, random.Random(0)
+    runner = build_model_runner(options("cuda", max_num_requests=20, max_model_len=400, num_blocks=400, **changes))
+    steps = [(kernel_variants.random_parts(rng, runner, budget), kernel_variants.GREEDY) for _ in range(60)]
+    layout = runner._program._model.kv_layout
+    results = [runner.run(plan) for plan in warm_up._plans((step for step in steps if step[0]), layout, runner.info)]
+    assert [result.compiled for result in results if result.compiled] == []
+    runner.close()
 
 
 @pytest.fixture

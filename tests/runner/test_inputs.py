@@ -63,7 +63,7 @@ def test_attention_metadata_describes_each_row(inputs: StepInputs) -> None:
     assert attention.context_len_cpu == (7, 7, 5)
     assert attention.query_start.tolist() == [0, 1, 5, 6]
     assert attention.context_len.tolist() == [7, 7, 5]
-    assert attention.block_table.tolist() == [[5, 1], [7, 3], [4, 6]]
+    assert attention.block_table[:, :2].tolist() == [[5, 1], [7, 3], [4, 6]]
     assert {attention.query_start.dtype, attention.context_len.dtype, attention.block_table.dtype} == {torch.int32}
 
 
@@ -122,8 +122,8 @@ def test_drafts_are_computed_behind_the_newest_token_and_sampled_after_each(veri
 def test_each_window_has_its_own_pages(verifying: StepInputs) -> None:
     full, window = verifying.batch.attention[None], verifying.batch.attention[3]
     assert (full.window, window.window) == (None, 3)
-    assert full.block_table.tolist() == [[5, 1], [7, 3], [4, 6]]
-    assert window.block_table.tolist() == [[0, 3], [6, 2], [5, 4]]
+    assert full.block_table[:, :2].tolist() == [[5, 1], [7, 3], [4, 6]]
+    assert window.block_table[:, :2].tolist() == [[0, 3], [6, 2], [5, 4]]
     assert full.slot.tolist() == [5, 13, 14, 15, 18, 19, 24]
     assert window.slot.tolist() == [13, 9, 10, 11, 22, 23, 16]
 

@@ -38,7 +38,5 @@ def test_the_profiled_steps_run_with_every_kind_of_cache_and_verify_drafts(num_d
     )
     runner = make_runner(model=model, num_rows=5, memory=make_memory(model, num_pages), max_drafts=num_drafts)
     results = [runner.run(plan) for plan in plans]
-    assert [len(result.sampled) for result in results] == ([5, 3] if num_drafts else [5, 4])
-    if not num_drafts:
-        assert plans[1].num_tokens % 2 == 1
+    assert [len(result.sampled) for result in results] == ([5, 3] if num_drafts else [5])
     assert num_pages[2] == 1 + num_drafts

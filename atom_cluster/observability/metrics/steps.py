@@ -31,6 +31,14 @@ DEVICE_WAIT_S = Metric(
     "the time the runner spent on it: what the device waited for the host.",
     advice="More than 5 % of `atom_step_seconds_sum`: the host is too slow. Cores for rank 0, graphs.",
 )
+KERNELS_COMPILED = Metric(
+    name="atom_kernels_compiled_total",
+    kind="counter",
+    unit="kernels",
+    help="Kernels that a step had to compile or load on rank 0, while all its rows waited.",
+    advice="Growing while requests are served: the log names the kernels; `compilation.capture: start` has them "
+    "compiled before the first request.",
+)
 STEPS = Metric(
     name="atom_steps_total",
     kind="counter",

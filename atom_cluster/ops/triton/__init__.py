@@ -2,6 +2,7 @@
 
 from atom_cluster.ops.triton.activation import gelu_tanh_and_mul, sigmoid_and_mul, silu_and_mul
 from atom_cluster.ops.triton.attention import attention_choices, plan_attention
+from atom_cluster.ops.triton.compilations import take_compiled, watch_compilations
 from atom_cluster.ops.triton.compressed_attention import plan_compressed_attention
 from atom_cluster.ops.triton.compression import plan_compression
 from atom_cluster.ops.triton.embedding import look_up
@@ -51,5 +52,7 @@ __all__ = [
     "sample",
     "sigmoid_and_mul",
     "silu_and_mul",
+    "take_compiled",
+    "watch_compilations",
     "write_streams",
 ]

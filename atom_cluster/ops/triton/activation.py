@@ -9,6 +9,7 @@ import triton.language as tl
 from atom_cluster.ops.triton import runtime
 from atom_cluster.ops.triton.norm import Rows
 from atom_cluster.ops.triton.programmatic import launch_options, let_next_start, wait_for_inputs
+from atom_cluster.ops.triton.runtime import varying
 
 
 def silu_and_mul(gate_up: torch.Tensor, limit: float | None = None) -> torch.Tensor:
@@ -102,7 +103,7 @@ def _gate_and_mul_kernel(
     tl.store(out_ptr + row * size + column, activated * up, is_inside)
 
 
-@triton.jit
+@triton.jit(**varying("num_rows"))
 def _sigmoid_and_mul_kernel(
     x_ptr,
     gate_ptr,

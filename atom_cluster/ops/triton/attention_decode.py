@@ -24,6 +24,7 @@ from atom_cluster.ops.triton.attention_tile import (
     with_sink,
 )
 from atom_cluster.ops.triton.programmatic import launch_options, let_next_start, wait_for_inputs
+from atom_cluster.ops.triton.runtime import varying
 from atom_cluster.platform.store_barrier import barrier_behind_stores
 
 MAX_TILE = 64
@@ -176,7 +177,7 @@ class SplitAttention:
             )
 
 
-@triton.jit
+@triton.jit(**varying("table_stride"))
 def _decode_kernel(
     query_ptr,
     key_ptr,
@@ -316,7 +317,7 @@ def _decode_kernel(
             )
 
 
-@triton.jit
+@triton.jit(**varying("row_ptr", "query_start_ptr"))
 def _combine_kernel(
     out_ptr,
     row_ptr,

@@ -24,6 +24,7 @@ from atom_cluster.ops.triton.attention_decode_loads import load_blocks, next_row
 from atom_cluster.ops.triton.attention_decode_pieces import finish_row
 from atom_cluster.ops.triton.attention_parts import FIRST_LISTED, LISTED_UNITS, PART_FIELDS, schedule_parts
 from atom_cluster.ops.triton.attention_tile import LOG2_E
+from atom_cluster.ops.triton.runtime import varying
 
 MAX_QUERIES = 32
 """Queries times heads of a key/value head, of 128 dims or fewer: what registers have room for."""
@@ -188,7 +189,7 @@ class HopperSplitAttention:
         )
 
 
-@gluon.jit
+@gluon.jit(**varying("query_start_ptr", "context_len_ptr", "table_stride"))
 def _decode_hopper_kernel(
     query_ptr,
     key_ptr,

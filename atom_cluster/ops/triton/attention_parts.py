@@ -12,6 +12,7 @@ import triton.language as tl
 
 from atom_cluster.ops.attention import AttentionMetadata
 from atom_cluster.ops.triton.programmatic import launch_options, let_next_start, wait_for_inputs
+from atom_cluster.ops.triton.runtime import room_for, varying
 
 PART_FIELDS = 32
 """All that a program has to know to begin, in one line of memory; blocks are counted over all rows. Row of its first
@@ -47,7 +48,7 @@ def schedule_parts(
         UNIT=unit,
         BLOCK_SIZE=metadata.block_size,
         WINDOW=metadata.window or 0,
-        ROW_BLOCK=triton.next_power_of_2(num_rows),
+        ROW_BLOCK=room_for(num_rows),
         PARTS=_PARTS_PER_PROGRAM,
         FIELDS=PART_FIELDS,
         FIRST_LISTED=FIRST_LISTED,
@@ -57,7 +58,7 @@ def schedule_parts(
     return item_P32
 
 
-@triton.jit
+@triton.jit(**varying("query_start_ptr", "context_len_ptr", "num_rows", "num_parts", "table_stride"))
 def _parts_kernel(
     query_start_ptr,
     context_len_ptr,

@@ -23,6 +23,7 @@ from atom_cluster.ops.triton.attention_tile import (
     load_queries,
     with_sink,
 )
+from atom_cluster.ops.triton.runtime import varying
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +130,7 @@ def _tiles(metadata: AttentionMetadata, rows: Sequence[int], size: int, heads_pe
     return [(row, tile) for _, row, tile in found]
 
 
-@triton.jit
+@triton.jit(**varying("query_start_ptr", "context_len_ptr", "table_stride"))
 def _prefill_kernel(
     query_ptr,
     key_ptr,

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from atom_cluster.ops.attention import AttentionMetadata
 from atom_cluster.ops.triton.programmatic import launch_options, let_next_start, wait_for_inputs
+from atom_cluster.ops.triton.runtime import room_for, varying
 
 ITEM_FIELDS = 8
 """All that a program has to know, in one piece of memory: row (-1: nothing to do), first key, key behind the last,
@@ -54,7 +55,7 @@ def schedule_splits(metadata: AttentionMetadata, *, num_rows: int, num_wanted: i
         num_wanted,
         MIN_KEYS=min_keys,
         WINDOW=metadata.window or 0,
-        ROW_BLOCK=triton.next_power_of_2(num_rows),
+        ROW_BLOCK=room_for(num_rows),
         ITEMS=_ITEMS_PER_PROGRAM,
         num_warps=4,
         **launch_options(),
@@ -62,7 +63,7 @@ def schedule_splits(metadata: AttentionMetadata, *, num_rows: int, num_wanted: i
     return SplitSchedule(item_I8, row_R2, 2 * num_wanted)
 
 
-@triton.jit
+@triton.jit(**varying("query_start_ptr", "context_len_ptr", "row_ptr", "num_rows", "num_items", "num_wanted"))
 def _schedule_kernel(
     query_start_ptr,
     context_len_ptr,

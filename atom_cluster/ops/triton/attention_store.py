@@ -11,6 +11,7 @@ import triton.language as tl
 
 from atom_cluster.ops.attention import HeadNorms, KvLayerCache, Rotation
 from atom_cluster.ops.triton.programmatic import launch_options, let_next_start, wait_for_inputs
+from atom_cluster.ops.triton.runtime import varying
 
 PROGRAM_ELEMENTS = 1024
 """Numbers that one program reads: enough for its loads to be in flight together."""
@@ -82,7 +83,7 @@ def store(
     return out_THD
 
 
-@triton.jit
+@triton.jit(**varying("slot_ptr"))
 def _store_kernel(
     query_ptr,
     key_ptr,

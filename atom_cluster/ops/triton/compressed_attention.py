@@ -16,6 +16,7 @@ from atom_cluster.ops.triton import runtime
 from atom_cluster.ops.triton.mla_schedule import see_entries
 from atom_cluster.ops.triton.paged_store import store_entries
 from atom_cluster.ops.triton.programmatic import launch_options, let_next_start, wait_for_inputs
+from atom_cluster.ops.triton.runtime import varying
 
 LOG2_E = 1.4426950408889634
 
@@ -133,7 +134,7 @@ def _tile_sizes(num_heads: int, dtype: torch.dtype) -> tuple[int, int, int, int]
     return 64, 64, 8, 2
 
 
-@triton.jit
+@triton.jit(**varying("row_ptr", "seen_ptr", "num_tokens", "token_table_stride", "entry_table_stride"))
 def _attend_kernel(
     query_ptr,
     token_cache_ptr,
@@ -244,7 +245,7 @@ def _attend_kernel(
         tl.store(out_ptr + (token * H + head)[:, None] * D + dim[None, :], mixed.to(dtype), is_inside)
 
 
-@triton.jit
+@triton.jit(**varying("part_stride"))
 def _join_kernel(
     sink_ptr,
     out_ptr,

@@ -15,6 +15,7 @@ import triton.language as tl
 from atom_cluster.ops.attention import AttentionMetadata, KvLayerCache
 from atom_cluster.ops.compression import CompressionPlan
 from atom_cluster.ops.triton.paged_store import store_entries
+from atom_cluster.ops.triton.runtime import room_for, varying
 from atom_cluster.units import ceil_div
 
 _PLAN_ENTRIES = 128
@@ -50,7 +51,7 @@ class PagedCompression:
                 ENTRIES_PER_PAGE=entries_per_page,
                 SIZE=tokens_per_entry,
                 BLOCK=_PLAN_ENTRIES,
-                ROW_BLOCK=min(256, triton.next_power_of_2(len(starts) - 1)),
+                ROW_BLOCK=min(128, room_for(len(starts) - 1)),
                 num_warps=4,
             )
         self._entries_per_page = entries_per_page
@@ -109,7 +110,9 @@ def plan_compression(
     return PagedCompression(tokens, entries, tokens_per_entry, num_series)
 
 
-@triton.jit
+@triton.jit(
+    **varying("query_start_ptr", "context_len_ptr", "row_ptr", "slot_ptr", "num_rows", "num_entries", "table_stride")
+)
 def _plan_kernel(
     query_start_ptr,
     context_len_ptr,
@@ -154,7 +157,7 @@ def _plan_kernel(
     tl.store(slot_ptr + at, page * ENTRIES_PER_PAGE + last % BLOCK_SIZE // SIZE, is_entry)
 
 
-@triton.jit
+@triton.jit(**varying("context_len_ptr", "row_ptr", "table_stride"))
 def _pool_kernel(
     value_ptr,
     gate_ptr,

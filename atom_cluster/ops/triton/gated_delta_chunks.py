@@ -17,6 +17,7 @@ import triton.language as tl
 from atom_cluster.ops.gated_delta import Gates, StateMetadata
 from atom_cluster.ops.triton import runtime
 from atom_cluster.ops.triton.gated_delta_step import gates_of
+from atom_cluster.ops.triton.runtime import varying
 
 CHUNK_TOKENS = 64
 """Tokens whose updates are found together: work within a chunk grows with its square."""
@@ -279,7 +280,7 @@ def _times(a, b, PRECISION: tl.constexpr):
     return tl.dot(a, b, input_precision=PRECISION)
 
 
-@triton.jit
+@triton.jit(**varying("rows_ptr", "read_page_ptr", "write_page_ptr"))
 def _pass_kernel(
     query_ptr,
     key_ptr,

@@ -10,6 +10,7 @@ from atom_cluster.ops.gated_delta import StateMetadata
 from atom_cluster.ops.triton.gated_delta_chunks import CHUNK_TOKENS, Chunks
 from atom_cluster.ops.triton.gated_delta_step import SteppedRows
 from atom_cluster.ops.triton.programmatic import launch_options, let_next_start, wait_for_inputs
+from atom_cluster.ops.triton.runtime import varying
 
 _CHUNK_CHANNELS = 32
 _CHUNK_WARPS = 4
@@ -84,7 +85,7 @@ def convolve_chunks(
     )
 
 
-@triton.jit
+@triton.jit(**varying("rows_ptr", "query_start_ptr", "read_page_ptr", "write_page_ptr"))
 def _step_kernel(
     x_ptr,
     weight_ptr,
@@ -143,7 +144,7 @@ def _step_kernel(
         tl.store(past_ptrs + page * page_stride, past, has_channel & (place < WIDTH - 1))
 
 
-@triton.jit
+@triton.jit(**varying("read_page_ptr", "write_page_ptr"))
 def _chunk_kernel(
     x_ptr,
     weight_ptr,

@@ -15,6 +15,7 @@ import triton.language as tl
 from atom_cluster.ops.gated_delta import Gates, StateMetadata
 from atom_cluster.ops.triton import runtime
 from atom_cluster.ops.triton.programmatic import launch_options, let_next_start, wait_for_inputs
+from atom_cluster.ops.triton.runtime import varying
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,7 @@ def gates_of(decay, learn, log_rate, decay_bias):
     return -tl.exp(log_rate) * softplus, tl.sigmoid(learn.to(tl.float32))
 
 
-@triton.jit
+@triton.jit(**varying("rows_ptr", "query_start_ptr", "read_page_ptr", "write_page_ptr"))
 def _step_kernel(
     query_ptr,
     key_ptr,

@@ -21,6 +21,7 @@ from atom_cluster.ops.triton.programmatic import (
     let_next_start,
     wait_for_inputs,
 )
+from atom_cluster.ops.triton.runtime import varying
 from atom_cluster.ops.triton.split import add_up, workspace
 
 
@@ -113,7 +114,7 @@ def gemm(
     )
 
 
-@triton.jit
+@triton.jit(**varying("num_tokens", "x_scale_stride_g"))
 def _gemm_kernel(
     x_ptr,
     weight_ptr,

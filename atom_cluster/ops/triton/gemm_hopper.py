@@ -30,6 +30,7 @@ from atom_cluster.ops.triton.gemm import Scales
 from atom_cluster.ops.triton.gemm_hopper_cut import LINE_BYTES, PIECE, HopperBlocks, chunk, stages_with_room
 from atom_cluster.ops.triton.gemm_hopper_sums import finished, gated, write_together
 from atom_cluster.ops.triton.mla_hopper import HAS_TASKS
+from atom_cluster.ops.triton.runtime import varying
 
 MAX_TOKENS = 256
 _GL_TYPES = {
@@ -140,7 +141,7 @@ def _lines_of(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], layout)
 
 
-@gluon.jit(do_not_specialize=["num_tokens", "num_turns", "token_tiles", "x_scale_stride"])
+@gluon.jit(**varying("num_tokens", "num_turns", "token_tiles", "x_scale_stride"))
 def _gemm_hopper_kernel(
     x_desc,
     weight_desc,

@@ -21,6 +21,7 @@ from atom_cluster.ops.triton.programmatic import (
     let_next_start,
     wait_for_inputs,
 )
+from atom_cluster.ops.triton.runtime import varying
 from atom_cluster.ops.triton.split import add_up, workspace
 
 _DEQUANTIZED_ROWS, _DEQUANTIZED_COLUMNS = 32, 128
@@ -103,7 +104,7 @@ def dequantize_packed(weight: PackedWeight, rows: slice, dtype: torch.dtype) -> 
     return out_OI
 
 
-@triton.jit
+@triton.jit(**varying("num_tokens"))
 def _gemm_packed_kernel(
     x_ptr,
     codes_ptr,

@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from atom_cluster.ops.triton import runtime
+from atom_cluster.ops.triton.runtime import varying
 
 MAX_TOKENS = 8
 COLUMNS = 8
@@ -154,7 +155,7 @@ def gemv_hopper(
     )
 
 
-@gluon.jit
+@gluon.jit(**varying("num_tokens"))
 def _gemv_hopper_kernel(
     x_ptr,
     weight_ptr,

@@ -20,6 +20,7 @@ from atom_cluster.ops.attention import KvLayerCache
 from atom_cluster.ops.triton import mla_hopper, runtime
 from atom_cluster.ops.triton.mla_schedule import Blocks
 from atom_cluster.ops.triton.programmatic import launch_options, let_next_start, wait_for_inputs
+from atom_cluster.ops.triton.runtime import varying
 
 LOG2_E = 1.4426950408889634
 
@@ -104,7 +105,7 @@ def attend_absorbed(
         "BLOCK_SIZE": block_size,
         "IS_SPARSE": selected_TK is not None,
         "MIN_BLOCKS": blocks.min_per_part,
-        "ROW_BLOCK": min(1024, max(256, triton.next_power_of_2(blocks.num_rows))),
+        "ROW_BLOCK": 256 if blocks.num_rows <= 256 else 1024,
         "BLOCK_M": tiles.queries,
         "BLOCK_N": tiles.keys,
         "num_warps": tiles.warps,
@@ -151,7 +152,11 @@ def attend_absorbed(
     return out_HTL
 
 
-@triton.jit
+@triton.jit(
+    **varying(
+        "table_row_ptr", "length_ptr", "query_start_ptr", "block_start_ptr", "num_rows", "first_token", "table_stride"
+    )
+)
 def _attend_kernel(
     query_ptr,
     rope_ptr,
@@ -303,7 +308,7 @@ def _attend_kernel(
         row += 1
 
 
-@triton.jit
+@triton.jit(**varying("query_start_ptr", "block_start_ptr", "num_rows", "first_token", "max_parts", "num_queries"))
 def _join_kernel(
     query_start_ptr,
     block_start_ptr,

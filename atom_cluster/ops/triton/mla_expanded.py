@@ -18,6 +18,7 @@ import triton.language as tl
 from atom_cluster.ops.attention import AttentionMetadata, KvLayerCache
 from atom_cluster.ops.triton import mla_expanded_hopper, runtime
 from atom_cluster.ops.triton.programmatic import launch_options, let_next_start, wait_for_inputs
+from atom_cluster.ops.triton.runtime import varying
 
 LOG2_E = 1.4426950408889634
 PLACE_ALIGNMENT = 128
@@ -160,7 +161,7 @@ def _tile_sizes(dtype: torch.dtype, stored_dims: int, value_dims: int) -> tuple[
     return 128, 128 if value_dims <= 128 else 64, 8, 2
 
 
-@triton.jit
+@triton.jit(**varying("context_len_ptr", "place_start_ptr", "table_stride"))
 def _gather_kernel(
     cache_ptr,
     out_ptr,
@@ -195,7 +196,7 @@ def _gather_kernel(
         tl.store(out_ptr + target[:, None] + dim, (x * scale).to(out_ptr.dtype.element_ty), dim < D)
 
 
-@triton.jit
+@triton.jit(**varying("query_start_ptr", "context_len_ptr", "place_start_ptr"))
 def _attend_kernel(
     query_ptr,
     query_rope_ptr,

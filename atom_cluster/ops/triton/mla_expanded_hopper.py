@@ -25,6 +25,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from atom_cluster.ops.triton import runtime
 from atom_cluster.ops.triton.mla_hopper import HAS_TASKS
+from atom_cluster.ops.triton.runtime import varying
 
 BLOCK_M = 128
 BLOCK_N = 128
@@ -113,7 +114,7 @@ def _tiles_of(x: torch.Tensor) -> TensorDescriptor:
     return TensorDescriptor(x, [len(x), width], [x.stride(0), 1], block, layout)
 
 
-@gluon.jit
+@gluon.jit(**varying("query_start_ptr", "context_len_ptr", "place_start_ptr", "turns"))
 def attend_kernel(
     query_ptr,
     query_rope_ptr,

@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from atom_cluster.ops.attention import KvLayerCache
 from atom_cluster.ops.triton import runtime
+from atom_cluster.ops.triton.runtime import varying
 
 NUM_QUERIES = 64
 NUM_KEYS = 128
@@ -52,7 +53,11 @@ def is_fit(dtype: torch.dtype, latent_dim: int, rope_dim: int, kv: KvLayerCache)
     )
 
 
-@gluon.jit
+@gluon.jit(
+    **varying(
+        "table_row_ptr", "length_ptr", "query_start_ptr", "block_start_ptr", "num_rows", "first_token", "table_stride"
+    )
+)
 def attend_kernel(
     query_ptr,
     rope_ptr,

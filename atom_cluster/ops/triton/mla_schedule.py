@@ -10,6 +10,7 @@ import triton.language as tl
 
 from atom_cluster.ops.attention import AttentionMetadata
 from atom_cluster.ops.triton import runtime
+from atom_cluster.ops.triton.runtime import room_for, varying
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +104,14 @@ _SEE_TOKENS = 128
 
 
 def _row_block(num_rows: int) -> int:
-    return min(4096, triton.next_power_of_2(num_rows))
+    return min(2048, room_for(num_rows))
 
 
 def _count_warps(num_rows: int) -> int:
-    return 4 if num_rows <= 1024 else 8
+    return 4 if num_rows <= 512 else 8
 
 
-@triton.jit
+@triton.jit(**varying("length_ptr", "block_start_ptr", "num_rows"))
 def _count_kernel(length_ptr, block_start_ptr, num_rows, SIZE: tl.constexpr, ROW_BLOCK: tl.constexpr):
     """One program: running sums of the rows' blocks."""
     total = 0
@@ -122,7 +123,7 @@ def _count_kernel(length_ptr, block_start_ptr, num_rows, SIZE: tl.constexpr, ROW
     tl.store(block_start_ptr + num_rows, total)
 
 
-@triton.jit
+@triton.jit(**varying("query_start_ptr", "context_len_ptr", "length_ptr", "table_row_ptr", "num_rows", "num_tokens"))
 def _see_kernel(
     query_start_ptr,
     context_len_ptr,

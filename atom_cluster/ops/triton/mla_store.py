@@ -13,6 +13,7 @@ from atom_cluster.ops.attention import KvLayerCache, Rotation
 from atom_cluster.ops.mla import LatentNorm
 from atom_cluster.ops.triton.paged_store import store_scaled
 from atom_cluster.ops.triton.programmatic import launch_options, let_next_start, wait_for_inputs
+from atom_cluster.ops.triton.runtime import varying
 
 PROGRAM_ELEMENTS = 1024
 """Numbers that one program reads: enough for its loads to be in flight together."""
@@ -69,7 +70,7 @@ def store(
     return query_THP
 
 
-@triton.jit
+@triton.jit(**varying("slot_ptr"))
 def _store_kernel(
     latent_ptr,
     key_ptr,

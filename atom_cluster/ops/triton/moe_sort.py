@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from atom_cluster.ops.triton.programmatic import launch_options, let_next_start, wait_for_inputs
+from atom_cluster.ops.triton.runtime import room_for, varying
 
 _CHUNK = 1024
 """Pairs that are counted together; up to so many are sorted by one launch."""
@@ -70,7 +71,7 @@ def sort_pairs(expert_TK: torch.Tensor, num_experts: int, rows: int, tiles_multi
             expert_TK, count_CE, num_pairs, num_experts, chunk, num_bins, num_warps=4, **launch_options()
         )
     else:
-        chunk, chunks_per_program = max(16, triton.next_power_of_2(num_pairs)), 1
+        chunk, chunks_per_program = min(_CHUNK, max(16, room_for(num_pairs))), 1
     _sort_kernel[(num_experts + 1, triton.cdiv(num_chunks, chunks_per_program))](
         expert_TK,
         count_CE,
@@ -98,7 +99,7 @@ def _load_experts(expert_ptr, first, num_pairs, num_experts, CHUNK: tl.constexpr
     return tl.load(expert_ptr + pair, pair < num_pairs, other=num_experts).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(**varying("num_pairs"))
 def _count_kernel(
     expert_ptr,
     count_ptr,
@@ -117,7 +118,7 @@ def _count_kernel(
     tl.store(count_ptr + chunk * NUM_BINS + tl.arange(0, NUM_BINS), count)
 
 
-@triton.jit
+@triton.jit(**varying("num_pairs", "num_chunks", "most_tiles"))
 def _sort_kernel(
     expert_ptr,
     count_ptr,

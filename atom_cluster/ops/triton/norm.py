@@ -12,6 +12,7 @@ import triton.language as tl
 
 from atom_cluster.ops.triton import runtime
 from atom_cluster.ops.triton.programmatic import launch_options, let_next_start, wait_for_inputs
+from atom_cluster.ops.triton.runtime import varying
 
 _FEW_ROWS = 512
 """Up to here latency counts more than bandwidth: a row gets as many threads as have 16 bytes to load each."""
@@ -137,7 +138,7 @@ class Rows:
         return Rows(x, num_rows, 1, (x.stride(0), 0))
 
 
-@triton.jit
+@triton.jit(**varying("num_rows"))
 def _rms_norm_kernel(
     x_ptr,
     residual_ptr,
@@ -179,7 +180,7 @@ def _rms_norm_kernel(
     tl.store(out_ptr + row.to(tl.int64) * SIZE + column, y * weight, is_inside)
 
 
-@triton.jit
+@triton.jit(**varying("num_rows"))
 def _gated_rms_norm_kernel(
     x_ptr,
     gate_ptr,

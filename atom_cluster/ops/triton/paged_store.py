@@ -8,6 +8,7 @@ import triton.language as tl
 
 from atom_cluster.ops.attention import KvLayerCache
 from atom_cluster.ops.triton.programmatic import launch_options, let_next_start, wait_for_inputs
+from atom_cluster.ops.triton.runtime import varying
 
 PROGRAM_ELEMENTS = 2048
 
@@ -36,7 +37,7 @@ def store_entries(key_TD: torch.Tensor, kv: KvLayerCache, slot_T: torch.Tensor, 
         )
 
 
-@triton.jit
+@triton.jit(**varying("slot_ptr", "num_tokens"))
 def _store_kernel(
     key_ptr,
     cache_ptr,

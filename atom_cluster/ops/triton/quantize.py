@@ -14,6 +14,7 @@ from atom_cluster.ops.number_formats import largest
 from atom_cluster.ops.quantized import InputQuantization
 from atom_cluster.ops.triton import runtime
 from atom_cluster.ops.triton.programmatic import launch_options, let_next_start, wait_for_inputs
+from atom_cluster.ops.triton.runtime import varying
 
 _MAX_BLOCK = 16384
 """Inputs of a token that a program holds at a time."""
@@ -152,7 +153,7 @@ def _quantize_tokens_kernel(
         _store(out_ptr + token * num_in + start + column, more, scale, limit, is_inside, KIND, FLOAT8, IS_CODES)
 
 
-@triton.jit
+@triton.jit(**varying("scale_group_stride"))
 def _quantize_groups_kernel(
     x_ptr,
     out_ptr,

@@ -16,6 +16,25 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 Float32 only: its arithmetic on bfloat16 is wrong."""
 
 
+SIZES = (1, 8, 32, 128, 512, 2048)
+"""Blocks of rows that kernels know: `room_for`."""
+
+
+def varying(*names: str) -> dict[str, list[str]]:
+    """Options of `triton.jit` for a kernel's arguments that differ from step to step.
+
+    Triton compiles a kernel anew for integers that are 1 or multiples of 16, and for pointers that are not multiples
+    of 16 bytes. A step would wait a second for that, and with it everybody who decodes.
+    """
+    return {"do_not_specialize": list(names), "do_not_specialize_on_alignment": list(names)}
+
+
+def room_for(count: int) -> int:
+    """The smallest of `SIZES`, or power of two behind them, that is no less: few enough to compile all before a request
+    comes (`runner/warm_up.py`)."""
+    return next((size for size in SIZES if size >= count), triton.next_power_of_2(count))
+
+
 def is_hip() -> bool:
     """Whether kernels are compiled for an AMD chip."""
     return not INTERPRETED and _target()[0] == "hip"

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from atom_cluster.ops.sampling import NO_KEY, Draw, SamplingTensors
 from atom_cluster.ops.triton import runtime
+from atom_cluster.ops.triton.runtime import varying
 from atom_cluster.ops.triton.sampling_noise import (
     load_key,
     load_limits,
@@ -19,7 +20,7 @@ from atom_cluster.ops.triton.sampling_noise import (
     minus_log_exponential,
     uniform,
 )
-from atom_cluster.ops.triton.sampling_truncated import choose_truncated
+from atom_cluster.ops.triton.sampling_truncated import FEWEST_PARTS, choose_truncated
 
 _BLOCK = 1024
 _PROGRAMS_PER_MULTIPROCESSOR = 8
@@ -92,12 +93,17 @@ def _winners(key_SI: torch.Tensor, *, keeps_keys: bool) -> torch.Tensor:
     out_S = key_SI.new_empty(num_samples)
     if num_samples:
         _winner_kernel[(num_samples,)](
-            key_SI, out_S, num_parts, PARTS=triton.next_power_of_2(num_parts), KEEPS_KEYS=keeps_keys, num_warps=1
+            key_SI,
+            out_S,
+            num_parts,
+            PARTS=max(FEWEST_PARTS, triton.next_power_of_2(num_parts)),
+            KEEPS_KEYS=keeps_keys,
+            num_warps=1,
         )
     return out_S
 
 
-@triton.jit
+@triton.jit(**varying("row_ptr", "position_ptr"))
 def _race_kernel(
     logits_ptr,
     stride,
@@ -161,7 +167,7 @@ def _likeliest(logits_ptr, start, stop, BLOCK: tl.constexpr):
     return best, tl.min(tl.where(lane_best == best, lane_id, stop - 1))
 
 
-@triton.jit
+@triton.jit(**varying("num_parts"))
 def _winner_kernel(key_ptr, out_ptr, num_parts, PARTS: tl.constexpr, KEEPS_KEYS: tl.constexpr):
     sample = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, PARTS)

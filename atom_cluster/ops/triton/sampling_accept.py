@@ -8,6 +8,7 @@ import triton.language as tl
 
 from atom_cluster.ops.sampling import DrawnRows
 from atom_cluster.ops.step_inputs import RowTables
+from atom_cluster.ops.triton.runtime import varying
 
 
 def accept(token_ids_P: torch.Tensor, rows: DrawnRows, tables: RowTables) -> torch.Tensor:
@@ -31,7 +32,7 @@ def accept(token_ids_P: torch.Tensor, rows: DrawnRows, tables: RowTables) -> tor
     return num_kept_S
 
 
-@triton.jit
+@triton.jit(**varying("row_ptr", "first_sample_ptr", "newest_position_ptr", "num_drafts_ptr"))
 def _accept_kernel(
     drawn_ptr,
     row_ptr,

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from atom_cluster.ops.sampling import NUM_COLUMNS, Column, SamplingTensors
+from atom_cluster.ops.triton.runtime import varying
 
 _COLUMNS = tl.constexpr(int(NUM_COLUMNS))
 _NUM_PROMPT_TOKENS = tl.constexpr(int(Column.NUM_PROMPT_TOKENS))
@@ -71,7 +72,7 @@ def adjust(
     return out_SV
 
 
-@triton.jit
+@triton.jit(**varying("row_ptr", "position_ptr"))
 def _count_kernel(
     row_ptr,
     position_ptr,
@@ -107,7 +108,7 @@ def _count_kernel(
             tl.atomic_or(count_ptr + token_id, _IS_ENDING, is_inside, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(**varying("row_ptr"))
 def _adjust_kernel(logits_ptr, stride, row_ptr, values_ptr, count_ptr, out_ptr, vocab_size, BLOCK: tl.constexpr):
     sample = tl.program_id(0).to(tl.int64)
     index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -126,7 +127,7 @@ def _adjust_kernel(logits_ptr, stride, row_ptr, values_ptr, count_ptr, out_ptr, 
     tl.store(out_ptr + sample * vocab_size + index, logit, is_inside)
 
 
-@triton.jit
+@triton.jit(**varying("row_ptr"))
 def _bias_kernel(row_ptr, values_ptr, biases_ptr, biases_stride, out_ptr, vocab_size, BLOCK: tl.constexpr):
     sample = tl.program_id(0).to(tl.int64)
     row = tl.load(row_ptr + sample)

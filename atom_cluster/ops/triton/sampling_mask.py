@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from atom_cluster.ops.triton.runtime import varying
+
 _BLOCK = 2048
 
 
@@ -31,7 +33,7 @@ def mask(
     return out_SV
 
 
-@triton.jit
+@triton.jit(**varying("index_ptr"))
 def _mask_kernel(
     logits_ptr, stride, masks_ptr, num_words, index_ptr, out_ptr, vocab_size, first_token_id, BLOCK: tl.constexpr
 ):

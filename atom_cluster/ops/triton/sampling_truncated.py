@@ -14,6 +14,7 @@ import triton.language as tl
 
 from atom_cluster.ops.sampling import SamplingTensors
 from atom_cluster.ops.triton import runtime
+from atom_cluster.ops.triton.runtime import varying
 from atom_cluster.ops.triton.sampling_noise import (
     load_key,
     load_limits,
@@ -34,6 +35,8 @@ _ALL = tl.constexpr(2.0**30)
 _FAR = tl.constexpr(1e30)
 """No two logits are so far apart that one of them matters."""
 
+FEWEST_PARTS = 128
+"""That the kernels which look at all parts of a row have room for, so that the number of rows makes no other ones."""
 _MOST_COPIED = 32 if runtime.INTERPRETED else 4096
 
 
@@ -61,7 +64,7 @@ def choose_truncated(
             out_S,
             logits_SV.shape[1],
             num_parts,
-            PARTS=triton.next_power_of_2(num_parts),
+            PARTS=max(FEWEST_PARTS, triton.next_power_of_2(num_parts)),
             MOST_COPIED=_MOST_COPIED,
             LANES=64 if runtime.INTERPRETED else 1024,
             WIDTH=16 // logits_SV.element_size(),
@@ -73,7 +76,7 @@ def choose_truncated(
     return out_S
 
 
-@triton.jit
+@triton.jit(**varying("row_ptr", "position_ptr", "num_parts"))
 def _choose_kernel(
     logits_ptr,
     stride,

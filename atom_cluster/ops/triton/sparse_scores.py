@@ -12,6 +12,7 @@ import triton.language as tl
 from atom_cluster.ops.attention import KvLayerCache
 from atom_cluster.ops.triton import runtime
 from atom_cluster.ops.triton.programmatic import launch_options, let_next_start, wait_for_inputs
+from atom_cluster.ops.triton.runtime import varying
 
 PROGRAMS_PER_MULTIPROCESSOR = 4
 
@@ -76,7 +77,7 @@ def index_scores(
     )
 
 
-@triton.jit
+@triton.jit(**varying("row_ptr", "seen_ptr", "num_tokens", "num_skipped", "table_stride", "out_stride"))
 def _scores_kernel(
     query_ptr,
     weight_ptr,

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from atom_cluster.ops.triton import runtime
 from atom_cluster.ops.triton.programmatic import launch_options, let_next_start, wait_for_inputs
+from atom_cluster.ops.triton.runtime import varying
 
 
 def select_best(score_TC: torch.Tensor, seen_T: torch.Tensor, out_TK: torch.Tensor) -> None:
@@ -37,7 +38,7 @@ def select_best(score_TC: torch.Tensor, seen_T: torch.Tensor, out_TK: torch.Tens
     )
 
 
-@triton.jit
+@triton.jit(**varying("seen_ptr", "score_stride", "out_stride"))
 def _select_kernel(
     score_ptr,
     seen_ptr,

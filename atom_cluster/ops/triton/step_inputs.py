@@ -7,18 +7,23 @@ import triton
 import triton.language as tl
 
 from atom_cluster.ops.step_inputs import PlacedTokens, RowTables, StepRows
+from atom_cluster.ops.triton.runtime import varying
 
-_TOKENS_AT_ONCE = 512
+_TOKENS_AT_ONCE = (1, 16, 512)
+"""Of rows that decode, that verify drafts, and that have prompts."""
 _COLUMNS_AT_ONCE = 128
 
 
 def place_tokens(rows: StepRows, tables: RowTables, block_tables: tuple[torch.Tensor, ...]) -> PlacedTokens:
     """See `ops.step_inputs.PlaceTokens`. One launch per group of pages."""
     num_rows = rows.row.shape[0]
-    token_ids, positions, token_row = rows.row.new_empty(3, rows.num_tokens).unbind(0)
+    # Each begins at a multiple of 16 bytes.
+    padded = rows.num_tokens + rows.num_tokens % 2
+    token_ids, positions, token_row = rows.row.new_empty(3, padded)[:, : rows.num_tokens].unbind(0)
     context_len = rows.query_start.new_empty(num_rows)
     slots = tuple(torch.empty_like(positions) for _ in tables.pages)
-    tokens_at_once = min(_TOKENS_AT_ONCE, triton.next_power_of_2(triton.cdiv(rows.num_tokens, num_rows)))
+    per_row = triton.cdiv(rows.num_tokens, num_rows)
+    tokens_at_once = next(size for size in _TOKENS_AT_ONCE if per_row <= size or size == _TOKENS_AT_ONCE[-1])
     for index, (pages, block_table) in enumerate(zip(tables.pages, block_tables)):
         _place_kernel[(num_rows,)](
             rows.row,
@@ -48,7 +53,20 @@ def place_tokens(rows: StepRows, tables: RowTables, block_tables: tuple[torch.Te
     )
 
 
-@triton.jit
+@triton.jit(
+    **varying(
+        "row_ptr",
+        "start_ptr",
+        "query_start_ptr",
+        "block_table_stride",
+        "num_columns",
+        "token_ids_ptr",
+        "positions_ptr",
+        "token_row_ptr",
+        "context_len_ptr",
+        "slot_ptr",
+    )
+)
 def _place_kernel(
     row_ptr,
     start_ptr,

@@ -13,6 +13,7 @@ import triton.language as tl
 from atom_cluster.ops.streams import StreamRule
 from atom_cluster.ops.triton import runtime
 from atom_cluster.ops.triton.programmatic import launch_options, let_next_start, wait_for_inputs
+from atom_cluster.ops.triton.runtime import varying
 
 _INPUT_BLOCK = 128
 
@@ -133,7 +134,7 @@ def _project(streams_TND: torch.Tensor, fn_JI: torch.Tensor) -> tuple[torch.Tens
     return logit_STJ, square_ST
 
 
-@triton.jit
+@triton.jit(**varying("num_tokens", "blocks_per_part"))
 def _project_kernel(
     streams_ptr,
     fn_ptr,
@@ -182,7 +183,7 @@ def _project_kernel(
     tl.store(square_ptr + row, squares, has_token)
 
 
-@triton.jit
+@triton.jit(**varying("num_parts"))
 def _read_kernel(
     streams_ptr,
     logit_ptr,
