@@ -138,13 +138,14 @@ def exporter_elsewhere(
     num_blocks: int = 16,
     block_bytes: tuple[int, ...] = SMALL,
     seed: int = 7,
+    rank: int = 0,
     device_index: int | None = None,
 ) -> Iterator[Exporter]:
     """The exporter in another process, which dies with the context at the latest. On the last GPU by default."""
     context = forking()
     ours, theirs = context.Pipe()
     process = context.Process(
-        target=_export, args=(theirs, name, num_blocks, block_bytes, seed, device_index), daemon=True
+        target=_export, args=(theirs, name, num_blocks, block_bytes, seed, rank, device_index), daemon=True
     )
     process.start()
     theirs.close()
@@ -165,11 +166,14 @@ def _export(
     num_blocks: int,
     block_bytes: tuple[int, ...],
     seed: int,
+    number: int,
     device_index: int | None,
 ) -> None:
     if device_index is None:
         device_index = torch.cuda.device_count() - 1 if name.endswith("/cuda") else 0
-    with rank_here(name, num_blocks=num_blocks, block_bytes=block_bytes, seed=seed, device_index=device_index) as rank:
+    with rank_here(
+        name, num_blocks=num_blocks, block_bytes=block_bytes, seed=seed, rank=number, device_index=device_index
+    ) as rank:
         connection.send_bytes(rank.descriptor)
         connection.poll(None)
 
