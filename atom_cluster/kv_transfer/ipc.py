@@ -57,12 +57,13 @@ _log = logging.getLogger(__name__)
 
 _WINDOW_BYTES = 512 * MiB
 """Under way at once: more than a link carries between two polls of an agent (`pace`)."""
-_KERNEL_BELOW_BYTES = 256 * KiB
+_KERNEL_BELOW_BYTES = 512 * KiB
 """What the kernel gains above (see `block_copy`) is not worth multiprocessors: beside products of matrices, which take
-all of them, copy engines keep all of their rate, and a copying kernel a half or two thirds."""
+all of them, copy engines keep all of their rate, and a copying kernel a half or two thirds. Below, it is the host that
+cannot give the engines their commands fast enough, one of which takes it a microsecond."""
 _FIRST_BYTES = 32 * MiB
 """Of a read's first copies; each time twice as many are given to the device as before."""
-_BLOCKS_AT_ONCE = 2048
+_BLOCKS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,14 +6,14 @@ of `ipc_driver.py`. Addresses are numbers, since torch knows no tensors over wha
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from typing import Protocol, cast
 
-import numpy as np
 import torch
 
 from atom_cluster.errors import TransferError
-from atom_cluster.kv_transfer.ipc_copies import Batch
+from atom_cluster.kv_transfer.ipc_copies import MAX_COPIES, Batch
 from atom_cluster.kv_transfer.ipc_driver import GpuDriver, open_driver
 
 
@@ -126,6 +126,8 @@ class _StreamLane:
     def __init__(self, stream: torch.cuda.Stream, driver: GpuDriver) -> None:
         self._stream = stream
         self._driver = driver
+        self._tables: deque[_AddressTable] = deque()
+        """The one that was used longest ago comes first."""
 
     def copy(self, batch: Batch) -> None:
         """See `Lane`."""
@@ -141,11 +143,41 @@ class _StreamLane:
     def _copy_by_kernel(self, batch: Batch) -> None:
         from atom_cluster.kv_transfer.block_copy import copy_blocks
 
-        # Pinned, and kept by torch until the stream has copied it, so that nothing here waits for the stream.
-        table = torch.from_numpy(np.stack([batch.targets, batch.sources])).pin_memory()
+        # Rather one table more than to wait for the stream, which a link at its limit keeps busy.
+        if not self._tables or not self._tables[0].is_free():
+            self._tables.appendleft(_AddressTable(self._stream.device))
+        table = self._tables.popleft()
         with torch.cuda.stream(self._stream):
-            addresses = table.to(self._stream.device, non_blocking=True)
-            copy_blocks(addresses, int(batch.sizes[0]), batch.alignment)
+            copy_blocks(table.fill(batch), int(batch.sizes[0]), batch.alignment)
+        table.used = self._stream.record_event()
+        self._tables.append(table)
+
+
+class _AddressTable:
+    """Where a batch's blocks are: written by the host to memory that the device copies from without anybody waiting.
+
+    To make such memory anew takes as long as a batch takes to copy.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._host = torch.empty(2 * MAX_COPIES, dtype=torch.int64, pin_memory=True)
+        self._numbers = self._host.numpy()
+        self._device = torch.empty_like(self._host, device=device)
+        self.used: torch.Event | None = None
+        """Behind its last use."""
+
+    def is_free(self) -> bool:
+        """Whether the stream is done with it."""
+        return self.used is None or self.used.query()
+
+    def fill(self, batch: Batch) -> torch.Tensor:
+        """Targets and sources on the device, int64 [2, copies]. On the current stream."""
+        count = len(batch.sizes)
+        self._numbers[:count] = batch.targets
+        self._numbers[count : 2 * count] = batch.sources
+        addresses = self._device[: 2 * count]
+        addresses.copy_(self._host[: 2 * count], non_blocking=True)
+        return addresses.view(2, count)
 
 
 def open_gpu(device: torch.device) -> IpcDevice:

@@ -75,7 +75,7 @@ def test_the_mean_run_decides_who_copies(below: int, by_kernel: bool) -> None:
 def test_batches_have_limits_and_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ipc_copies, "BATCH_BYTES", 1000)
     monkeypatch.setattr(ipc_copies, "_MAX_COMMANDS", 7)
-    monkeypatch.setattr(ipc_copies, "_MAX_COPIES", 5)
+    monkeypatch.setattr(ipc_copies, "MAX_COPIES", 5)
     shuffled = random.Random(1).sample(range(60), 60)
     remote = (*range(100, 140), *shuffled)
     for kernel_below_bytes in (0, 1000):
@@ -100,7 +100,7 @@ def test_pieces_of_blocks_of_other_sizes_go_where_they_belong(
     monkeypatch: pytest.MonkeyPatch, kernel_below_bytes: int
 ) -> None:
     monkeypatch.setattr(ipc_copies, "_MAX_COMMANDS", 7)
-    monkeypatch.setattr(ipc_copies, "_MAX_COPIES", 7)
+    monkeypatch.setattr(ipc_copies, "MAX_COPIES", 7)
     pieces = (
         Piece(remote=Extent(8, 4, count=3, stride=16), local=Extent(20, 4, count=3, stride=8)),
         Piece(remote=Extent(0, 5), local=Extent(90, 5)),
