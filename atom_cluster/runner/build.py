@@ -109,7 +109,7 @@ def build_model_runner(options: RunnerOptions) -> ModelRunner:
         )
         choices["graphs"], graph_bytes = _capture(runner, options, ops)
         clock.note("capture")
-        if device.type != "cpu" and options.compilation.capture == "start":
+        if device.type != "cpu" and ops.is_capturable and options.compilation.capture == "start":
             _warm_up(runner, options, model.kv_layout)
             clock.note("warm up")
         choices["start"] = clock.describe()

@@ -113,16 +113,16 @@ def test_agents_move_blocks_between_device_memories_in_order_with_the_work_issue
     ]
     try:
         (transport,) = agents[0].transports
-        torch.cuda._sleep(200_000_000)  # type: ignore[no-untyped-call]  # the forward pass is still running when the command is given
         for region, content in zip(prefill, truth, strict=True):
             region.blocks.copy_(content.blocks)
+        torch.cuda.synchronize()  # tags are asked for when the step that wrote the blocks has given its result
         agents[0].execute(
             [TagBlocks(ticket_id="t", epoch=1, first_block=0, block_ids=(1, 2, 7), reader=PLACEMENT, group=2)]
         )
         tagged = report_of(agents[0])
         assert isinstance(tagged, BlocksTagged)
 
-        torch.cuda._sleep(200_000_000)  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(200_000_000)  # type: ignore[no-untyped-call]  # a forward pass is still running when the read is ordered
         for region in decode:
             region.blocks.fill_(255)  # an earlier owner of the blocks; must not come after the read
         read = ReadBlocks(
