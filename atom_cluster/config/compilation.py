@@ -27,7 +27,8 @@ class CompilationConfig(FrozenConfig):
     """Numbers of rows to capture steps of; a step of fewer is filled up to the next. null: up to the most requests, in
     steps of 1 up to 8, of 4 up to 32, of 8 up to 64, of 16 up to 256, of 32 beyond."""
     capture: Literal["start", "lazy"] = "start"
-    """start: all sizes before the first request. lazy: each when it is first needed, which then takes longer."""
+    """start: all sizes before the first request; on GPUs steps with prompts of all sizes, too, so that no request waits
+    for kernels to be compiled. lazy: each when it is first needed, which then takes longer."""
     max_capture_rows: int = Field(default=512, gt=0)
     """Steps of more rows than this are not captured."""
 
