@@ -138,6 +138,8 @@ class LLMEngine:
         self._num_added = 0
         self._num_calls = 0
         self._open: dict[str, OutputBuilder] = {}
+        self._unclaimed: list[GenerationOutput] = []
+        """Outputs that finished while `generate` waited for its own."""
         self._outbox = _DeltaOutbox()
         self._runner = open_local_gang(options, tensor_parallel_size)
         self._grammars = GrammarCompiler.for_model(model_dir, self._runner.info.vocab_size)
@@ -172,8 +174,11 @@ class LLMEngine:
         wanted = self.add_request(prompts, sampling_params, request_ids=request_ids)
         outputs: dict[str, GenerationOutput] = {}
         while any(request_id in self._open for request_id in wanted):
-            for output in self.step():
-                outputs[output["request_id"]] = output
+            for output in self._step():
+                if output["request_id"] in wanted:
+                    outputs[output["request_id"]] = output
+                else:
+                    self._unclaimed.append(output)
         for request_id in wanted:
             if "error" in outputs[request_id]:
                 error = outputs[request_id]["error"]
@@ -207,7 +212,7 @@ class LLMEngine:
             self._open[request.request_id] = OutputBuilder(
                 request.request_id,
                 num_prompt_tokens=len(request.token_ids),
-                detokenizer=self._detokenizer(stop_strings),
+                detokenizer=self._detokenizer(stop_strings, before=request.token_ids[-1]),
                 stream_callback=stream_callback,
             )
             self._core.put(_CLIENT, request)
@@ -228,7 +233,11 @@ class LLMEngine:
         return token_ids
 
     def step(self) -> list[GenerationOutput]:
-        """One iteration of the engine; the outputs that finished in it."""
+        """One iteration of the engine; the outputs that finished in it, or while `generate` waited for others."""
+        finished, self._unclaimed = self._unclaimed, []
+        return finished + self._step()
+
+    def _step(self) -> list[GenerationOutput]:
         self._core.step()
         finished = []
         for delta in self._outbox.take():
@@ -245,8 +254,8 @@ class LLMEngine:
         return finished
 
     def is_finished(self) -> bool:
-        """Whether every request that was added has finished."""
-        return not self._open
+        """Whether every request that was added has finished, and its output was returned."""
+        return not self._open and not self._unclaimed
 
     def print_mtp_statistics(self) -> None:
         """Print how many drafts came true since the engine started: overall, by position, and tokens per step."""
@@ -277,6 +286,7 @@ class LLMEngine:
     def close(self) -> None:
         """Drop open requests and stop the runner; idempotent. Model and KV memory go with this object."""
         self._open.clear()
+        self._unclaimed.clear()
         self._grammars.close()
         self._runner.close()
 
@@ -334,10 +344,10 @@ class LLMEngine:
             for index in range(sampling.n)
         ]
 
-    def _detokenizer(self, stop_strings: tuple[str, ...]) -> IncrementalDetokenizer | None:
+    def _detokenizer(self, stop_strings: tuple[str, ...], *, before: int) -> IncrementalDetokenizer | None:
         if self._tokenizer is None:
             return None
-        return IncrementalDetokenizer(self._tokenizer, stop_strings=stop_strings)
+        return IncrementalDetokenizer(self._tokenizer, stop_strings=stop_strings, before=before)
 
 
 class _DeltaOutbox:

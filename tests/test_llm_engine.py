@@ -150,6 +150,33 @@ def test_step_by_step_gives_what_generate_does(engine: LLMEngine) -> None:
         assert [piece.finish_reason for piece in pieces][-1] == "length"
 
 
+def test_outputs_of_requests_added_before_are_not_lost_by_generate(engine: LLMEngine) -> None:
+    (early,) = engine.add_request("Hello", SamplingParams(max_tokens=2, temperature=0.0), request_ids=["early"])
+    (output,) = engine.generate("you", GREEDY)
+    assert output["request_id"] != early
+    assert not engine.is_finished()
+    finished = []
+    while not engine.is_finished():
+        finished += engine.step()
+    assert [output["request_id"] for output in finished] == [early]
+    assert finished[0]["num_tokens_output"] == 2
+
+
+def test_text_goes_on_where_the_prompts_ended(model_dir: Path, tmp_path: Path) -> None:
+    """A word of SentencePiece begins with a space, which is part of it everywhere but at the beginning of a text."""
+    directory = tmp_path / "model"
+    shutil.copytree(model_dir, directory)
+    vocab = {"<unk>": 0, "</s>": 1, "\u2581": 2, "\u2581the": (word := 3)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    with LLMEngine(directory, device="cpu", num_blocks=64, max_num_requests=2, max_model_len=64) as engine:
+        forced = SamplingParams(max_tokens=1, temperature=0.0, logit_bias=((word, 100.0),))
+        (output,) = engine.generate([[word]], forced)
+    assert output["token_ids"] == [word]
+    assert output["text"] == " the"
+
+
 @pytest.mark.parametrize(
     ("prompt", "params", "param"),
     [
