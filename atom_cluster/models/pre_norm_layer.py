@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol, cast, runtime_checkable
+from typing import Protocol, cast
 
 import torch
 
@@ -30,7 +30,6 @@ class FeedForward(Protocol):
         ...
 
 
-@runtime_checkable
 class StartsWithProduct(Protocol):
     """What attention and MLP may be: their inputs go into one product and nowhere else."""
 
@@ -67,9 +66,8 @@ class PreNormLayer(Module):
         self.attention = attention
         self.mlp_norm = norm(mlp_norm_name)
         self.mlp = mlp
-        # Once: to check a protocol takes as long as a small kernel.
-        self._attention_starts_with_product = isinstance(attention, StartsWithProduct)
-        self._mlp_starts_with_product = isinstance(mlp, StartsWithProduct)
+        self._attention_starts_with_product = _starts_with_product(attention)
+        self._mlp_starts_with_product = _starts_with_product(mlp)
 
     def __call__(
         self, x_TD: torch.Tensor, residual_TD: torch.Tensor, inputs: LayerInputs
@@ -79,6 +77,7 @@ class PreNormLayer(Module):
             attention = cast("StartsWithProduct", self.attention)
             y_TO, residual_TD = self.attention_norm.add_and_multiply(x_TD, residual_TD, *attention.first)
             x_TD = attention.behind_first(y_TO, inputs)
+            del y_TO  # which is wide, and would be there while experts need the most memory
         else:
             x_TD, residual_TD = self.attention_norm.add(x_TD, residual_TD)
             x_TD = self.attention(x_TD, inputs)
@@ -88,3 +87,8 @@ class PreNormLayer(Module):
             return mlp.behind_first(y_TO), residual_TD
         x_TD, residual_TD = self.mlp_norm.add(x_TD, residual_TD)
         return self.mlp(x_TD), residual_TD
+
+
+def _starts_with_product(part: object) -> bool:
+    """Whether it is a `StartsWithProduct`. Its class is asked: the product itself is made when weights are loaded."""
+    return all(hasattr(type(part), name) for name in ("first", "behind_first"))
