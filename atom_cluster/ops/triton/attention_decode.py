@@ -30,6 +30,10 @@ from atom_cluster.platform.store_barrier import barrier_behind_stores
 MAX_TILE = 64
 """Queries times heads of one program at most."""
 
+MIN_VALUE_BLOCK = 32
+"""Dims of values that are computed with at least. With 16, and 64 keys of eight bits, the assembler of CUDA 12.8 reads
+descriptors of matrix units from registers that it never wrote."""
+
 PART_ELEMENTS = 8192
 """Of splits that are combined at a time, which are read together."""
 
@@ -119,7 +123,7 @@ class SplitAttention:
         """Fill in the rows' part of `out_THV`."""
         num_kv_heads, value_dim = kv.value.shape[2:]
         num_parts = self._schedule.num_places * num_kv_heads * self._num_tiles * self._tile
-        block_v = max(16, triton.next_power_of_2(value_dim))
+        block_v = max(MIN_VALUE_BLOCK, triton.next_power_of_2(value_dim))
         part = torch.empty(num_parts, value_dim, dtype=torch.float32, device=query_THD.device)
         weight = torch.empty(num_parts, 2, dtype=torch.float32, device=query_THD.device)
         num_items = len(self._schedule.item_I8)

@@ -55,6 +55,7 @@ LAYERS = {
     "gemma3 fp8": Layer(8, 4, 256, 256, is_narrow=True),
     "mimo": Layer(16, 2, 192, 128, window=100, has_sinks=True),
     "tiny": Layer(4, 2, 16, 8, window=5, dtype=torch.float32, block_size=8),
+    "tiny fp8": Layer(4, 1, 24, 16, is_narrow=True, block_size=8),
     "deepseek v4 window": Layer(64, 1, 512, 512, window=128, has_sinks=True),
 }
 
