@@ -34,38 +34,52 @@ _NUM_WARPS, _STAGES, _UNDER_WAY_BYTES = (8, 1, 1024 * KiB) if _IS_HIP else (4, 6
 """Of a program; turns of it that are under way; bytes of all programs together. For HIP not measured yet."""
 
 
-def copy_blocks(addresses: torch.Tensor, block_bytes: int, alignment: int) -> None:
-    """Copy block i from `addresses[1, i]` to `addresses[0, i]`, on the current stream.
+class BlockCopier:
+    """Copies lists of blocks on one device.
 
-    addresses: int64 [2, num_blocks] on the device. No block that is written may overlap another of the list.
-    alignment: what all addresses and `block_bytes` are multiples of; 16 is fastest, less than 8 is slow.
+    Holds its kernels compiled, so that a copy waits for no compiler, and launches them as they are: to find the one
+    that fits the arguments, as Triton does for others, would take the host longer than all the rest of a launch.
     """
-    num_blocks = addresses.shape[1]
-    unit_bytes = next(size for size in (_VECTOR_BYTES, _WORD_BYTES, 1) if alignment % size == 0)
+
+    def __init__(self, device: torch.device) -> None:
+        """Compiles all that `copy` can need, or finds it compiled."""
+        scratch = torch.zeros(2 * _VECTOR_BYTES, dtype=torch.uint8, device=device)
+        addresses = torch.tensor([[scratch.data_ptr()], [scratch.data_ptr() + _VECTOR_BYTES]], device=device)
+        self._kernels = {
+            unit_bytes: _copy_kernel[(1,)](
+                addresses, 1, _VECTOR_BYTES // unit_bytes, 1, *_constants(unit_bytes), num_warps=_NUM_WARPS
+            )
+            for unit_bytes in (_VECTOR_BYTES, _WORD_BYTES, 1)
+        }
+        scratch.cpu()
+
+    def copy(self, addresses: torch.Tensor, block_bytes: int, alignment: int) -> None:
+        """Copy block i from `addresses[1, i]` to `addresses[0, i]`, on the current stream.
+
+        addresses: int64 [2, num_blocks] on the device. No block that is written may overlap another of the list.
+        alignment: what all addresses and `block_bytes` are multiples of; 16 is fastest, less than 8 is slow.
+        """
+        num_blocks = addresses.shape[1]
+        unit_bytes = next(size for size in (_VECTOR_BYTES, _WORD_BYTES, 1) if alignment % size == 0)
+        chunk_bytes = _chunk_bytes(unit_bytes)
+        chunks_per_block = ceil_div(block_bytes, chunk_bytes)
+        enough = ceil_div(_UNDER_WAY_BYTES, _STAGES * min(chunk_bytes, block_bytes))
+        num_programs = min(enough, _MAX_PROGRAMS, num_blocks * chunks_per_block)
+        # The interpreter has no compiled kernels.
+        kernel = self._kernels[unit_bytes] or _copy_kernel
+        kernel[(num_programs, 1, 1)](
+            addresses, num_blocks, block_bytes // unit_bytes, chunks_per_block, *_constants(unit_bytes)
+        )
+
+
+def _chunk_bytes(unit_bytes: int) -> int:
+    return _CHUNK_BYTES if unit_bytes > 1 else _CHUNK_BYTES // _VECTOR_BYTES
+
+
+def _constants(unit_bytes: int) -> tuple[int, int, int, int]:
+    """What the kernel is compiled for."""
     word_bytes = min(unit_bytes, _WORD_BYTES)
-    chunk_bytes = _CHUNK_BYTES if word_bytes == _WORD_BYTES else _CHUNK_BYTES // _VECTOR_BYTES
-    chunks_per_block = ceil_div(block_bytes, chunk_bytes)
-    enough = ceil_div(_UNDER_WAY_BYTES, _STAGES * min(chunk_bytes, block_bytes))
-    _copy_kernel[(min(enough, _MAX_PROGRAMS, num_blocks * chunks_per_block),)](
-        addresses,
-        num_blocks,
-        block_bytes // unit_bytes,
-        chunks_per_block,
-        UNIT_BYTES=unit_bytes,
-        WORDS_PER_UNIT=unit_bytes // word_bytes,
-        CHUNK=chunk_bytes // word_bytes,
-        STAGES=_STAGES,
-        num_warps=_NUM_WARPS,
-    )
-
-
-def compile_copy(device: torch.device) -> None:
-    """Compile everything that `copy_blocks` can need, or find it compiled, and wait for it."""
-    scratch = torch.zeros(2 * _VECTOR_BYTES, dtype=torch.uint8, device=device)
-    addresses = torch.tensor([[scratch.data_ptr()], [scratch.data_ptr() + _VECTOR_BYTES]], device=device)
-    for alignment in (_VECTOR_BYTES, _WORD_BYTES, 1):
-        copy_blocks(addresses, _VECTOR_BYTES, alignment)
-    scratch.cpu()
+    return unit_bytes, unit_bytes // word_bytes, _chunk_bytes(unit_bytes) // word_bytes, _STAGES
 
 
 @triton.jit
@@ -79,7 +93,7 @@ def _words(addresses_ptr, index, UNIT_BYTES: tl.constexpr):
     return words
 
 
-# Not specialized, so that a read never waits for a compiler.
+# Not specialized: one compiled kernel serves all lists.
 @triton.jit(do_not_specialize=["num_blocks", "block_units", "chunks_per_block"])
 def _copy_kernel(
     addresses_ptr,

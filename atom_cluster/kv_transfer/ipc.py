@@ -61,8 +61,9 @@ _KERNEL_BELOW_BYTES = 512 * KiB
 """What the kernel gains above (see `block_copy`) is not worth multiprocessors: beside products of matrices, which take
 all of them, copy engines keep all of their rate, and a copying kernel a half or two thirds. Below, it is the host that
 cannot give the engines their commands fast enough, one of which takes it a microsecond."""
-_FIRST_BYTES = 32 * MiB
-"""Of a read's first copies; each time twice as many are given to the device as before."""
+_FIRST_BYTES = 64 * MiB
+"""Of a read's first copies; each time twice as many are given to the device as before. It takes about as long to copy
+them as to prepare the next ones."""
 _BLOCKS_AT_ONCE = 4096
 
 

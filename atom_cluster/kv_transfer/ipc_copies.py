@@ -84,17 +84,21 @@ def _of_blocks(
     if not num_blocks:
         return
     is_apart = (sources[1:] - sources[:-1] != block_bytes) | (targets[1:] - targets[:-1] != block_bytes)
-    starts = np.concatenate(([0], np.flatnonzero(is_apart) + 1))
-    if num_blocks * block_bytes < kernel_below_bytes * len(starts):
-        sizes = np.full(num_blocks, block_bytes, dtype=np.int64)
-        yield from _cut(targets, sources, sizes, by_kernel=True, alignment=alignment)
-        return
-    lengths = np.diff(starts, append=num_blocks)
+    num_runs = 1 + np.count_nonzero(is_apart)
     most = max(1, BATCH_BYTES // block_bytes)
+    if num_blocks * block_bytes < kernel_below_bytes * num_runs:
+        yield from _cut_alike(targets, sources, block_bytes, by_kernel=True, alignment=alignment)
+        return
+    if num_runs == 1 and num_blocks <= most:
+        sizes = np.array([num_blocks * block_bytes])
+        yield Batch(targets[:1], sources[:1], sizes, num_blocks * block_bytes, by_kernel=False, alignment=alignment)
+        return
+    starts = np.concatenate(([0], np.flatnonzero(is_apart) + 1))
+    lengths = np.diff(starts, append=num_blocks)
     if lengths.max() > most:
         starts = np.concatenate([np.arange(start, start + n, most) for start, n in zip(starts, lengths)])
         lengths = np.diff(starts, append=num_blocks)
-    yield from _cut(targets[starts], sources[starts], lengths * block_bytes, by_kernel=False, alignment=alignment)
+    yield from _cut(targets[starts], sources[starts], lengths * block_bytes, alignment=alignment)
 
 
 def _of_piece(
@@ -109,20 +113,30 @@ def _of_piece(
         some = slice(first, first + most)
         froms = (sources[some, None] + (remote.offset + remote.stride * runs)).ravel()
         tos = (targets[some, None] + (local.offset + local.stride * runs)).ravel()
-        sizes = np.full(len(tos), remote.num_bytes, dtype=np.int64)
-        yield from _cut(tos, froms, sizes, by_kernel=by_kernel, alignment=alignment)
+        yield from _cut_alike(tos, froms, remote.num_bytes, by_kernel=by_kernel, alignment=alignment)
 
 
-def _cut(targets: IntArray, sources: IntArray, sizes: IntArray, *, by_kernel: bool, alignment: int) -> Iterator[Batch]:
-    """Batches within the limits, of at least one copy each."""
-    ends = np.cumsum(sizes)
+def _cut_alike(
+    targets: IntArray, sources: IntArray, num_bytes: int, *, by_kernel: bool, alignment: int
+) -> Iterator[Batch]:
+    """Batches of copies of so many bytes each, within the limits, but of at least one."""
     most, most_bytes = (MAX_COPIES, KERNEL_BATCH_BYTES) if by_kernel else (_MAX_COMMANDS, BATCH_BYTES)
+    most = min(most, max(1, most_bytes // num_bytes))
+    for first in range(0, len(targets), most):
+        some = slice(first, first + most)
+        sizes = np.full(len(targets[some]), num_bytes, dtype=np.int64)
+        yield Batch(targets[some], sources[some], sizes, len(sizes) * num_bytes, by_kernel, alignment)
+
+
+def _cut(targets: IntArray, sources: IntArray, sizes: IntArray, *, alignment: int) -> Iterator[Batch]:
+    """The same for copy engines, of copies of any sizes."""
+    ends = np.cumsum(sizes)
     first, done = 0, 0
     while first < len(sizes):
-        fitting = int(np.searchsorted(ends, done + most_bytes, side="right"))
-        stop = min(max(fitting, first + 1), first + most)
+        fitting = int(np.searchsorted(ends, done + BATCH_BYTES, side="right"))
+        stop = min(max(fitting, first + 1), first + _MAX_COMMANDS)
         some, end = slice(first, stop), int(ends[stop - 1])
-        yield Batch(targets[some], sources[some], sizes[some], end - done, by_kernel, alignment)
+        yield Batch(targets[some], sources[some], sizes[some], end - done, by_kernel=False, alignment=alignment)
         first, done = stop, end
 
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 
 from atom_cluster.errors import TransferError
 from atom_cluster.kv_transfer.ipc_copies import MAX_COPIES, Batch
 from atom_cluster.kv_transfer.ipc_driver import GpuDriver, open_driver
+
+if TYPE_CHECKING:
+    from atom_cluster.kv_transfer.block_copy import BlockCopier
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +83,10 @@ class IpcDevice(Protocol):
 class GpuIpcDevice:
     """A CUDA or ROCm device of this process. Not run on ROCm yet."""
 
-    def __init__(self, device: torch.device, driver: GpuDriver) -> None:
+    def __init__(self, device: torch.device, driver: GpuDriver, copier: BlockCopier) -> None:
         self._device = device
         self._driver = driver
+        self._copier = copier
         self.uuid = _uuid(device.index)
 
     def share(self, address: int) -> SharedAllocation:
@@ -113,7 +117,7 @@ class GpuIpcDevice:
     def open_lane(self) -> Lane:
         """See `IpcDevice`."""
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        return _StreamLane(stream, self._driver)
+        return _StreamLane(stream, self._driver, self._copier)
 
     def close(self) -> None:
         """See `IpcDevice`."""
@@ -123,9 +127,10 @@ class GpuIpcDevice:
 class _StreamLane:
     """`Lane` on a stream of its own."""
 
-    def __init__(self, stream: torch.cuda.Stream, driver: GpuDriver) -> None:
+    def __init__(self, stream: torch.cuda.Stream, driver: GpuDriver, copier: BlockCopier) -> None:
         self._stream = stream
         self._driver = driver
+        self._copier = copier
         self._tables: deque[_AddressTable] = deque()
         """The one that was used longest ago comes first."""
 
@@ -141,14 +146,12 @@ class _StreamLane:
         return cast("Fence", self._stream.record_event())
 
     def _copy_by_kernel(self, batch: Batch) -> None:
-        from atom_cluster.kv_transfer.block_copy import copy_blocks
-
         # Rather one table more than to wait for the stream, which a link at its limit keeps busy.
         if not self._tables or not self._tables[0].is_free():
             self._tables.appendleft(_AddressTable(self._stream.device))
         table = self._tables.popleft()
         with torch.cuda.stream(self._stream):
-            copy_blocks(table.fill(batch), int(batch.sizes[0]), batch.alignment)
+            self._copier.copy(table.fill(batch), int(batch.sizes[0]), batch.alignment)
         table.used = self._stream.record_event()
         self._tables.append(table)
 
@@ -185,13 +188,12 @@ def open_gpu(device: torch.device) -> IpcDevice:
     if device.type != "cuda":
         raise TransferError(f"ipc shares memory of GPUs; this is on {device}")
     try:
-        from atom_cluster.kv_transfer.block_copy import compile_copy
+        from atom_cluster.kv_transfer.block_copy import BlockCopier
     except ImportError as exc:
         raise TransferError(f"ipc needs Triton: pip install 'triton>=3.4' ({exc})") from exc
-    opened = GpuIpcDevice(device, open_driver(device))
+    driver = open_driver(device)
     with torch.cuda.device(device):
-        compile_copy(device)
-    return opened
+        return GpuIpcDevice(device, driver, BlockCopier(device))
 
 
 def _uuid(index: int) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -109,9 +110,15 @@ def extent_view(rows: ByteArray, extent: Extent) -> ByteArray:
 def id_array(block_ids: Sequence[int]) -> IntArray:
     """These ids as numbers of 64 bits. Raises `TransferError` for one that is none."""
     try:
-        return np.frombuffer(struct.pack(f"{len(block_ids)}q", *block_ids), dtype=np.int64)  # the fastest way there is
+        return np.frombuffer(_packer(len(block_ids)).pack(*block_ids), dtype=np.int64)  # the fastest way there is
     except struct.error as exc:
         raise TransferError(f"not the ids of blocks: {exc}") from exc
+
+
+@lru_cache(maxsize=64)
+def _packer(count: int) -> struct.Struct:
+    """Made anew, it takes as long as the packing."""
+    return struct.Struct(f"{count}q")
 
 
 def check_blocks(shapes: Sequence[RegionShape], group: int, block_ids: Sequence[int] | IntArray, *, whose: str) -> None:
@@ -120,7 +127,8 @@ def check_blocks(shapes: Sequence[RegionShape], group: int, block_ids: Sequence[
         raise TransferError(f"{whose} cache groups are {len(shapes)}; there is no group {group}")
     num_blocks = shapes[group].num_blocks
     ids = block_ids if isinstance(block_ids, np.ndarray) else id_array(block_ids)
-    if ids.size and not 0 <= ids.min() <= ids.max() < num_blocks:
+    # As numbers without a sign, negative ones are the largest.
+    if ids.size and ids.view(np.uint64).max() >= num_blocks:
         raise TransferError(f"{whose} block ids reach outside [0, {num_blocks})")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from atom_cluster.kv_transfer.block_copy import copy_blocks
+from atom_cluster.kv_transfer.block_copy import BlockCopier
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -34,7 +34,7 @@ def test_blocks_arrive_whole_and_nothing_else_is_written(block_bytes: int, strid
         ],
         device=DEVICE,
     )
-    copy_blocks(addresses, block_bytes, alignment)
+    BlockCopier(DEVICE).copy(addresses, block_bytes, alignment)
     expected = torch.zeros_like(source)
     expected[local, :block_bytes] = source[remote, :block_bytes]
     assert torch.equal(target, expected)
@@ -45,5 +45,5 @@ def test_more_chunks_than_programs_are_all_copied() -> None:
     target = torch.zeros_like(source)
     order = torch.randperm(300, generator=torch.Generator().manual_seed(1))
     starts = torch.stack([order * 64 + target.data_ptr(), torch.arange(300) * 64 + source.data_ptr()]).to(DEVICE)
-    copy_blocks(starts, 64, 16)
+    BlockCopier(DEVICE).copy(starts, 64, 16)
     assert torch.equal(target[order], source)
