@@ -84,7 +84,7 @@ def _of_blocks(
     if not num_blocks:
         return
     is_apart = (sources[1:] - sources[:-1] != block_bytes) | (targets[1:] - targets[:-1] != block_bytes)
-    num_runs = 1 + np.count_nonzero(is_apart)
+    num_runs = 1 + int(np.count_nonzero(is_apart))
     most = max(1, BATCH_BYTES // block_bytes)
     if num_blocks * block_bytes < kernel_below_bytes * num_runs:
         yield from _cut_alike(targets, sources, block_bytes, by_kernel=True, alignment=alignment)

@@ -65,7 +65,7 @@ def test_blocks_with_gaps_between_them_are_copied_one_by_one() -> None:
     assert copies(found) == [(0, 0, 100), (100, 128, 100)]
 
 
-@pytest.mark.parametrize(("below", "by_kernel"), [(150, False), (151, True)])
+@pytest.mark.parametrize(("below", "by_kernel"), [(150, False), (151, True), (1 << 62, True)])
 def test_the_mean_run_decides_who_copies(below: int, by_kernel: bool) -> None:
     (batch,) = planned((0, 1, 5), (0, 1, 5), kernel_below_bytes=below)
     assert batch.by_kernel is by_kernel

@@ -220,10 +220,6 @@ def test_online_quantization_counts_what_it_leaves() -> None:
 MEASURED = re.compile(r"less ([\d.]+) GiB in use by weights and others, less ([\d.]+) GiB for a step of (\d+) tokens")
 
 
-KEPT_TOO_LONG = {("qwen3_30b_a3b", "e916948")}
-"""Records of when the product before attention was still held behind it; that was not measured again yet."""
-
-
 def records(results: Path) -> list[tuple[str, RankShape, float, float]]:
     """(shape's name, what its rank was, GiB in use, GiB of a step) of every record of one of our shapes on a GPU."""
     found = []
@@ -233,8 +229,6 @@ def records(results: Path) -> list[tuple[str, RankShape, float, float]]:
         model = re.search(r"--model shape:(\w+)(?= |$)", record["command"])
         if measured is None or model is None or "_fp8" in path.name:
             continue  # quantized while loading leaves gaps between tensors
-        if (model[1], record["commit"]) in KEPT_TOO_LONG:
-            continue
         tensor = re.search(r"--tensor-parallel-size (\d+)", record["command"])
         drafts = re.search(r"(\d+) drafts", record["choices"]["speculative"])
         shape = RankShape(
