@@ -158,6 +158,7 @@ TINY_MODELS = {
     ),
     "llama_linear": TinyModel("llama", "LlamaForCausalLM", {"head_dim": 16, **_rope("linear", factor=2.0)}),
     "llama_yarn": TinyModel("llama", "LlamaForCausalLM", {"head_dim": 16, **_YARN}),
+    "llama_real_heads": TinyModel("llama", "LlamaForCausalLM", {"head_dim": 64, "max_position_embeddings": 2048}),
     "llama_one_kv_head": TinyModel(
         "llama", "LlamaForCausalLM", {"head_dim": 16, "num_key_value_heads": 1, "vocab_size": VOCAB_SIZE - 1}
     ),

@@ -223,7 +223,7 @@ def _triton_table(platform: Platform, reason: str) -> OpTable:
         float8_dtype=float8_dtype_of(platform),
         is_capturable=True,
         take_compiled=kernels.take_compiled,
-        choices={"ops": f"triton ({reason}; {platform.arch})", **kernels.attention_choices(platform.arch)},
+        choices={"ops": f"triton ({reason}; {platform.arch})"},
     )
 
 

@@ -21,6 +21,8 @@ from atom_cluster.units import ceil_div
 _CHUNK = 16
 """Tokens of a chunk beside rows that decode: more than drafts and less than what libraries have other ways for."""
 _CACHED = 256
+_MANY_CACHED = 1024
+"""Tokens before a chunk for which attention has kernels of its own."""
 _FEW = 8
 """Rows up to which kernels are made for their very number."""
 _SAMPLINGS = (
@@ -83,6 +85,9 @@ def _steps(info: RankInfo, max_num_batched_tokens: int, *, decodes: bool) -> Ite
     # A chunk behind others.
     for num_tokens in _doubled(_CHUNK, min(longest, info.max_model_len - _CACHED - 1 - info.max_drafts)):
         yield [_Part(_CACHED, num_tokens)], greedy
+    behind_many = info.max_model_len - 2 * _CHUNK - 1 - info.max_drafts
+    if longest >= 2 * _CHUNK and behind_many > _CACHED:
+        yield [_Part(min(_MANY_CACHED, behind_many), 2 * _CHUNK)], greedy
     # Several prompts.
     for num_rows in _doubled(2, info.max_num_requests):
         per_row = min(longest, 4 * _CHUNK, max_num_batched_tokens // num_rows)

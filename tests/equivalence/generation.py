@@ -17,6 +17,7 @@ _VARIANTS = {
     "llama_linear",
     "llama_yarn",
     "llama_one_kv_head",
+    "llama_real_heads",
     "qwen2_windows",
     "gemma3_vision",
     "qwen3_5_vision",

@@ -2,7 +2,8 @@
 
 Runs in a process of its own, without the interpreter. The runner computes on the CPU, where no kernel runs: for each
 launch, what Triton would look up in its cache is noted. First come the steps before the first request, then random
-ones. Prints one line of JSON: how many variants the first asked for, and by kernel those that only the others did.
+ones. Prints one line of JSON: how many variants there were, the kernels' names, and by kernel
+what only the random steps asked for.
 """
 
 from __future__ import annotations
@@ -160,7 +161,8 @@ def main() -> None:
         quantization=QuantizationConfig(online=args.quantize),
     )
     launches, late = find(options, chip=args.chip, num_steps=args.steps, seed=args.seed)
-    print(json.dumps({"variants": launches.count, "kernels": len(launches.keys), "late": late}))
+    names = sorted(launches.keys)
+    print(json.dumps({"variants": launches.count, "kernels": len(names), "names": names, "late": late}))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,13 +29,25 @@ def test_no_later_step_asks_for_a_kernel_that_was_not_compiled_before(
     repo_root: Path, model: str, more: list[str]
 ) -> None:
     """What Triton compiles kernels anew for, with random steps, on chips that need not be there."""
+    found = variants(repo_root, model, more)
+    assert found["kernels"] > 15
+    assert found["late"] == {}
+
+
+def test_kernels_for_long_contexts_are_compiled_before_whatever_a_step_may_have(repo_root: Path) -> None:
+    found = variants(repo_root, "llama_real_heads", ["--model-len", "1600", "--budget", "100", "--steps", "40"])
+    assert "attention_prefill_hopper.attend_kernel" in found["names"]
+    assert found["late"] == {}
+
+
+def variants(repo_root: Path, model: str, more: list[str]) -> dict[str, Any]:
+    """What `kernel_variants` prints."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.runner.kernel_variants", str(tiny_model_dir(model, "bfloat16")), *more]
     done = subprocess.run(command, cwd=repo_root, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["kernels"] > 15
-    assert found["late"] == {}
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def sizes(plans: list[StepPlan]) -> set[tuple[int, int]]:

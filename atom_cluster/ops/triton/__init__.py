@@ -1,7 +1,7 @@
 """Our own kernels, in Triton, for AMD and NVIDIA GPUs. See `ops/select.py` for where they are used."""
 
 from atom_cluster.ops.triton.activation import gelu_tanh_and_mul, sigmoid_and_mul, silu_and_mul
-from atom_cluster.ops.triton.attention import attention_choices, plan_attention
+from atom_cluster.ops.triton.attention import plan_attention
 from atom_cluster.ops.triton.compilations import take_compiled, watch_compilations
 from atom_cluster.ops.triton.compressed_attention import plan_compressed_attention
 from atom_cluster.ops.triton.compression import plan_compression
@@ -26,7 +26,6 @@ __all__ = [
     "accept",
     "add_rms_norm",
     "adjust",
-    "attention_choices",
     "connect_streams",
     "gated_rms_norm",
     "gelu_tanh_and_mul",

@@ -1,7 +1,7 @@
 """Attention over paged KV by our kernels: which rows go where. Knows no kernels' insides.
 
 Rows with few queries come first in a step; their keys are split over programs, in launches that can be captured. The
-rows from the first with many queries on are cut into tiles of queries, or go to the vendor's library.
+rows from the first with many queries on are cut into tiles of queries.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 
 from atom_cluster.ops.attention import AttentionMetadata, AttentionPlan, HeadNorms, KvLayerCache, Rotation
-from atom_cluster.ops.triton import attention_decode_hopper, attention_library, attention_store
+from atom_cluster.ops.triton import attention_decode_hopper, attention_prefill_hopper, attention_store
 from atom_cluster.ops.triton.attention_decode import SplitAttention
 from atom_cluster.ops.triton.attention_decode_hopper import HopperSplitAttention
 from atom_cluster.ops.triton.attention_prefill import TiledAttention, prefill_config
+from atom_cluster.ops.triton.attention_prefill_hopper import HopperTiledAttention
 
 MAX_SPLIT_QUERIES = 17
 """Queries of rows whose keys are split: as many as a row that decodes can have, its newest token and its drafts."""
@@ -28,10 +29,10 @@ class TritonAttention:
         many = (row for row, count in enumerate(counts) if count > MAX_SPLIT_QUERIES)
         self._num_split_rows = next(many, len(counts))
         self._max_split_queries = max(counts[: self._num_split_rows], default=0)
-        self._num_long_rows = len(counts) - self._num_split_rows
-        self._long_prompts = attention_library.long_whole_prompts(metadata, self._num_split_rows)
+        self._long_rows = range(self._num_split_rows, len(counts))
+        self._longest = max(metadata.context_len_cpu[self._num_split_rows :], default=0)
         self._split: dict[object, SplitAttention | HopperSplitAttention] = {}
-        self._tiled: dict[object, TiledAttention] = {}
+        self._tiled: dict[object, TiledAttention | HopperTiledAttention] = {}
 
     def store(
         self,
@@ -67,21 +68,11 @@ class TritonAttention:
             if key not in self._split:
                 self._split[key] = self._make_split(query_THD, kv)
             self._split[key].attend(query_THD, kv, out_THV, scale=scale, sink_H=sink_H)
-        prompts: tuple[int, ...] = ()
-        if self._long_prompts and attention_library.serves(query_THD, kv, self._metadata, sink_H):
-            prompts = self._long_prompts
-        for row in prompts:
-            attention_library.attend_prompt(row, query_THD, kv, self._metadata, out_THV, scale=scale)
-        if len(prompts) < self._num_long_rows:
-            key = (*key, prompts)
+        if self._long_rows:
+            is_hopper = attention_prefill_hopper.is_fit(query_THD, kv, self._metadata, num_keys=self._longest)
+            key = (*key, is_hopper)
             if key not in self._tiled:
-                rows = range(self._num_split_rows, self._num_split_rows + self._num_long_rows)
-                self._tiled[key] = TiledAttention(
-                    self._metadata,
-                    rows=[row for row in rows if row not in prompts],
-                    heads_per_kv=num_heads // num_kv_heads,
-                    config=prefill_config(dim, value_dim, query_THD.dtype),
-                )
+                self._tiled[key] = self._make_tiled(query_THD, kv, is_hopper=is_hopper)
             self._tiled[key].attend(query_THD, kv, out_THV, scale=scale, sink_H=sink_H)
         return out_THV
 
@@ -116,12 +107,15 @@ class TritonAttention:
             dtype=query_THD.dtype,
         )
 
-
-def attention_choices(arch: str) -> dict[str, str]:
-    """What to say at start-up of where attention is not our kernels'."""
-    if arch != attention_library.ARCH:
-        return {}
-    return {"ops.attention": f"triton; cuDNN for whole prompts of {attention_library.MIN_TOKENS} tokens, faster there"}
+    def _make_tiled(
+        self, query_THD: torch.Tensor, kv: KvLayerCache, *, is_hopper: bool
+    ) -> TiledAttention | HopperTiledAttention:
+        dim, value_dim = query_THD.shape[-1], kv.value.shape[-1]
+        group = query_THD.shape[1] // kv.key.shape[2]
+        if is_hopper:
+            return HopperTiledAttention(self._metadata, rows=self._long_rows, heads_per_kv=group)
+        config = prefill_config(dim, value_dim, query_THD.dtype)
+        return TiledAttention(self._metadata, rows=self._long_rows, heads_per_kv=group, config=config)
 
 
 def plan_attention(metadata: AttentionMetadata) -> AttentionPlan:

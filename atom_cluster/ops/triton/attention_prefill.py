@@ -65,11 +65,7 @@ class TiledAttention:
         self, metadata: AttentionMetadata, *, rows: Sequence[int], heads_per_kv: int, config: PrefillConfig
     ) -> None:
         self._metadata, self._heads_per_kv, self._config = metadata, heads_per_kv, config
-        device = metadata.context_len.device
-        tiles = _tiles(metadata, rows, config.tile, heads_per_kv)
-        self._num_tiles = len(tiles)
-        packed = torch.tensor(tiles, dtype=torch.int32)
-        self._tile_I2 = packed if device.type == "cpu" else packed.pin_memory().to(device, non_blocking=True)
+        self._tile_I2 = list_tiles(metadata, rows, config.tile, heads_per_kv)
 
     def attend(
         self,
@@ -82,9 +78,9 @@ class TiledAttention:
     ) -> None:
         """Fill in the rows' part of `out_THV`."""
         num_kv_heads, value_dim = kv.value.shape[2:]
-        if not self._num_tiles:
+        if not len(self._tile_I2):
             return
-        _prefill_kernel[(self._num_tiles * num_kv_heads,)](
+        _prefill_kernel[(len(self._tile_I2) * num_kv_heads,)](
             query_THD,
             kv.key,
             kv.value,
@@ -116,8 +112,11 @@ class TiledAttention:
         )
 
 
-def _tiles(metadata: AttentionMetadata, rows: Sequence[int], size: int, heads_per_kv: int) -> list[tuple[int, int]]:
-    """(row, tile of the row), those that see most first, so that the last programs to start are short."""
+def list_tiles(metadata: AttentionMetadata, rows: Sequence[int], size: int, heads_per_kv: int) -> torch.Tensor:
+    """(row, tile of the row) for all tiles of so many queries times heads of a key/value head: int32 [I, 2].
+
+    Those that see most come first, so that the last programs to start are short.
+    """
     starts, found = metadata.query_start_cpu, []
     for row in rows:
         num_queries = starts[row + 1] - starts[row]
@@ -127,7 +126,9 @@ def _tiles(metadata: AttentionMetadata, rows: Sequence[int], size: int, heads_pe
             num_keys = num_cached + last
             found.append((num_keys if metadata.window is None else min(num_keys, metadata.window), row, tile))
     found.sort(key=lambda entry: -entry[0])
-    return [(row, tile) for _, row, tile in found]
+    packed = torch.tensor([(row, tile) for _, row, tile in found], dtype=torch.int32).view(-1, 2)
+    device = metadata.context_len.device
+    return packed if device.type == "cpu" else packed.pin_memory().to(device, non_blocking=True)
 
 
 @triton.jit(**varying("query_start_ptr", "context_len_ptr", "table_stride"))

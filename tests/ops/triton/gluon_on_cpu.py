@@ -69,11 +69,34 @@ class Shared:
     def permute(self, order: tuple[int, ...]) -> Shared:
         return Shared(self.data.permute(order))
 
+    def _reinterpret(self, dtype: torch.dtype, shape: list[int], layout: object) -> Boxes:
+        """Of places, one after the other, their panels of columns, of each the boxes of rows."""
+        assert dtype == self.dtype and shape[0] * shape[1] * shape[2] == self.data.numel()
+        return Boxes(self.data, (shape[1], shape[2]))
+
     def store(self, x: torch.Tensor) -> None:
         self.data.copy_(x)
 
     def load(self, layout: object = None) -> torch.Tensor:
         return self.data.clone()
+
+
+@dataclass
+class Boxes:
+    """Places of shared memory as the boxes that they consist of."""
+
+    data: torch.Tensor
+    box: tuple[int, int]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (self.data.numel() // (self.box[0] * self.box[1]), *self.box)
+
+    def index(self, index: Any) -> Shared:
+        (rows, columns), (_, num_rows, num_columns) = self.box, self.data.shape
+        panel, row = divmod(int(index), num_rows // rows)
+        place, panel = divmod(panel, num_columns // columns)
+        return Shared(self.data[place].narrow(0, row * rows, rows).narrow(1, panel * columns, columns))
 
 
 @dataclass
@@ -119,10 +142,13 @@ class Descriptor:
     tensor: torch.Tensor
     num_rows: int
     layout: object = None
+    num_columns: int | None = None
+    """Of a box; None: a head."""
 
     @property
     def block_type(self) -> SimpleNamespace:
-        return SimpleNamespace(nbytes=self.num_rows * self.tensor.shape[-1] * self.tensor.element_size())
+        width = self.num_columns or self.tensor.shape[-1]
+        return SimpleNamespace(nbytes=self.num_rows * width * self.tensor.element_size())
 
     @property
     def lines(self) -> torch.Tensor:

@@ -11,7 +11,6 @@ import torch
 from atom_cluster.ops import torch_ref
 from atom_cluster.ops.attention import AttentionMetadata, HeadNorms, KvLayerCache, Rotation
 from atom_cluster.ops.select import float8_dtype_of
-from atom_cluster.ops.triton import attention_library
 from atom_cluster.platform.detect import detect_platform
 from atom_cluster.units import ceil_div
 
@@ -51,6 +50,8 @@ LAYERS = {
     "gpt-oss": Layer(64, 8, 64, 64, window=128, has_sinks=True),
     "gpt-oss fp8": Layer(64, 8, 64, 64, window=128, has_sinks=True, is_narrow=True),
     "gpt-oss float32 fp8": Layer(16, 2, 64, 64, window=128, has_sinks=True, dtype=torch.float32, is_narrow=True),
+    "sinks": Layer(64, 8, 64, 64, has_sinks=True),
+    "wide window": Layer(16, 4, window=1000, has_sinks=True, block_size=32),
     "gemma3": Layer(8, 4, 256, 256, window=512),
     "gemma3 fp8": Layer(8, 4, 256, 256, is_narrow=True),
     "mimo": Layer(16, 2, 192, 128, window=100, has_sinks=True),
@@ -65,6 +66,7 @@ STEPS = {
     "drafts": [(4, 4), (900, 4), (130, 4)],
     "mixed": [(9, 1), (500, 1), (300, 5), (8, 8), (9, 9), (333, 200), (131, 131), (77, 1), (1, 1)],
     "prompt": [(1000, 1000)],
+    "chunks": [(700, 1), (4000, 300), (2048, 1024), (2500, 20), (640, 640), (5000, 130)],
 }
 
 
@@ -82,13 +84,6 @@ def test_random_steps(seed: int) -> None:
         num_new = draw.choice([1, 2, 3, 8, 9, 33, 128, 300])
         rows.append((num_new + draw.choice([0, draw.randint(0, 700)]), num_new))
     check(LAYERS[draw.choice(list(LAYERS))], rows, seed=seed)
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma3 full", "gpt-oss", "llama float32", "llama fp8"])
-def test_prompts_that_the_library_may_take(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_library, "MIN_TOKENS", 300)
-    layer = replace(LAYERS["gemma3"], window=None) if name == "gemma3 full" else LAYERS[name]
-    check(layer, [(70, 1), (301, 301), (90, 50), (1003, 1003), (2000, 500)], seed=1)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama fp8"])

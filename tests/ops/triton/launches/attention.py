@@ -89,6 +89,7 @@ LAUNCHES: dict[str, Callable[[], object]] = {
     "decode float32": attend((1,), dtype=torch.float32),
     "prefill llama": attend((100,)),
     "prefill gpt-oss": attend((100,), num_heads=64, dim=64, window=128, has_sink=True),
+    "prefill gemma3": attend((100,), num_heads=8, num_kv_heads=4, dim=256, window=512),
     "prefill gemma3 fp8": attend((100,), num_heads=8, num_kv_heads=4, dim=256, is_narrow=True),
     "prefill mimo": attend((100,), num_heads=64, num_kv_heads=4, dim=192, value_dim=128),
     "prefill deepseek-v4 window": attend((100,), num_heads=64, num_kv_heads=1, dim=512, window=128, has_sink=True),
