@@ -26,6 +26,7 @@ from atom_cluster.ops.triton import runtime
 from atom_cluster.ops.triton.attention_decode_hopper import HAS_TASKS
 from atom_cluster.ops.triton.attention_prefill import list_tiles
 from atom_cluster.ops.triton.attention_tile import LOG2_E
+from atom_cluster.ops.triton.bulk_copies import box_layout
 from atom_cluster.ops.triton.runtime import varying
 
 BLOCKS = {64: 128, 128: 128, 256: 64}
@@ -33,28 +34,27 @@ BLOCKS = {64: 128, 128: 128, 256: 64}
 BLOCK_M = 128
 """Queries times heads of a key/value head, of one program."""
 STAGES = 2
-MIN_KEYS = 512
-"""Of some row, and of a window: with fewer, a program is over before its warps have much to do, and `attention_prefill`
-is faster."""
+MIN_KEYS = {64: 1024, 128: 512, 256: 512}
+"""Of some row, and of a window, by dims: with fewer, a program is over before its warps have much to do, and
+`attention_prefill` is faster."""
 UNIT = 16
 """Keys that are copied at once: of one page."""
 PANEL = 64
 """Dims that are copied at once, a line of shared memory."""
-GL_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
 def is_fit(query_THD: torch.Tensor, kv: KvLayerCache, metadata: AttentionMetadata, *, num_keys: int) -> bool:
     """Whether the kernel can be used, and is faster for rows of which the longest has so many keys."""
+    num_seen = num_keys if metadata.window is None else min(num_keys, metadata.window)
     return (
         runtime.is_hopper()
         and HAS_TASKS
-        and num_keys >= MIN_KEYS
-        and (metadata.window is None or metadata.window >= MIN_KEYS)
+        and query_THD.shape[-1] in BLOCKS
+        and num_seen >= MIN_KEYS[query_THD.shape[-1]]
         and metadata.block_size % UNIT == 0
-        and query_THD.dtype in GL_TYPES
+        and query_THD.dtype in (torch.bfloat16, torch.float16)
         and query_THD.dtype == kv.key.dtype
         and query_THD.shape[-1] == kv.value.shape[-1]
-        and query_THD.shape[-1] in BLOCKS
         and query_THD.stride(0) % 8 == query_THD.stride(1) % 8 == 0
         and query_THD.stride(2) == 1
         and _has_lines(kv.key)
@@ -131,8 +131,7 @@ def _units_of(paged: torch.Tensor) -> TensorDescriptor:
     num_pages, block_size, num_heads, dim = paged.shape
     page, entry, head, _ = paged.stride()
     lines = [(num_pages - 1) * (page // entry) + block_size, (num_heads - 1) * head + dim]
-    layout = gl.NVMMASharedLayout.get_default_for([UNIT, PANEL], GL_TYPES[paged.dtype])
-    return TensorDescriptor(paged, lines, [entry, 1], [UNIT, PANEL], layout)
+    return TensorDescriptor(paged, lines, [entry, 1], [UNIT, PANEL], box_layout(UNIT, PANEL, paged.dtype))
 
 
 @gluon.jit(**varying("query_start_ptr", "context_len_ptr", "table_stride"))

@@ -26,6 +26,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from atom_cluster.ops.triton import runtime
+from atom_cluster.ops.triton.bulk_copies import box_layout
 from atom_cluster.ops.triton.gemm import Scales
 from atom_cluster.ops.triton.gemm_hopper_cut import LINE_BYTES, PIECE, HopperBlocks, chunk, stages_with_room
 from atom_cluster.ops.triton.gemm_hopper_sums import finished, gated, write_together
@@ -33,12 +34,6 @@ from atom_cluster.ops.triton.mla_hopper import HAS_TASKS
 from atom_cluster.ops.triton.runtime import varying
 
 MAX_TOKENS = 256
-_GL_TYPES = {
-    torch.bfloat16: gl.bfloat16,
-    torch.float16: gl.float16,
-    torch.float8_e4m3fn: gl.float8e4nv,
-    torch.float32: gl.float32,
-}
 _ALIGNMENT = 16
 _REGISTERS = {1: (248, 0), 2: (168, 240), 3: (128, 160)}
 """By groups: those of a thread, and those of groups beyond the first while other warps have fewer. Two programs have no
@@ -137,8 +132,7 @@ def gemm_hopper(
 
 
 def _lines_of(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], _GL_TYPES[x.dtype])
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], layout)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], box_layout(rows, columns, x.dtype))
 
 
 @gluon.jit(**varying("num_tokens", "num_turns", "token_tiles", "x_scale_stride"))

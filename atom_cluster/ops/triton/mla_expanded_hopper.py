@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from atom_cluster.ops.triton import runtime
+from atom_cluster.ops.triton.bulk_copies import box_layout
 from atom_cluster.ops.triton.mla_hopper import HAS_TASKS
 from atom_cluster.ops.triton.runtime import varying
 
@@ -109,9 +110,8 @@ def attend(
 def _tiles_of(x: torch.Tensor) -> TensorDescriptor:
     """Of [C, D] or [C, heads, D]: heads are a stride apart in what is one line of the descriptor."""
     width = x.shape[-1] + (x.shape[1] - 1) * x.stride(1) if x.ndim == 3 else x.shape[1]
-    block = [BLOCK_N, x.shape[-1]]
-    layout = gl.NVMMASharedLayout.get_default_for(block, GL_TYPES[x.dtype])
-    return TensorDescriptor(x, [len(x), width], [x.stride(0), 1], block, layout)
+    layout = box_layout(BLOCK_N, x.shape[-1], x.dtype)
+    return TensorDescriptor(x, [len(x), width], [x.stride(0), 1], [BLOCK_N, x.shape[-1]], layout)
 
 
 @gluon.jit(**varying("query_start_ptr", "context_len_ptr", "place_start_ptr", "turns"))

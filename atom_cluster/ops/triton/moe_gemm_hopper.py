@@ -32,6 +32,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from atom_cluster.ops.moe import ExpertActivation
 from atom_cluster.ops.triton import runtime
+from atom_cluster.ops.triton.bulk_copies import box_layout
 from atom_cluster.ops.triton.mla_expanded_hopper import GL_TYPES
 from atom_cluster.ops.triton.mla_hopper import HAS_TASKS
 from atom_cluster.ops.triton.moe_sort import Tiles
@@ -151,7 +152,7 @@ def _launch(
 def _blocks_of(matrix: ExpertMatrix) -> TensorDescriptor:
     """All experts' rows below each other."""
     lines = matrix.codes.view(-1, matrix.num_in)
-    layout = gl.NVMMASharedLayout.get_default_for([BLOCK, BLOCK], gl.float8e4nv)
+    layout = box_layout(BLOCK, BLOCK, torch.float8_e4m3fn)
     return TensorDescriptor(lines, list(lines.shape), list(lines.stride()), [BLOCK, BLOCK], layout)
 
 
