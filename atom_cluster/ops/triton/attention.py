@@ -6,6 +6,8 @@ rows from the first with many queries on are cut into tiles of queries.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from atom_cluster.ops.attention import AttentionMetadata, AttentionPlan, HeadNorms, KvLayerCache, Rotation
@@ -30,9 +32,8 @@ class TritonAttention:
         self._num_split_rows = next(many, len(counts))
         self._max_split_queries = max(counts[: self._num_split_rows], default=0)
         self._long_rows = range(self._num_split_rows, len(counts))
-        self._longest = max(metadata.context_len_cpu[self._num_split_rows :], default=0)
         self._split: dict[object, SplitAttention | HopperSplitAttention] = {}
-        self._tiled: dict[object, TiledAttention | HopperTiledAttention] = {}
+        self._tiled: dict[object, list[TiledAttention | HopperTiledAttention]] = {}
 
     def store(
         self,
@@ -69,11 +70,12 @@ class TritonAttention:
                 self._split[key] = self._make_split(query_THD, kv)
             self._split[key].attend(query_THD, kv, out_THV, scale=scale, sink_H=sink_H)
         if self._long_rows:
-            is_hopper = attention_prefill_hopper.is_fit(query_THD, kv, self._metadata, num_keys=self._longest)
-            key = (*key, is_hopper)
+            is_fit = attention_prefill_hopper.is_fit(query_THD, kv, self._metadata)
+            key = (*key, is_fit)
             if key not in self._tiled:
-                self._tiled[key] = self._make_tiled(query_THD, kv, is_hopper=is_hopper)
-            self._tiled[key].attend(query_THD, kv, out_THV, scale=scale, sink_H=sink_H)
+                self._tiled[key] = list(self._make_tiled(query_THD, kv, is_fit=is_fit))
+            for tiled in self._tiled[key]:
+                tiled.attend(query_THD, kv, out_THV, scale=scale, sink_H=sink_H)
         return out_THV
 
     def _make_split(self, query_THD: torch.Tensor, kv: KvLayerCache) -> SplitAttention | HopperSplitAttention:
@@ -108,14 +110,22 @@ class TritonAttention:
         )
 
     def _make_tiled(
-        self, query_THD: torch.Tensor, kv: KvLayerCache, *, is_hopper: bool
-    ) -> TiledAttention | HopperTiledAttention:
-        dim, value_dim = query_THD.shape[-1], kv.value.shape[-1]
+        self, query_THD: torch.Tensor, kv: KvLayerCache, *, is_fit: bool
+    ) -> Iterator[TiledAttention | HopperTiledAttention]:
+        """is_fit: whether Hopper's kernel can be used; which rows are its is decided row by row."""
+        metadata, dim, value_dim = self._metadata, query_THD.shape[-1], kv.value.shape[-1]
         group = query_THD.shape[1] // kv.key.shape[2]
-        if is_hopper:
-            return HopperTiledAttention(self._metadata, rows=self._long_rows, heads_per_kv=group)
-        config = prefill_config(dim, value_dim, query_THD.dtype)
-        return TiledAttention(self._metadata, rows=self._long_rows, heads_per_kv=group, config=config)
+        keys = metadata.context_len_cpu
+        fast = [
+            row
+            for row in self._long_rows
+            if is_fit and attention_prefill_hopper.is_faster(keys[row], metadata.window, dim)
+        ]
+        if fast:
+            yield HopperTiledAttention(metadata, rows=fast, heads_per_kv=group)
+        if rest := sorted(set(self._long_rows).difference(fast)):
+            config = prefill_config(dim, value_dim, query_THD.dtype)
+            yield TiledAttention(metadata, rows=rest, heads_per_kv=group, config=config)
 
 
 def plan_attention(metadata: AttentionMetadata) -> AttentionPlan:

@@ -35,7 +35,7 @@ BLOCK_M = 128
 """Queries times heads of a key/value head, of one program."""
 STAGES = 2
 MIN_KEYS = {64: 1024, 128: 512, 256: 512}
-"""Of some row, and of a window, by dims: with fewer, a program is over before its warps have much to do, and
+"""Of a row, and of a window, by dims: with fewer, a program is over before its warps have much to do, and
 `attention_prefill` is faster."""
 UNIT = 16
 """Keys that are copied at once: of one page."""
@@ -43,14 +43,12 @@ PANEL = 64
 """Dims that are copied at once, a line of shared memory."""
 
 
-def is_fit(query_THD: torch.Tensor, kv: KvLayerCache, metadata: AttentionMetadata, *, num_keys: int) -> bool:
-    """Whether the kernel can be used, and is faster for rows of which the longest has so many keys."""
-    num_seen = num_keys if metadata.window is None else min(num_keys, metadata.window)
+def is_fit(query_THD: torch.Tensor, kv: KvLayerCache, metadata: AttentionMetadata) -> bool:
+    """Whether the kernel can be used."""
     return (
         runtime.is_hopper()
         and HAS_TASKS
         and query_THD.shape[-1] in BLOCKS
-        and num_seen >= MIN_KEYS[query_THD.shape[-1]]
         and metadata.block_size % UNIT == 0
         and query_THD.dtype in (torch.bfloat16, torch.float16)
         and query_THD.dtype == kv.key.dtype
@@ -60,6 +58,11 @@ def is_fit(query_THD: torch.Tensor, kv: KvLayerCache, metadata: AttentionMetadat
         and _has_lines(kv.key)
         and _has_lines(kv.value)
     )
+
+
+def is_faster(num_keys: int, window: int | None, dim: int) -> bool:
+    """Whether a row with so many keys is the kernel's. It alone decides that, so that rows do not depend on others."""
+    return min(num_keys, num_keys if window is None else window) >= MIN_KEYS[dim]
 
 
 def _has_lines(paged: torch.Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -24,7 +24,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     machine = Machine(seed=3)
     machine.install(monkeypatch, attention_prefill_hopper, FUNCTIONS)
     monkeypatch.setattr(attention_prefill_hopper, "_units_of", units_of)
-    monkeypatch.setattr(attention_prefill_hopper, "is_fit", lambda *_, **__: True)
+    monkeypatch.setattr(attention_prefill_hopper, "is_fit", lambda *_: True)
+    monkeypatch.setattr(attention_prefill_hopper, "is_faster", lambda *_: True)
     return machine
 
 
@@ -96,3 +97,29 @@ def test_steps(machine: Machine, monkeypatch: pytest.MonkeyPatch, name: str, hea
     found = plan_attention(metadata).attend(query, kv, scale=0.2, sink_H=sinks)
     torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=2e-5)
     assert machine.num_launches == 1
+
+
+def test_a_row_alone_decides_by_which_kernel_it_is_computed(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contract, "BLOCK_SIZE", 16)
+    monkeypatch.setattr(attention_prefill_hopper, "is_faster", lambda num_keys, *_: num_keys >= 200)
+    rows: Rows = [(40, 40), (200, 60), (100, 30), (260, 18)]
+    metadata, blocks = scattered_rows(rows, None)
+    memory = randn(1 + sum(map(len, blocks)), 2, 16, 1, 64, seed=1).float()
+    query = randn(metadata.query_start_cpu[-1], 2, 64, seed=2).float()
+    kv = KvLayerCache(memory[:, 0], memory[:, 1])
+    together = plan_attention(metadata).attend(query, kv, scale=0.2)
+    assert machine.num_launches == 1
+    expected = torch_ref.plan_attention(metadata).attend(query, kv, scale=0.2)
+    torch.testing.assert_close(together, expected, atol=2e-5, rtol=2e-5)
+    for row, (context_len, num_new) in enumerate(rows):
+        tokens = slice(*metadata.query_start_cpu[row : row + 2])
+        alone = replace(
+            metadata,
+            query_start=torch.tensor([0, num_new], dtype=torch.int32),
+            context_len=metadata.context_len[row : row + 1],
+            block_table=metadata.block_table[row : row + 1],
+            slot=metadata.slot[tokens],
+            query_start_cpu=(0, num_new),
+            context_len_cpu=(context_len,),
+        )
+        assert torch.equal(plan_attention(alone).attend(query[tokens], kv, scale=0.2), together[tokens])
