@@ -261,3 +261,18 @@ def test_a_configured_fault_that_never_strikes_is_a_problem(monkeypatch: pytest.
         scenario.disturb(scene)
     counted["atom_kv_bad_blocks_total"] = 3.0
     assert scenario.disturb(scene) == [] and scene.notes == counted
+
+
+def test_what_is_still_queued_after_a_problem_is_not_leaked(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = iter([5, 2, 0])
+    monkeypatch.setattr(RunningCluster, "num_held", lambda self: next(held))
+    monkeypatch.setattr(RunningCluster, "replicas", lambda self: [])
+
+    class Hopeless:
+        def run_while(self, disturb: Callable[[], None], outcome: Outcome) -> None:
+            raise DrillError("no answer")
+
+    scene = Scene(RunningCluster("http://127.0.0.1:1"), None, None, b"")  # type: ignore[arg-type]
+    (scenario,) = chosen(["flood"])
+    result = run._run(scenario, scene, Hopeless())  # type: ignore[arg-type]
+    assert (result.problem, result.num_leaked, result.holds) == ("no answer", 0, False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from atom_cluster.tools.drill.cluster import DrillError, RunningCluster
-from atom_cluster.tools.drill.flood import Ending, check, flood, summary
+from atom_cluster.tools.drill.flood import Ending, check, flood, summary, until_served
 
 
 def served(end_s: float = 2.0, *, is_whole: bool = True) -> Ending:
@@ -27,6 +27,20 @@ def test_the_summary_tells_numbers_and_times() -> None:
     found = summary([served(1), served(3), served(2), refused()])
     assert (found["connections"], found["served"], found["refused"]) == (4, 3, 1)
     assert (found["served_end_p50_s"], found["served_end_max_s"], found["refused_end_max_s"]) == (2, 3, 0.1)
+
+
+def test_whoever_comes_back_as_told_is_served() -> None:
+    answers, waits = iter([refused(503, 2), refused(429, 3), served()]), list[float]()
+    endings = until_served(lambda: next(answers), sleep=waits.append)
+    assert [ending.status for ending in endings] == [503, 429, 200]
+    assert waits == [2, 3]
+
+
+def test_who_is_refused_for_ever_is_told_of() -> None:
+    with pytest.raises(DrillError, match=r"refused for 10 s, 3 times"):
+        until_served(lambda: refused(503, 5), timeout_s=10, sleep=lambda seconds: None)
+    with pytest.raises(DrillError, match="otherwise"):
+        until_served(lambda: refused(500))
 
 
 def test_another_host_is_not_flooded() -> None:

@@ -197,9 +197,13 @@ def _run(scenario: Scenario, scene: Scene, load: Load) -> Result:
     outcome, problem, num_leaked = Outcome(), "", 0
     try:
         load.run_while(disturb, outcome)
-        scene.cluster.wait_until_idle()
     except DrillError as exc:
         problem = str(exc)
+    # Also when something went wrong: what is still queued then is not leaked.
+    try:
+        scene.cluster.wait_until_idle()
+    except DrillError as exc:
+        problem = problem or str(exc)
         with contextlib.suppress(DrillError):
             num_leaked = scene.cluster.num_held()
     return Result(
