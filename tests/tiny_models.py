@@ -259,6 +259,9 @@ TINY_MODELS = {
         "deepseek_v2", "DeepseekV2ForCausalLM", {**_DEEPSEEK_V2, "q_lora_rank": None, "attention_bias": True}
     ),
     "deepseek_v3": TinyModel("deepseek_v3", "DeepseekV3ForCausalLM", _DEEPSEEK_V3),
+    "deepseek_v3_dense": TinyModel(
+        "deepseek_v3", "DeepseekV3ForCausalLM", {**_DEEPSEEK_V3, "first_k_dense_replace": 3}
+    ),
     "kimi_k2": TinyModel(
         "deepseek_v3",
         "DeepseekV3ForCausalLM",

@@ -90,7 +90,8 @@ class AttentionPlan(Protocol):
 
         Norms come first; what is None is left out. Returns the queries to attend with, [T, H, D]. The tensors may be
         strided views, as they come out of a projection, with heads whole; they may be overwritten. Values may have no
-        dims: only keys are written then.
+        dims: only keys are written then. Where steps can be captured, the metadata's `slot` is read at each call and
+        each replay: graphs outlive a step.
         """
         ...
 

@@ -97,7 +97,7 @@ class MlaPlan(Protocol):
 
         Latents and keys lie side by side: `kv.key` [N, block_size, 1, S]. All P dims are rotated, paired as
         `ops.rotary` says. Returns the rotated queries, [T, H, P]. The tensors may be strided views, as they come out of
-        a projection; they may be overwritten.
+        a projection; they may be overwritten. As for `AttentionPlan.store`, graphs may outlive the step.
         """
         ...
 

@@ -1,9 +1,10 @@
 """Steps with prompts, in pieces: what works on each token alone is captured in graphs, what mixes tokens is not.
 
 Between two attentions a model's layers are a function of the tokens' hidden states, whatever rows they belong to; its
-kernels are many and, for a few hundred tokens, short. So a forward pass is recorded once for a number of tokens: when a
-layer asks to mix tokens, the capture ends there, the call is noted, and another capture begins behind it. A step of so
-many tokens or fewer then replays graph by graph, and makes the calls in between for its own rows. Knows no sampling.
+kernels are many and, for a few hundred tokens, short. So is what writes keys and values, given each token's slot. So a
+forward pass is recorded once for a number of tokens: when a layer asks to mix tokens, the capture ends there, the call
+is noted, and another capture begins behind it. A step of so many tokens or fewer then replays graph by graph, and makes
+the calls in between for its own rows. Knows no sampling.
 """
 
 from __future__ import annotations
@@ -38,8 +39,11 @@ _log = logging.getLogger(__name__)
 _PER_TOKEN = re.compile(r"_T[A-Z0-9]*$")
 """Names of parameters, and of fields of what they are, that have a row per token: the suffix is the convention of all
 ops."""
-_FIRST_OF_TWO = frozenset({"store"})
-"""Methods behind which layers compute nothing before they call the next one: no graph begins there."""
+_PER_TOKEN_METHODS = frozenset({"store"})
+"""Methods of plans that mix nothing: what they do with a token follows from the token and its slot."""
+_NUM_TIMINGS = 3
+_GAIN = 0.95
+"""Of a larger size's time, over a smaller one's, to take its place: less may be chance."""
 
 
 class CannotDivideError(RuntimeError):
@@ -53,32 +57,47 @@ class _Call:
     key: Hashable
     make: Callable[[LayerInputs], object]
     name: str
-    arguments: tuple[object, ...]
-    options: Mapping[str, object]
+    arguments: tuple[_Argument, ...]
+    options: Mapping[str, _Argument]
     result: torch.Tensor | None
 
     def run(self, inputs: LayerInputs, num_tokens: int) -> None:
         """Make it for the step at hand, of which only so many tokens are there."""
         method = getattr(inputs.mixer(self.key, self.make), self.name)
-        names = _parameter_names(method.__func__)
-        arguments = [_of_first(num_tokens, x, name, inputs) for name, x in zip(names, self.arguments)]
-        options = {name: _of_first(num_tokens, x, name, inputs) for name, x in self.options.items()}
+        arguments = [x.of_first(num_tokens, inputs) for x in self.arguments]
+        options = {name: x.of_first(num_tokens, inputs) for name, x in self.options.items()}
         result = method(*arguments, **options)
         if self.result is not None:
             self.result[:num_tokens].copy_(result)
 
 
-def _of_first(num_tokens: int, value: object, name: str, inputs: LayerInputs) -> object:
-    """What there is in an argument of this name for the first tokens of a pass."""
-    if isinstance(value, torch.Tensor):
-        return value[:num_tokens] if _PER_TOKEN.search(name) else value
-    names = _per_token_fields(cast("Hashable", type(value)))
-    if not names:
-        return value
-    # Many layers are given the same angles.
-    return inputs.once(
-        (_Call, id(value)), lambda: replace(cast("Any", value), **{x: getattr(value, x)[:num_tokens] for x in names})
-    )
+@dataclass(frozen=True, slots=True)
+class _Argument:
+    """Of a call, for as many tokens as were recorded."""
+
+    value: Any
+    is_per_token: bool = False
+    fields: tuple[str, ...] = ()
+    """Those that have a row per token."""
+
+    @classmethod
+    def of(cls, name: str, value: object) -> _Argument:
+        """name: the parameter's."""
+        if isinstance(value, torch.Tensor):
+            return cls(without_owning(value), is_per_token=_PER_TOKEN.search(name) is not None)
+        return cls(value, fields=_per_token_fields(cast("Hashable", type(value))))
+
+    def of_first(self, num_tokens: int, inputs: LayerInputs) -> object:
+        """What there is in it for the first tokens of a pass."""
+        value, names = self.value, self.fields
+        if self.is_per_token:
+            return value[:num_tokens]
+        if not names:
+            return value
+        # Many layers may be given the same.
+        return inputs.once(
+            (_Call, id(value)), lambda: replace(value, **{x: getattr(value, x)[:num_tokens] for x in names})
+        )
 
 
 @cache
@@ -99,9 +118,38 @@ class _Recording:
 
     token_ids: torch.Tensor
     positions: torch.Tensor
+    slots: Mapping[int | None, torch.Tensor]
+    """By window, [T]."""
+    spare_slots: Mapping[int | None, torch.Tensor]
+    """Those of tokens that are not there: of the row that stands for none."""
     parts: list[torch.cuda.CUDAGraph | _Call]
     hidden: torch.Tensor
     """[T, D], in memory that the next pass overwrites."""
+
+    def place(self, batch: ForwardBatch) -> None:
+        """The step's tokens, and where they go."""
+        num_tokens = len(batch.token_ids)
+        # Ids and positions behind them are left from an earlier step: as good as anything.
+        self.token_ids[:num_tokens].copy_(batch.token_ids)
+        self.positions[:num_tokens].copy_(batch.positions)
+        for window, slot_T in self.slots.items():
+            slot_T[:num_tokens].copy_(batch.attention[window].slot)
+            slot_T[num_tokens:].copy_(self.spare_slots[window][num_tokens:])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _PassTimes:
+    """Milliseconds."""
+
+    issue_ms: float
+    """Of the host, to launch it kernel by kernel."""
+    device_ms: float
+    """Of the device, in pieces."""
+
+    @property
+    def waits_for_launches(self) -> bool:
+        """Whether the device would have to, kernel by kernel."""
+        return self.device_ms < self.issue_ms
 
 
 class _Recorder:
@@ -132,20 +180,23 @@ class _Recorder:
         self, key: Hashable, make: Callable[[LayerInputs], object], name: str, *arguments: object, **options: object
     ) -> torch.Tensor | None:
         """Make the call outside of the capture, on rows that stand for none, and note it."""
-        self.end()
         method = getattr(self._actual.mixer(key, make), name)
         if not callable(method):
             raise CannotDivideError(f"layers use `{name}` of what mixes tokens")
+        if name in _PER_TOKEN_METHODS:
+            return cast("torch.Tensor | None", method(*arguments, **options))
+        self.end()
         result = method(*arguments, **options)
         if result is not None and not isinstance(result, torch.Tensor):
             raise CannotDivideError(f"`{name}` returns more than a tensor")
         if name == "select":
             raise CannotDivideError("layers choose what they attend to")
         kept = None if result is None else self._result(key, name, result)
-        owned = tuple(without_owning(x) if isinstance(x, torch.Tensor) else x for x in arguments)
-        self.parts.append(_Call(key, make, name, owned, options, kept))
-        if name not in _FIRST_OF_TWO:
-            self.begin()
+        named = zip(_parameter_names(method.__func__), arguments)
+        of_call = tuple(_Argument.of(parameter, x) for parameter, x in named)
+        by_name = {option: _Argument.of(option, x) for option, x in options.items()}
+        self.parts.append(_Call(key, make, name, of_call, by_name, kept))
+        self.begin()
         return kept
 
     def _result(self, key: Hashable, name: str, result: torch.Tensor) -> torch.Tensor:
@@ -250,9 +301,7 @@ class PiecewiseForward:
         """As `CausalLM.forward`, [T, D], for a step that `takes` allows; in memory that the next pass overwrites."""
         num_tokens = len(batch.token_ids)
         recording = self._recordings[self._size_for(num_tokens)]
-        # What is behind them is left from an earlier step: as good as anything.
-        recording.token_ids[:num_tokens].copy_(batch.token_ids)
-        recording.positions[:num_tokens].copy_(batch.positions)
+        recording.place(batch)
         inputs = LayerInputs(batch, self._ops)
         for part in recording.parts:
             if isinstance(part, _Call):
@@ -262,31 +311,47 @@ class PiecewiseForward:
         return recording.hidden[:num_tokens]
 
     def record_all(self, agree: Callable[[bool], bool]) -> None:
-        """Record every size up to the first that takes the device longer than it takes the host to launch its kernels:
-        larger ones would only lose, by what they are filled up with. agree: whether all ranks say yes."""
+        """Record sizes until the device needs longer for two in a row than the host to launch their kernels: larger
+        ones would only lose, by what they are filled up with. Two, as a vendor's product may be slow for one number.
+
+        Sizes that take longer than a larger one are dropped: on an H200, Llama-8B's products take 15 ms for 448 tokens
+        and 12 ms for 512. agree: whether all ranks say yes.
+        """
         started_s = time.perf_counter()
+        times: dict[int, _PassTimes] = {}
         with capture_stream(self._device):
-            for index, size in enumerate(self._sizes):
+            for size, before in zip(tuple(self._sizes), (None, *self._sizes)):
                 self._record(size)
-                if not agree(self._waits_for_launches(size)):
-                    del self._sizes[index + 1 :]
+                times[size] = self._time(size)
+                is_bound = not times[size].waits_for_launches
+                if before is not None and agree(is_bound and not times[before].waits_for_launches):
+                    del times[size]
                     break
+        self._sizes = [
+            size
+            for size in times
+            if not agree(any(x.device_ms < _GAIN * times[size].device_ms for y, x in times.items() if y > size))
+        ]
+        self._recordings = {size: self._recordings[size] for size in self._sizes}
         self.capture_s = time.perf_counter() - started_s
 
-    def _waits_for_launches(self, size: int) -> bool:
-        """Whether a pass over so many tokens, kernel by kernel, is issued in more time than the device needs for it."""
+    def _time(self, size: int) -> _PassTimes:
+        """Of a pass over so many tokens."""
         batch = self._padding_batch(size)
         begin, end = (torch.Event(self._device, enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(self._device)
         started_s = time.perf_counter()
         self._model.forward(batch)
-        issued_ms = 1000 * (time.perf_counter() - started_s)
+        issue_ms = 1000 * (time.perf_counter() - started_s)
         torch.cuda.synchronize(self._device)
-        begin.record()
-        self.forward(batch)
-        end.record()
-        end.synchronize()
-        return float(begin.elapsed_time(end)) < issued_ms
+        device_ms = []
+        for _ in range(_NUM_TIMINGS):
+            begin.record()
+            self.forward(batch)
+            end.record()
+            end.synchronize()
+            device_ms.append(float(begin.elapsed_time(end)))
+        return _PassTimes(issue_ms=issue_ms, device_ms=min(device_ms))
 
     def _padding_batch(self, size: int) -> ForwardBatch:
         """A prompt of so many tokens, of a row that stands for none."""
@@ -297,10 +362,18 @@ class PiecewiseForward:
 
     def _record(self, size: int) -> None:
         """Record a pass over so many tokens, within `capture_stream`. Raises CannotDivideError."""
-        batch = self._padding_batch(size)
-        self._model.forward(batch)  # compiles kernels and creates handles, which a capture must not
-        batch = replace(batch, token_ids=batch.token_ids.clone(), positions=batch.positions.clone())
-        recorder = _Recorder(LayerInputs(batch, self._ops), self._pool)
+        padding = self._padding_batch(size)
+        slots = {window: rows.slot.clone() for window, rows in padding.attention.items()}
+        batch = replace(
+            padding,
+            token_ids=padding.token_ids.clone(),
+            positions=padding.positions.clone(),
+            attention={window: replace(rows, slot=slots[window]) for window, rows in padding.attention.items()},
+        )
+        actual = LayerInputs(batch, self._ops)
+        # Makes plans, compiles kernels and creates handles, which a capture must not.
+        self._model.forward(batch, actual)
+        recorder = _Recorder(actual, self._pool)
         try:
             recorder.begin()
             hidden_TD = self._model.forward(batch, _RecordingInputs(batch, self._ops, recorder))
@@ -308,4 +381,11 @@ class PiecewiseForward:
         except BaseException as exc:
             recorder.fail(type(exc), exc, exc.__traceback__)
             raise
-        self._recordings[size] = _Recording(batch.token_ids, batch.positions, recorder.parts, without_owning(hidden_TD))
+        self._recordings[size] = _Recording(
+            token_ids=batch.token_ids,
+            positions=batch.positions,
+            slots=slots,
+            spare_slots={window: rows.slot for window, rows in padding.attention.items()},
+            parts=recorder.parts,
+            hidden=without_owning(hidden_TD),
+        )

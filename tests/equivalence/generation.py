@@ -19,6 +19,7 @@ _VARIANTS = {
     "llama_one_kv_head",
     "llama_real_heads",
     "qwen2_windows",
+    "deepseek_v3_dense",
     "gemma3_vision",
     "qwen3_5_vision",
     "qwen3_5_moe_vision",

@@ -6,7 +6,7 @@ Graphs are stand-ins here: a replay repeats the tensor operations that were issu
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -80,7 +80,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[PiecewiseForward]:
     return found
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3_5"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3_5", "deepseek_v3_dense"])
 def test_pieces_give_what_a_whole_pass_does(name: str, built: list[PiecewiseForward]) -> None:
     with pytest.MonkeyPatch.context() as without:
         without.setattr(build, "_capture", lambda *_: ("none", 0))
@@ -94,3 +94,61 @@ def test_a_model_that_cannot_be_divided_goes_on_without_pieces(built: list[Piece
     found = generate("deepseek_v32", requests, **SETTINGS)
     assert not built[0].takes(1)
     assert found == generate("deepseek_v32", requests, **SETTINGS)
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[..., PiecewiseForward]:
+    """Pieces without a model, of sizes 1, 2, 3, ... whose passes take so long; the host needs 10 ms to launch any."""
+
+    def record(device_ms: Sequence[float], agree: Callable[[bool], bool]) -> PiecewiseForward:
+        nothing: Any = None
+        part = PiecewiseForward(
+            model=nothing,
+            inputs=nothing,
+            table=nothing,
+            ops=nothing,
+            sizes=range(1, len(device_ms) + 1),
+            pool=None,
+            device=torch.device("cpu"),
+        )
+        monkeypatch.setattr(pieces, "capture_stream", lambda device: contextlib.nullcontext())
+        monkeypatch.setattr(part, "_record", lambda size: part._recordings.update({size: nothing}))
+        monkeypatch.setattr(part, "_time", lambda size: pieces._PassTimes(issue_ms=10.0, device_ms=device_ms[size - 1]))
+        part.record_all(agree)
+        return part
+
+    return record
+
+
+@pytest.mark.parametrize(
+    ("device_ms", "expected"),
+    [
+        # Nothing is bound by the device.
+        ((1.0, 2.0, 3.0, 4.0, 5.0, 6.0), [1, 2, 3, 4, 5, 6]),
+        # The first of two in a row stays, as the largest.
+        ((1.0, 2.0, 3.0, 11.0, 12.0, 13.0), [1, 2, 3, 4]),
+        # One alone is no reason to end, and is dropped if a larger one is faster.
+        ((1.0, 2.0, 13.0, 9.0, 11.0, 12.0), [1, 2, 4, 5]),
+        # A little faster may be chance.
+        ((1.0, 2.0, 3.1, 3.0, 5.0, 6.0), [1, 2, 3, 4, 5, 6]),
+        ((11.0, 12.0, 13.0, 14.0, 15.0, 16.0), [1]),
+    ],
+)
+def test_sizes_that_only_lose_are_not_kept(
+    recorded: Callable[..., PiecewiseForward], device_ms: tuple[float, ...], expected: list[int]
+) -> None:
+    part = recorded(device_ms, lambda is_so: is_so)
+    assert part._sizes == expected and list(part._recordings) == expected
+    assert part.describe().startswith(f"{len(expected)} sizes")
+
+
+def test_ranks_keep_the_same_sizes(recorded: Callable[..., PiecewiseForward]) -> None:
+    """One rank alone is bound by its device, and finds larger sizes faster."""
+    asked: list[bool] = []
+
+    def agree(is_so: bool) -> bool:
+        asked.append(is_so)
+        return False
+
+    assert recorded((20.0, 15.0, 12.0), agree)._sizes == [1, 2, 3]
+    assert asked == [True, True, True, True, False]

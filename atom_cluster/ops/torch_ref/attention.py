@@ -15,8 +15,6 @@ class RowByRowAttention:
 
     def __init__(self, metadata: AttentionMetadata) -> None:
         self._metadata = metadata
-        self._block_T = metadata.slot // metadata.block_size
-        self._offset_T = metadata.slot % metadata.block_size
 
     def store(
         self,
@@ -34,8 +32,9 @@ class RowByRowAttention:
             key_TKD = rms_norm(key_TKD, norms.key_D, norms.eps)
         if rotation is not None:
             query_THD, key_TKD = rotary(query_THD, key_TKD, rotation.cos_T1P, rotation.sin_T1P)
-        kv.key[self._block_T, self._offset_T] = as_stored(key_TKD, kv.key.dtype, kv.key_scale)
-        kv.value[self._block_T, self._offset_T] = as_stored(value_TKD, kv.value.dtype, kv.value_scale)
+        place_T = places(self._metadata)
+        kv.key[place_T] = as_stored(key_TKD, kv.key.dtype, kv.key_scale)
+        kv.value[place_T] = as_stored(value_TKD, kv.value.dtype, kv.value_scale)
         return query_THD
 
     def attend(
@@ -56,6 +55,11 @@ class RowByRowAttention:
         context_len = self._metadata.context_len_cpu[row]
         columns = slice(ceil_div(context_len, self._metadata.block_size))
         return paged[self._metadata.block_table[row, columns].long()].flatten(0, 1)[:context_len]
+
+
+def places(metadata: AttentionMetadata) -> tuple[torch.Tensor, torch.Tensor]:
+    """Block and entry of each token, [T] both."""
+    return metadata.slot // metadata.block_size, metadata.slot % metadata.block_size
 
 
 def visible(metadata: AttentionMetadata, row: int, queries: slice = slice(None)) -> torch.Tensor:

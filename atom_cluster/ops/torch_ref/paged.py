@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from atom_cluster.ops.attention import AttentionMetadata, KvLayerCache
-from atom_cluster.ops.torch_ref.attention import as_stored
+from atom_cluster.ops.torch_ref.attention import as_stored, places
 from atom_cluster.units import ceil_div
 
 
@@ -19,8 +19,6 @@ class PagedRows:
     def __init__(self, metadata: AttentionMetadata, tokens_per_entry: int = 1) -> None:
         """tokens_per_entry: as in the cache's layout; with a window, 1."""
         self._metadata = metadata
-        self._block_T = metadata.slot // metadata.block_size
-        self._offset_T = metadata.slot % metadata.block_size
         self._block_size, self._tokens_per_entry = metadata.block_size, tokens_per_entry
         starts = metadata.query_start_cpu
         self.tokens = tuple(slice(start, end) for start, end in zip(starts, starts[1:]))
@@ -30,7 +28,8 @@ class PagedRows:
 
     def store(self, key_TD: torch.Tensor, kv: KvLayerCache) -> None:
         """Write the step's keys to their slots."""
-        kv.key[self._block_T, self._offset_T, 0] = as_stored(key_TD, kv.key.dtype, kv.key_scale)
+        block_T, offset_T = places(self._metadata)
+        kv.key[block_T, offset_T, 0] = as_stored(key_TD, kv.key.dtype, kv.key_scale)
 
     def gather(self, row: int, kv: KvLayerCache, dtype: torch.dtype) -> torch.Tensor:
         """A row's keys up to its last token, in order, [C, D] in `dtype`."""

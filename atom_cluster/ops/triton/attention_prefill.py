@@ -23,6 +23,7 @@ from atom_cluster.ops.triton.attention_tile import (
     load_queries,
     with_sink,
 )
+from atom_cluster.ops.triton.repeated import RepeatedKernel
 from atom_cluster.ops.triton.runtime import varying
 
 
@@ -66,6 +67,7 @@ class TiledAttention:
     ) -> None:
         self._metadata, self._heads_per_kv, self._config = metadata, heads_per_kv, config
         self._tile_I2 = list_tiles(metadata, rows, config.tile, heads_per_kv)
+        self._kernel = RepeatedKernel(_prefill_kernel)
 
     def attend(
         self,
@@ -80,35 +82,42 @@ class TiledAttention:
         num_kv_heads, value_dim = kv.value.shape[2:]
         if not len(self._tile_I2):
             return
-        _prefill_kernel[(len(self._tile_I2) * num_kv_heads,)](
-            query_THD,
-            kv.key,
-            kv.value,
-            out_THV,
-            self._metadata.block_table,
-            self._tile_I2,
-            self._metadata.query_start,
-            self._metadata.context_len,
-            query_THD if sink_H is None else sink_H,
-            scale * kv.key_scale * LOG2_E.value,
-            float(kv.value_scale),
-            num_kv_heads,
-            *query_THD.stride()[:2],
-            *kv.key.stride()[:3],
-            *kv.value.stride()[:3],
-            self._metadata.block_table.stride(0),
-            BLOCK_SIZE=self._metadata.block_size,
-            D=query_THD.shape[-1],
-            VALUE_D=value_dim,
-            BLOCK_D=max(16, triton.next_power_of_2(query_THD.shape[-1])),
-            BLOCK_V=max(16, triton.next_power_of_2(value_dim)),
-            GROUP=self._heads_per_kv,
-            TILE=self._config.tile,
-            KEYS=self._config.keys,
-            WINDOW=self._metadata.window or 0,
-            HAS_SINK=sink_H is not None,
-            num_warps=self._config.num_warps,
-            num_stages=self._config.num_stages,
+        metadata, config = self._metadata, self._config
+        self._kernel.launch(
+            len(self._tile_I2) * num_kv_heads,
+            (
+                query_THD,
+                kv.key,
+                kv.value,
+                out_THV,
+                metadata.block_table,
+                self._tile_I2,
+                metadata.query_start,
+                metadata.context_len,
+                query_THD if sink_H is None else sink_H,
+            ),
+            (
+                scale * kv.key_scale * LOG2_E.value,
+                float(kv.value_scale),
+                num_kv_heads,
+                *query_THD.stride()[:2],
+                *kv.key.stride()[:3],
+                *kv.value.stride()[:3],
+                metadata.block_table.stride(0),
+            ),
+            {
+                "BLOCK_SIZE": metadata.block_size,
+                "D": query_THD.shape[-1],
+                "VALUE_D": value_dim,
+                "BLOCK_D": max(16, triton.next_power_of_2(query_THD.shape[-1])),
+                "BLOCK_V": max(16, triton.next_power_of_2(value_dim)),
+                "GROUP": self._heads_per_kv,
+                "TILE": config.tile,
+                "KEYS": config.keys,
+                "WINDOW": metadata.window or 0,
+                "HAS_SINK": sink_H is not None,
+            },
+            {"num_warps": config.num_warps, "num_stages": config.num_stages},
         )
 
 

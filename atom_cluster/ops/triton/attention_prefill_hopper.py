@@ -27,6 +27,7 @@ from atom_cluster.ops.triton.attention_decode_hopper import HAS_TASKS
 from atom_cluster.ops.triton.attention_prefill import list_tiles
 from atom_cluster.ops.triton.attention_tile import LOG2_E
 from atom_cluster.ops.triton.bulk_copies import box_layout
+from atom_cluster.ops.triton.repeated import RepeatedKernel
 from atom_cluster.ops.triton.runtime import varying
 
 BLOCKS = {64: 128, 128: 128, 256: 64}
@@ -79,6 +80,7 @@ class HopperTiledAttention:
     def __init__(self, metadata: AttentionMetadata, *, rows: Sequence[int], heads_per_kv: int) -> None:
         self._metadata, self._heads_per_kv = metadata, heads_per_kv
         self._tile_I2 = list_tiles(metadata, rows, BLOCK_M, heads_per_kv)
+        self._kernel = RepeatedKernel(attend_kernel)
 
     def attend(
         self,
@@ -93,39 +95,47 @@ class HopperTiledAttention:
         num_kv_heads, dim = kv.key.shape[2:]
         if not len(self._tile_I2):
             return
-        attend_kernel[(len(self._tile_I2) * num_kv_heads,)](
-            query_THD,
-            _units_of(kv.key),
-            _units_of(kv.value),
-            out_THV,
-            self._metadata.block_table,
-            self._tile_I2,
-            self._metadata.query_start,
-            self._metadata.context_len,
-            query_THD if sink_H is None else sink_H,
-            scale * kv.key_scale * LOG2_E.value,
-            float(kv.value_scale),
-            num_kv_heads,
-            query_THD.stride(0) // 8,
-            query_THD.stride(1) // 8,
-            kv.key.stride(0) // kv.key.stride(1),
-            kv.value.stride(0) // kv.value.stride(1),
-            kv.key.stride(2),
-            kv.value.stride(2),
-            len(kv.key),
-            self._metadata.block_table.stride(0),
-            BLOCK_SIZE=self._metadata.block_size,
-            GROUP=self._heads_per_kv,
-            D=dim,
-            WINDOW=self._metadata.window or 0,
-            HAS_SINK=sink_H is not None,
-            LOG2E=LOG2_E.value,
-            BLOCK_M=BLOCK_M,
-            BLOCK_N=BLOCKS[dim],
-            UNIT=UNIT,
-            PANEL=PANEL,
-            STAGES=STAGES,
-            num_warps=4,
+        metadata = self._metadata
+        self._kernel.launch(
+            len(self._tile_I2) * num_kv_heads,
+            (
+                query_THD,
+                _units_of(kv.key),
+                _units_of(kv.value),
+                out_THV,
+                metadata.block_table,
+                self._tile_I2,
+                metadata.query_start,
+                metadata.context_len,
+                query_THD if sink_H is None else sink_H,
+            ),
+            (
+                scale * kv.key_scale * LOG2_E.value,
+                float(kv.value_scale),
+                num_kv_heads,
+                query_THD.stride(0) // 8,
+                query_THD.stride(1) // 8,
+                kv.key.stride(0) // kv.key.stride(1),
+                kv.value.stride(0) // kv.value.stride(1),
+                kv.key.stride(2),
+                kv.value.stride(2),
+                len(kv.key),
+                metadata.block_table.stride(0),
+            ),
+            {
+                "BLOCK_SIZE": metadata.block_size,
+                "GROUP": self._heads_per_kv,
+                "D": dim,
+                "WINDOW": metadata.window or 0,
+                "HAS_SINK": sink_H is not None,
+                "LOG2E": LOG2_E.value,
+                "BLOCK_M": BLOCK_M,
+                "BLOCK_N": BLOCKS[dim],
+                "UNIT": UNIT,
+                "PANEL": PANEL,
+                "STAGES": STAGES,
+            },
+            {"num_warps": 4},
         )
 
 

@@ -6,7 +6,9 @@ the tests compile every kernel for chips that are not there.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import cache
+from typing import Any, cast
 
 import torch
 import triton
@@ -56,8 +58,13 @@ def num_multiprocessors(device: torch.device) -> int:
 
 
 def _target() -> tuple[str, str]:
-    """Backend and chip of the active driver; not cached, as tests change it."""
-    target = triton.runtime.driver.active.get_current_target()
+    """Backend and chip of the active driver, which tests change. Asked at every launch."""
+    return _target_of(triton.runtime.driver.active)
+
+
+@cache
+def _target_of(driver: Hashable) -> tuple[str, str]:
+    target = cast("Any", driver).get_current_target()
     return target.backend, f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch).split(":")[0]
 
 

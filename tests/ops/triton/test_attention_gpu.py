@@ -97,6 +97,25 @@ def test_a_long_row_among_short_ones() -> None:
         check(LAYERS[name], [(100, 1), (70000, 1), (5, 1)], seed=1)
 
 
+@pytest.mark.parametrize("step", ["mixed", "chunks"])
+@pytest.mark.parametrize("name", ["llama", "llama fp8", "gemma3", "wide window"])
+def test_a_plan_serves_layer_after_layer(name: str, step: str) -> None:
+    """Whose memories differ in where they are; one's in strides and scales as well."""
+    layer = LAYERS[name]
+    metadata, kv, query = inputs_of(layer, STEPS[step], seed=1)
+    key, value = (x.float().nan_to_num() for x in (kv.key, kv.value))
+    first = replace(kv, key=key.to(kv.key.dtype), value=value.to(kv.key.dtype))
+    other = replace(kv, key=key.flip(3).to(kv.key.dtype), value=value.flip(3).to(kv.key.dtype))
+    apart = replace(kv, key=spread(other.key), value=spread(other.value), value_scale=kv.value_scale * 3)
+    plan = kernels().plan_attention(metadata)
+    sinks = torch.randn(layer.num_heads, device="cuda") * 2 if layer.has_sinks else None
+    for kv in (first, other, apart, other):
+        query = query.flip(0).contiguous()
+        poison()
+        output = plan.attend(query, kv, scale=0.1, sink_H=sinks)
+        assert_close(output, reference(metadata, kv, query, 0.1, sinks), layer.dtype)
+
+
 def test_a_captured_step_serves_other_lengths() -> None:
     layer = LAYERS["llama"]
     long, short = [(900, 2), (300, 2), (20, 2)], [(2, 2), (450, 2), (700, 2)]
@@ -175,6 +194,13 @@ def assert_close(output: torch.Tensor, expected: torch.Tensor, dtype: torch.dtyp
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     return (found.double() - expected.double()).norm() / expected.double().norm()
+
+
+def spread(paged: torch.Tensor) -> torch.Tensor:
+    """The same, with room between pages."""
+    wide = torch.full((len(paged), 2, *paged.shape[1:]), float("nan"), device="cuda").to(paged.dtype)
+    wide[:, 1] = paged
+    return wide[:, 1]
 
 
 def poison() -> None:
