@@ -11,9 +11,12 @@ from atom_cluster.config.base import FrozenConfig
 DEFAULT_CAPTURE_SIZES = (*range(1, 9), *range(12, 33, 4), *range(40, 65, 8), *range(80, 257, 16), *range(288, 513, 32))
 """Rows of a step: fine steps where a row more costs much of the whole, coarse ones where it does not."""
 
-
 PIECEWISE_SIZES = (*range(16, 129, 16), *range(160, 257, 32), *range(320, 513, 64), *range(640, 1025, 128))
-PIECEWISE_SIZES += tuple(range(1280, 2049, 256))
+PIECEWISE_SIZES += (*range(1280, 2049, 256), *range(2560, 4097, 512))
+"""Tokens of a step with prompts: as far as the host may need longer to launch a pass than a GPU to compute it, which
+models that are small, or cut into many parts, come to."""
+MAX_UNTIMED_SIZE = 2048
+"""Of those that are captured when they are needed, without a look at whether that pays."""
 
 
 class CompilationConfig(FrozenConfig):
@@ -49,7 +52,9 @@ class CompilationConfig(FrozenConfig):
         return tuple(sorted(sizes | {limit} if self.capture_sizes is None else sizes))
 
     def piecewise_sizes(self, max_num_tokens: int) -> tuple[int, ...]:
-        """Tokens of the steps with prompts to capture in pieces, ascending."""
+        """Tokens of the steps with prompts to capture in pieces, ascending; the last one covers all steps, of
+        `max_num_tokens` at most, that are small enough."""
         if self.graph_mode != "full_and_piecewise":
             return ()
-        return tuple(size for size in PIECEWISE_SIZES if size <= max_num_tokens)
+        limit = min(max_num_tokens, MAX_UNTIMED_SIZE if self.capture == "lazy" else PIECEWISE_SIZES[-1])
+        return (*(size for size in PIECEWISE_SIZES if size < limit), limit)
