@@ -25,13 +25,14 @@ class CompilationConfig(FrozenConfig):
     graph_mode: Literal["none", "full", "full_and_piecewise"] = "full_and_piecewise"
     """full: a step that only decodes, plain or speculative, runs as a captured graph. full_and_piecewise: steps with
     prompts too, in pieces between their attentions, up to as many tokens as a GPU computes in less time than the host
-    needs to launch their kernels. none: every kernel is launched by the host."""
+    needs to launch their kernels, 4096 at most. none: every kernel is launched by the host."""
     capture_sizes: tuple[int, ...] | None = None
     """Numbers of rows to capture steps of; a step of fewer is filled up to the next. null: up to the most requests, in
     steps of 1 up to 8, of 4 up to 32, of 8 up to 64, of 16 up to 256, of 32 beyond."""
     capture: Literal["start", "lazy"] = "start"
     """start: all sizes before the first request; on GPUs steps with prompts of all sizes, too, so that no request waits
-    for kernels to be compiled. lazy: each when it is first needed, which then takes longer."""
+    for kernels to be compiled. lazy: each when it is first needed, which then takes longer; of steps with prompts those
+    up to 2048 tokens, whether that pays or not."""
     max_capture_rows: int = Field(default=512, gt=0)
     """Steps of more rows than this are not captured."""
 
@@ -52,8 +53,8 @@ class CompilationConfig(FrozenConfig):
         return tuple(sorted(sizes | {limit} if self.capture_sizes is None else sizes))
 
     def piecewise_sizes(self, max_num_tokens: int) -> tuple[int, ...]:
-        """Tokens of the steps with prompts to capture in pieces, ascending; the last one covers all steps, of
-        `max_num_tokens` at most, that are small enough."""
+        """Tokens of the steps with prompts to capture in pieces, ascending; the last is the most that a step can have,
+        or the largest that is captured."""
         if self.graph_mode != "full_and_piecewise":
             return ()
         limit = min(max_num_tokens, MAX_UNTIMED_SIZE if self.capture == "lazy" else PIECEWISE_SIZES[-1])

@@ -40,10 +40,11 @@ _PER_TOKEN = re.compile(r"_T[A-Z0-9]*$")
 """Names of parameters, and of fields of what they are, that have a row per token: the suffix is the convention of all
 ops."""
 _PER_TOKEN_METHODS = frozenset({"store"})
-"""Methods of plans that mix nothing: what they do with a token follows from the token and its slot."""
+"""Methods of plans that mix nothing: what they do with a token follows from the token and its slot, and of the plan's
+tensors they read no others. Graphs outlive these."""
 _NUM_TIMINGS = 3
-_GAIN = 0.95
-"""Of a larger size's time, over a smaller one's, to take its place: less may be chance."""
+_GAIN, _MAX_FILL = 0.95, 1.5
+"""Of the next size's time, over a size's own, to take its place, as less may be chance; and of the number of tokens."""
 
 
 class CannotDivideError(RuntimeError):
@@ -150,6 +151,18 @@ class _PassTimes:
     def waits_for_launches(self) -> bool:
         """Whether the device would have to, kernel by kernel."""
         return self.device_ms < self.issue_ms
+
+
+def _without_slow_ones(times: Mapping[int, _PassTimes], agree: Callable[[bool], bool]) -> list[int]:
+    """Sizes, ascending, but for those that the next is faster than: on an H200, Llama-8B's products take 15 ms for 448
+    tokens and 12 ms for 512."""
+    kept: list[int] = []
+    for size in sorted(times, reverse=True):
+        own, larger = times[size], kept[-1] if kept else None
+        is_slow = larger is not None and larger <= _MAX_FILL * size and times[larger].device_ms < _GAIN * own.device_ms
+        if not agree(is_slow):
+            kept.append(size)
+    return kept[::-1]
 
 
 class _Recorder:
@@ -311,33 +324,41 @@ class PiecewiseForward:
         return recording.hidden[:num_tokens]
 
     def record_all(self, agree: Callable[[bool], bool]) -> None:
-        """Record sizes until the device needs longer for two in a row than the host to launch their kernels: larger
-        ones would only lose, by what they are filled up with. Two, as a vendor's product may be slow for one number.
+        """Record sizes until the device needs longer for two in a row than the host to launch their kernels, or memory
+        ends: larger ones would only lose, by what they are filled up with. Two, as products may be slow for one number.
 
-        Sizes that take longer than a larger one are dropped: on an H200, Llama-8B's products take 15 ms for 448 tokens
-        and 12 ms for 512. agree: whether all ranks say yes.
+        agree: whether all ranks say yes. Raises RuntimeError if there is no memory for any.
         """
         started_s = time.perf_counter()
         times: dict[int, _PassTimes] = {}
         with capture_stream(self._device):
-            for size, before in zip(tuple(self._sizes), (None, *self._sizes)):
-                self._record(size)
+            for size, before in zip(self._sizes, (None, *self._sizes)):
+                if not agree(self._is_recorded(size)):
+                    break
                 times[size] = self._time(size)
                 is_bound = not times[size].waits_for_launches
                 if before is not None and agree(is_bound and not times[before].waits_for_launches):
                     del times[size]
                     break
-        self._sizes = [
-            size
-            for size in times
-            if not agree(any(x.device_ms < _GAIN * times[size].device_ms for y, x in times.items() if y > size))
-        ]
+        if not times:
+            raise RuntimeError(f"no memory for steps of {self._sizes[0]} tokens in pieces")
+        self._sizes = _without_slow_ones(times, agree)
         self._recordings = {size: self._recordings[size] for size in self._sizes}
         self.capture_s = time.perf_counter() - started_s
 
+    def _is_recorded(self, size: int) -> bool:
+        """Record a size, if there is memory for it."""
+        try:
+            self._record(size)
+        except torch.OutOfMemoryError:
+            _log.warning("steps of %d tokens and more are not captured in pieces: no memory is left", size)
+            return False
+        return True
+
     def _time(self, size: int) -> _PassTimes:
-        """Of a pass over so many tokens."""
-        batch = self._padding_batch(size)
+        """Of a pass over so many tokens, not all alike: those would have the same few experts."""
+        padding = self._padding_batch(size)
+        batch = replace(padding, token_ids=torch.arange(size, device=self._device) % self._model.vocab_size)
         begin, end = (torch.Event(self._device, enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(self._device)
         started_s = time.perf_counter()

@@ -89,6 +89,38 @@ def test_pieces_give_what_a_whole_pass_does(name: str, built: list[PiecewiseForw
     assert set(built[0]._recordings) == set(SIZES)
 
 
+class StandInEvent:
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def record(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: StandInEvent) -> float:
+        return 0.0
+
+
+def test_all_sizes_are_recorded_and_timed_before_the_first_step(
+    built: list[PiecewiseForward], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "Event", StandInEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    lazily = generate("llama", mixed_requests(), **SETTINGS)
+    add_pieces = build._capture
+
+    def add_and_record(runner: ModelRunner, *rest: Any) -> tuple[str, int]:
+        added = add_pieces(runner, *rest)
+        assert runner.capture_graphs() == {}
+        assert runner.pieces is not None and runner.pieces.num_captured == len(SIZES)
+        return added
+
+    monkeypatch.setattr(build, "_capture", add_and_record)
+    assert generate("llama", mixed_requests(), **SETTINGS) == lazily
+
+
 def test_a_model_that_cannot_be_divided_goes_on_without_pieces(built: list[PiecewiseForward]) -> None:
     requests = mixed_requests()[:3]
     found = generate("deepseek_v32", requests, **SETTINGS)
@@ -100,7 +132,9 @@ def test_a_model_that_cannot_be_divided_goes_on_without_pieces(built: list[Piece
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[..., PiecewiseForward]:
     """Pieces without a model, of sizes 1, 2, 3, ... whose passes take so long; the host needs 10 ms to launch any."""
 
-    def record(device_ms: Sequence[float], agree: Callable[[bool], bool]) -> PiecewiseForward:
+    def record(
+        device_ms: Sequence[float], agree: Callable[[bool], bool] = bool, *, max_size: int = 99
+    ) -> PiecewiseForward:
         nothing: Any = None
         part = PiecewiseForward(
             model=nothing,
@@ -112,7 +146,13 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[..., PiecewiseForward]
             device=torch.device("cpu"),
         )
         monkeypatch.setattr(pieces, "capture_stream", lambda device: contextlib.nullcontext())
-        monkeypatch.setattr(part, "_record", lambda size: part._recordings.update({size: nothing}))
+
+        def record_one(size: int) -> None:
+            if size > max_size:
+                raise torch.OutOfMemoryError
+            part._recordings[size] = nothing
+
+        monkeypatch.setattr(part, "_record", record_one)
         monkeypatch.setattr(part, "_time", lambda size: pieces._PassTimes(issue_ms=10.0, device_ms=device_ms[size - 1]))
         part.record_all(agree)
         return part
@@ -131,24 +171,33 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[..., PiecewiseForward]
         ((1.0, 2.0, 13.0, 9.0, 11.0, 12.0), [1, 2, 4, 5]),
         # A little faster may be chance.
         ((1.0, 2.0, 3.1, 3.0, 5.0, 6.0), [1, 2, 3, 4, 5, 6]),
+        # Nor is one taken that is much larger.
+        ((3.0, 2.0, 2.0, 5.0, 5.1, 6.0), [1, 2, 3, 4, 5, 6]),
         ((11.0, 12.0, 13.0, 14.0, 15.0, 16.0), [1]),
     ],
 )
 def test_sizes_that_only_lose_are_not_kept(
     recorded: Callable[..., PiecewiseForward], device_ms: tuple[float, ...], expected: list[int]
 ) -> None:
-    part = recorded(device_ms, lambda is_so: is_so)
+    part = recorded(device_ms)
     assert part._sizes == expected and list(part._recordings) == expected
     assert part.describe().startswith(f"{len(expected)} sizes")
 
 
+def test_sizes_end_where_memory_does(recorded: Callable[..., PiecewiseForward]) -> None:
+    part = recorded((1.0, 2.0, 3.0, 4.0), max_size=2)
+    assert part._sizes == [1, 2] and list(part._recordings) == [1, 2]
+    with pytest.raises(RuntimeError, match="no memory for steps of 1 tokens"):
+        recorded((1.0, 2.0), max_size=0)
+
+
 def test_ranks_keep_the_same_sizes(recorded: Callable[..., PiecewiseForward]) -> None:
-    """One rank alone is bound by its device, and finds larger sizes faster."""
+    """One rank alone is bound by its device, finds the larger of two sizes faster, and has memory for a fourth."""
     asked: list[bool] = []
 
     def agree(is_so: bool) -> bool:
         asked.append(is_so)
-        return False
+        return len(asked) in (1, 2, 4)  # the first three sizes are there
 
-    assert recorded((20.0, 15.0, 12.0), agree)._sizes == [1, 2, 3]
-    assert asked == [True, True, True, True, False]
+    assert recorded((20.0, 15.0, 12.0, 9.0), agree)._sizes == [1, 2, 3]
+    assert asked == [True, True, True, True, True, True, False, True, False]

@@ -29,7 +29,8 @@ class RepeatedKernel:
     ) -> None:
         """On the current stream. The kernel's parameters are these, in this order; options: Triton's own.
 
-        tensors: or what describes one, alike in all but the address.
+        tensors: or what describes one, always of the same dtype, box and layout. For AMD Triton also looks at the sizes
+        of storages: layers of a plan share theirs.
         """
         alike = (
             tuple((x.dtype, x.data_ptr() % 16) for x in tensors if isinstance(x, torch.Tensor)),

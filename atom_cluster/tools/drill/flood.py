@@ -69,15 +69,16 @@ def until_served(
 ) -> tuple[Ending, ...]:
     """Ask, and again when told to, until served; how each try ended, the last of them served.
 
-    Raises `DrillError` for an ending that is neither an answer nor a refusal, and if refusals go on for `timeout_s`,
-    of tries and of the waits that they asked for.
+    Raises `DrillError` for an ending that is neither an answer nor a refusal, and if tries and the waits that refusals
+    ask for come to more than `timeout_s`.
     """
-    endings: list[Ending] = []
-    while not endings or endings[-1].status != 200:
-        if endings and _total_s(endings) > timeout_s:
-            raise DrillError(f"refused for {timeout_s:.0f} s, {len(endings)} times, while coming back as told")
-        if endings:
-            sleep(endings[-1].retry_after_s or 0)
+    endings = [ask()]
+    check(endings)
+    while endings[-1].status != 200:
+        wait_s = endings[-1].retry_after_s or 0
+        if _total_s(endings) + wait_s > timeout_s:
+            raise DrillError(f"refused {len(endings)} times, and told to come back after more than {timeout_s:.0f} s")
+        sleep(wait_s)
         endings.append(ask())
         check(endings[-1:])
     return tuple(endings)
