@@ -154,8 +154,8 @@ class _PassTimes:
 
 
 def _without_slow_ones(times: Mapping[int, _PassTimes], agree: Callable[[bool], bool]) -> list[int]:
-    """Sizes, ascending, but for those that the next is faster than: on an H200, Llama-8B's products take 15 ms for 448
-    tokens and 12 ms for 512."""
+    """Sizes, ascending, but for those that the next is faster than: on an H200, a prompt of 448 tokens took Llama-8B
+    16.5 ms to its first token and one of 512 took 13.4."""
     kept: list[int] = []
     for size in sorted(times, reverse=True):
         own, larger = times[size], kept[-1] if kept else None
@@ -325,7 +325,7 @@ class PiecewiseForward:
 
     def record_all(self, agree: Callable[[bool], bool]) -> None:
         """Record sizes until the device needs longer for two in a row than the host to launch their kernels, or memory
-        ends: larger ones would only lose, by what they are filled up with. Two, as products may be slow for one number.
+        ends: larger ones would only lose, by what they are filled up with. Two, as one number of tokens may be slow.
 
         agree: whether all ranks say yes. Raises RuntimeError if there is no memory for any.
         """

@@ -276,3 +276,11 @@ def test_what_is_still_queued_after_a_problem_is_not_leaked(monkeypatch: pytest.
     (scenario,) = chosen(["flood"])
     result = run._run(scenario, scene, Hopeless())  # type: ignore[arg-type]
     assert (result.problem, result.num_leaked, result.holds) == ("no answer", 0, False)
+
+    def never(self: RunningCluster) -> None:
+        raise DrillError("not within 60 s")
+
+    held = iter([7])
+    monkeypatch.setattr(RunningCluster, "wait_until_idle", never)
+    result = run._run(scenario, scene, Hopeless())  # type: ignore[arg-type]
+    assert (result.problem, result.num_leaked) == ("no answer", 7)
