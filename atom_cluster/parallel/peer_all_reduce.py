@@ -27,6 +27,8 @@ _REGION_BYTES = 16 * KiB
 """Of one block of threads, in each of the two copies."""
 _ALIGNMENT_BYTES = 16
 _FLAG_BYTES = 4
+_NOT_TO_BE_HAD = (ImportError, RuntimeError, AttributeError, TypeError, ValueError)
+"""What torch raises, in one version or another, where ranks cannot read each other's memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +101,19 @@ class PeerAllReduce:
         return out
 
 
+class _ThisProcess:
+    """Remembers across gangs."""
+
+    has_shared = False
+    """Whether it was asked for its memory before. Torch numbers what ranks tell each other for that from the start of
+    their processes on: one that was in a gang before would wait forever for one that was in none."""
+
+
 def open_peer_all_reduce(group: dist.ProcessGroup, device: torch.device) -> tuple[PeerAllReduce | None, str]:
-    """For ranks that can map each other's memory; else None. And why. All ranks of the group call it together."""
+    """For ranks that can map each other's memory; else None. And why. All ranks of the group call it together.
+
+    None also where a rank's process was in another gang before.
+    """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     layout = _Layout(size)
     problem = ""
@@ -112,16 +125,31 @@ def open_peer_all_reduce(group: dist.ProcessGroup, device: torch.device) -> tupl
         memory = symmetric.empty(layout.num_bytes, dtype=torch.uint8, device=device)
         memory.zero_()
         torch.cuda.synchronize(device)
-        handle = symmetric.rendezvous(memory, group)
-    except (ImportError, RuntimeError, AttributeError, TypeError, ValueError) as exc:
+    except _NOT_TO_BE_HAD as exc:
         problem = f"{type(exc).__name__}: {exc}".splitlines()[0]
-    can_all = torch.tensor(handle is not None, dtype=torch.int32, device=device)
-    dist.all_reduce(can_all, op=dist.ReduceOp.MIN, group=group)  # behind it, everybody's flags are zero too
-    if memory is None or handle is None or not bool(can_all.item()):
+    if not _can_all(memory is not None, group, device):
+        return None, problem or "another rank has no memory that its peers can map"
+    if not _can_all(not _ThisProcess.has_shared, group, device):
+        return None, "a rank's process was in a gang before, and torch shares the memory of ranks once"
+    _ThisProcess.has_shared = True
+    assert memory is not None, "all have"
+    try:
+        handle = symmetric.rendezvous(memory, group)
+    except _NOT_TO_BE_HAD as exc:
+        problem = f"{type(exc).__name__}: {exc}".splitlines()[0]
+    if not _can_all(handle is not None, group, device):  # behind it, everybody's flags are zero too
         return None, problem or "another rank cannot map its peers' memory"
+    assert handle is not None, "all have"
     addresses = torch.tensor(list(handle.buffer_ptrs), dtype=torch.int64, device=device)
     peers = PeerAllReduce(rank=rank, memory=memory, addresses=addresses, keep=handle)
     return peers, f"peer memory up to {peers.max_bytes // KiB} KiB"
+
+
+def _can_all(can_this: bool, group: dist.ProcessGroup, device: torch.device) -> bool:  # noqa: FBT001 - the answer
+    """Whether all ranks can."""
+    can_all = torch.tensor(can_this, dtype=torch.int32, device=device)
+    dist.all_reduce(can_all, op=dist.ReduceOp.MIN, group=group)
+    return bool(can_all.item())
 
 
 @triton.jit

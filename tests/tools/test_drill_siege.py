@@ -20,6 +20,7 @@ from atom_cluster.tools.drill import hostile, siege
 from atom_cluster.tools.drill.cluster import DrillError, RunningCluster
 from atom_cluster.tools.drill.listeners import Listener, listeners_of, num_descriptors, resident_bytes
 from atom_cluster.tools.drill.watch import EngineWatch, num_held
+from atom_cluster.units import MiB
 from tests.kv_transfer.ranks import make_regions
 from tests.link.test_endpoint import SECRET, Node, eventually
 
@@ -80,6 +81,24 @@ async def test_an_attack_does_no_harm(
 async def test_a_process_that_listens_nowhere_is_an_error() -> None:
     with pytest.raises(DrillError, match="no listener of processes"):
         await asyncio.to_thread(siege.besiege, RunningCluster("http://127.0.0.1:1"), [os.getpid()], SECRET)
+
+
+@pytest.mark.parametrize(("grown_mib", "num_sieges"), [([5], 1), ([90, 3], 2), ([90, 80, 10], 3), ([90, 80, 70], None)])
+def test_only_memory_that_grows_every_time_is_kept_memory(
+    grown_mib: list[int], num_sieges: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = iter([value * MiB for grown in grown_mib for value in (100, 100 + grown)])
+    monkeypatch.setattr(siege, "listeners_of", lambda pids: [Listener(pid, "127.0.0.1", 1, "link") for pid in pids])
+    monkeypatch.setattr(siege, "ATTACKS", (lambda listener, secret: 7,))
+    monkeypatch.setattr(siege, "resident_bytes", lambda pid: next(memory))
+    cluster = RunningCluster("http://127.0.0.1:1")
+    if num_sieges is None:
+        with pytest.raises(DrillError, match=r"grew every time, MiB: \[90, 80, 70\]"):
+            siege.besiege(cluster, [os.getpid()], SECRET)
+        return
+    notes = siege.besiege(cluster, [os.getpid()], SECRET)
+    assert (notes["num_sieges"], notes["num_attempts"]) == (num_sieges, 7 * num_sieges)
+    assert notes["memory_mib"] == grown_mib[-1]
 
 
 def test_lines_about_refusals_are_found_in_a_clusters_log() -> None:

@@ -18,6 +18,9 @@ _SPARE_DESCRIPTORS = 16
 """Those of the clients that ask meanwhile come and go."""
 _SPARE_BYTES = 64 * MiB
 """The same for memory."""
+_MAX_SIEGES = 3
+"""Engines' memory goes up and down by as much with what those clients ask: 93 MiB in a minute that nobody attacked in.
+Whoever makes them keep memory from outside can do so every time."""
 _MAX_LINES_PER_S = 1.0
 """Of one process; each listener may write one in ten seconds."""
 _REFUSED = re.compile(r"pid=(\d+)[^\n]*refused (?:connections|messages|KV connections): (\d+)")
@@ -34,26 +37,27 @@ def besiege(cluster: RunningCluster, pids: Iterable[int], secret: bytes) -> dict
     if silent:
         raise DrillError(f"no listener of processes {sorted(silent)} was found")
     descriptors = {pid: num_descriptors(pid) for pid in pids}
-    memory = {pid: resident_bytes(pid) for pid in pids}
     began_s = time.monotonic()
     num_attempts = 0
+    grown: list[int] = []
     with _Peak(descriptors) as peak:
-        for attack in ATTACKS:
-            for listener in listeners:
-                num_attempts += attack(listener, secret)
-    cluster.wait_until(
-        lambda: all(num_descriptors(pid) <= descriptors[pid] + _SPARE_DESCRIPTORS for pid in pids),
-        what="as many descriptors as before",
-        timeout_s=_CALM_TIMEOUT_S,
-    )
-    grown = {pid: resident_bytes(pid) - memory[pid] for pid in pids}
-    if max(grown.values()) > _SPARE_BYTES:
-        raise DrillError(f"memory grew by {max(grown.values()) / MiB:.0f} MiB: {grown}")
+        while not grown or (grown[-1] > _SPARE_BYTES and len(grown) < _MAX_SIEGES):
+            memory = {pid: resident_bytes(pid) for pid in pids}
+            num_attempts += sum(attack(listener, secret) for attack in ATTACKS for listener in listeners)
+            cluster.wait_until(
+                lambda: all(num_descriptors(pid) <= descriptors[pid] + _SPARE_DESCRIPTORS for pid in pids),
+                what="as many descriptors as before",
+                timeout_s=_CALM_TIMEOUT_S,
+            )
+            grown.append(max(resident_bytes(pid) - memory[pid] for pid in pids))
+    if grown[-1] > _SPARE_BYTES:
+        raise DrillError(f"memory grew every time, MiB: {[round(num_bytes / MiB) for num_bytes in grown]}")
     notes = {
         "num_listeners": len(listeners),
+        "num_sieges": len(grown),
         "num_attempts": num_attempts,
         "most_descriptors": peak.num_more,
-        "most_memory_mib": round(max(grown.values()) / MiB, 1),
+        "memory_mib": round(grown[-1] / MiB, 1),
     }
     return notes | _log_lines(cluster, listeners, time.monotonic() - began_s)
 
