@@ -67,6 +67,10 @@ from atom_cluster.observability.metrics import PROMPT_TOKENS, MetricSink
 
 _KV_POLL_S = 0.0002
 """How often an otherwise idle engine looks for the end of KV reads, checksums and compilations of grammars."""
+_STEP_LOOK_S = 0.01
+"""How often an engine that waits for a step looks for messages and at the clock."""
+_HANDOFF_LOOK_S = 0.001
+"""The same where there may be prompts to pass on to prefill, and first tokens to hand out."""
 _BLOCKED_WAIT_S = 0.01
 """Longest sleep of an engine whose requests all wait for something."""
 _IDLE_WAIT_S = 0.1
@@ -277,16 +281,16 @@ class EngineCore:
         return True
 
     def _collect(self) -> None:
-        while (step := self._pipeline.collect(_KV_POLL_S if self._awaits_kv() else self._decode.patience_s)) is None:
-            # A step may take longer than a lease, and much longer than the checksums that a first token waits for.
-            self._decode.renew(self._clock())
+        while (step := self._pipeline.collect(self._step_patience_s())) is None:
+            # A step may take seconds: longer than a lease, and much longer than the checksums that a first token waits
+            # for. Who wants no more of a request, and what begins elsewhere, does not wait for it. Blocks that come
+            # back meanwhile are given only to later plans, which run behind those in flight.
             for report in self._runner.poll_kv():
                 self._handle_report(report)
-            if self._decode.has_prefill:
-                # Prompts and first tokens go on from here, and need not wait for the step.
-                self._take_in(self._inbox.drain(0.0))
-                self._decode.start_queued()
-                self._replies.flush()
+            self._take_in(self._inbox.drain(0.0))
+            self._tick()
+            self._decode.start_queued()
+            self._replies.flush()
         note_scores(step.rows, step.steps, step.result.prompt_scores)
         if step.rows and not step.result.compiled:
             self._scheduler.note_step_time(sum(row.num_prompt_tokens for row in step.rows), step.result.run_s)
@@ -294,6 +298,11 @@ class EngineCore:
         sampled = iter(step.result.sampled)
         for row in step.rows:
             self._apply(row, next(sampled) if row.samples else None)
+
+    def _step_patience_s(self) -> float:
+        if self._awaits_kv():
+            return _KV_POLL_S
+        return _HANDOFF_LOOK_S if self._decode.has_prefill else _STEP_LOOK_S
 
     def _awaits_kv(self) -> bool:
         """Whether checksums or reads are under way."""

@@ -52,9 +52,8 @@ Ticket = DecodeTicket[Request]
 
 _logger = get_logger(__name__)
 
-_LOOK_S = 0.001
-"""How often an engine that waits for a step, which may take long, looks for prompts to pass on to prefill and for first
-tokens to hand out."""
+_RENEWALS_PER_LEASE = 3
+"""Messages take their time."""
 
 
 class DecodeSide:
@@ -397,26 +396,15 @@ class DecodeSide:
         """Give up on tickets that stall; renew the others."""
         for ticket in self.tickets.stalled(now_s):
             self._fall_back(ticket, "timeout", f"no progress for {ticket.timeout_s} s")
-        self.renew(now_s)
-
-    @property
-    def renewal_period_s(self) -> float:
-        """How often tickets are renewed: several times per lease, since messages take their time."""
-        return self._config.lease_s / 3
-
-    @property
-    def patience_s(self) -> float:
-        """How long the engine may wait for a step before it looks at this side again."""
-        return _LOOK_S if self.has_prefill else self.renewal_period_s
+        self._renew(now_s)
 
     @property
     def has_prefill(self) -> bool:
         """Whether there is a prefill engine to hear from."""
         return bool(self._peers or len(self.tickets))
 
-    def renew(self, now_s: float) -> None:
-        """Renew tickets if it is time."""
-        if now_s - self._renewed_s >= self.renewal_period_s:
+    def _renew(self, now_s: float) -> None:
+        if now_s - self._renewed_s >= self._config.lease_s / _RENEWALS_PER_LEASE:
             self._renewed_s = now_s
             for address, ticket_ids in self.tickets.wanted().items():
                 self._outbox.send(address, TicketRenew(ticket_ids))

@@ -30,7 +30,7 @@ class DrainWanted:
 
 
 Item = tuple[str, EngineInput | Lost | SnapshotWanted | DrainWanted, float]
-"""Who sent it, what, and when it came, on the engine's clock: it may be looked at only after the step under way."""
+"""Who sent it, what, and when it came, on the engine's clock, before it was looked at."""
 
 
 @dataclass(slots=True)

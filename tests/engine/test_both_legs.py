@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
 from atom_cluster.messages.steps import StepResult
-from atom_cluster.messages.transfer import KvPublication, PrefillOrder, ReadBlocks
+from atom_cluster.messages.transfer import KvPublication, PrefillOrder, ReadBlocks, TicketRelease
 from tests.engine.split import CLIENT, Split, make_split
 from tests.factories import assert_clean, make_engine, make_message, make_prompt, make_runner
 from tests.fakes import RecordingRunner
@@ -15,18 +15,24 @@ from tests.fakes import RecordingRunner
 WITHIN_S = 1.0
 PROMPT = 60
 MAX_TOKENS = 30
+DEADLINE_S = 10.0
 KV_BYTES_PER_S = 1e7
 """A block takes 0.05 s."""
 
 
-class Breakable(RecordingRunner):
-    """A device that can be broken: the next result is an error."""
+class Device(RecordingRunner):
+    """It can be broken: the next result is an error. Or it takes its time: a step lasts until all this has happened."""
 
     is_broken = False
+    meanwhile: Sequence[Callable[[], None]] = ()
 
     def collect(self, timeout_s: float | None = None) -> StepResult | None:
         if self.is_broken:
             raise RuntimeError("the device is gone")
+        if self.meanwhile:
+            happens, *self.meanwhile = self.meanwhile
+            happens()
+            return None
         return super().collect(timeout_s)
 
 
@@ -90,12 +96,12 @@ def lose_ingress(split: Split) -> None:
 
 @pytest.fixture
 def split() -> Split:
-    """Both engines on devices that can be broken."""
+    """Both engines on devices of this kind."""
     split = make_split(num_decode_blocks=25, prefill_budget=8, kv_bytes_per_s=KV_BYTES_PER_S)
     for number, name in enumerate(("prefill", "decode")):
         is_prefill = name == "prefill"
         device = make_runner(split.network.clock, num_blocks=64 if is_prefill else 25, kv_bytes_per_s=KV_BYTES_PER_S)
-        runner = Breakable(device)
+        runner = Device(device)
         if is_prefill:
             split.prefill_device, split.prefill_runner = device, runner
         else:
@@ -168,7 +174,7 @@ def test_decode_goes_on_alone_within_a_second_of_the_end_of_prefill(
 ) -> None:
     phase(split)
     if is_announced:
-        assert isinstance(split.prefill_runner, Breakable)
+        assert isinstance(split.prefill_runner, Device)
         split.prefill_runner.is_broken = True
     else:
         split.network.remove("prefill")
@@ -186,7 +192,7 @@ def test_prefill_is_free_within_a_second_of_the_end_of_decode(
 ) -> None:
     phase(split)
     if is_announced:
-        assert isinstance(split.decode_runner, Breakable)
+        assert isinstance(split.decode_runner, Device)
         split.decode_runner.is_broken = True
         seconds_until(split, lambda: "decode" not in split.network.engines or is_clean(split, "decode"))
         if phase is not finish:
@@ -196,3 +202,50 @@ def test_prefill_is_free_within_a_second_of_the_end_of_decode(
         split.prefill.drop_peer("decode")
     assert seconds_until(split, lambda: is_clean(split, "prefill")) < WITHIN_S
     assert_clean(split.prefill)
+
+
+def test_prefill_lets_go_of_a_prompt_amid_a_step(split: Split) -> None:
+    compute_on_prefill(split)
+    (order,) = split.network.messages(PrefillOrder)
+    assert isinstance(split.prefill_runner, Device)
+    found: list[bool] = []
+    split.prefill_runner.meanwhile = [
+        lambda: split.prefill.put("decode", TicketRelease((order.ticket_id,))),
+        lambda: found.append(is_clean(split, "prefill")),
+    ]
+    split.network.step("prefill")
+    assert found == [True]
+    split.cancel()
+    split.network.settle()
+    split.assert_clean()
+
+
+def test_an_engine_lets_go_of_a_request_amid_a_step(split: Split) -> None:
+    hold_decode_in_a_step(split, [split.cancel, lambda: found.append(is_clean(split, "decode"))])
+    found: list[bool] = []
+    split.network.step("decode")
+    assert found == [True]
+    split.network.settle()
+    split.assert_clean()
+
+
+def test_a_client_is_told_amid_a_step_that_its_time_is_over(split: Split) -> None:
+    def look() -> None:
+        split.network.deliver()
+        found.append(split.answer().error_kind)
+
+    found: list[str | None] = []
+    hold_decode_in_a_step(split, [lambda: split.network.clock.sleep(2 * DEADLINE_S), look])
+    split.network.step("decode")
+    assert found == ["RequestTimeout"]
+    split.network.settle()
+    split.assert_clean()
+
+
+def hold_decode_in_a_step(split: Split, meanwhile: Sequence[Callable[[], None]]) -> None:
+    """Of a request that needs no prefill engine; this happens before the step ends."""
+    message = make_message("r", make_prompt(PROMPT), MAX_TOKENS, deadline_s=DEADLINE_S)
+    split.decode.put(CLIENT, message)
+    split.turns_until(lambda: split.decode.stats().num_running == 1)
+    assert isinstance(split.decode_runner, Device)
+    split.decode_runner.meanwhile = meanwhile
