@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,6 +47,8 @@ def _run(options: argparse.Namespace) -> int:
             # Ray protects a new cluster so by itself, but who connects to one by its address has to say it. There may
             # be other clusters on this host. Ray reads this when it is imported.
             default_variable("RAY_AUTH_MODE", "token")
+        # As Ctrl-C: clusters that it has started would be left behind.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         # Needs Ray, which is slow to import.
         from atom_cluster.tools.drill.run import drill
 

@@ -118,7 +118,7 @@ def test_killing_the_router_loses_no_request(cluster: RunningCluster) -> None:
 
     def kill_router() -> None:
         before = cluster.get("/v1/cluster")["router"]["peer_id"]
-        os.kill(serve_replica_pid("Router"), signal.SIGKILL)
+        os.kill(serve_replica_pid(cluster, "Router"), signal.SIGKILL)
         cluster.wait_until(lambda: cluster.get("/v1/cluster")["router"]["peer_id"] != before, timeout_s=90)
 
     load.run_while(kill_router)
@@ -126,14 +126,17 @@ def test_killing_the_router_loses_no_request(cluster: RunningCluster) -> None:
     cluster.wait_until_idle()
 
 
-def serve_replica_pid(deployment: str) -> int:
-    """The process of a deployment's only replica; Ray names its processes."""
+def serve_replica_pid(cluster: RunningCluster, deployment: str) -> int:
+    """The process of a deployment's only replica; Ray names its processes. There may be other clusters on this host."""
     name = f"ray::ServeReplica:atom:{deployment}".encode()
     pids = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it ended while we looked
-            if path.read_bytes().startswith(name):
-                pids.append(int(path.parent.name))
+            if not (path / "cmdline").read_bytes().startswith(name):
+                continue
+            raylet = (path / "stat").read_text().rpartition(")")[2].split()[1]
+            if cluster.ray_address.encode() in Path(f"/proc/{raylet}/cmdline").read_bytes():
+                pids.append(int(path.name))
     (pid,) = pids
     return pid
 

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -40,3 +43,23 @@ def test_wrong_usage_exits_with_status_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
+
+
+def test_a_drill_that_is_terminated_cleans_up_as_after_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[str] = []
+
+    def drill(names: Sequence[str], **options: object) -> bool:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            found.append("goes on")
+        finally:
+            found.append("cleaned up")
+        return True
+
+    monkeypatch.setattr("atom_cluster.tools.drill.run.drill", drill)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main(["drill", "all", "--url", "http://127.0.0.1:1"]) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert found == ["cleaned up"]
