@@ -94,7 +94,8 @@ class LLMEngine:
         """Load `model`: a directory in Hugging Face layout, a hub id, or `demo:` and the name of the demo model.
 
         Options mean what they do in `config/` and `runner/options.py`; `num_blocks` None sizes the KV cache by memory.
-        With `tensor_parallel_size` above 1, as many GPUs compute together, each driven by a process of its own.
+        With `tensor_parallel_size` above 1, as many GPUs compute together, each but the first driven by a process of
+        its own. Of several such engines of one process only the first sums over peer memory (`peer_all_reduce.py`).
         `seed` starts the sequence of seeds given to requests without one; `metrics` records what the engine does.
         Raises ConfigError or WeightsError for what cannot work, TypeError for an unknown option.
         """
