@@ -18,6 +18,8 @@ PIP_INSTALL = $(BIN)/python -m pip install --constraint constraints-dev.txt $(PI
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .PHONY: serve test docs fmt clean demo-model
+# What tests need includes what serving needs: they are not to be installed at the same time.
+.NOTPARALLEL:
 
 serve: $(VENV)/installed demo-model
 	$(BIN)/atom-cluster check-config $(CONFIG)
@@ -48,10 +50,10 @@ $(VENV)/installed: pyproject.toml constraints-dev.txt | $(BIN)/pip
 	$(PIP_INSTALL) --editable .
 	touch $@
 
-$(VENV)/installed-dev: pyproject.toml constraints-dev.txt | $(VENV)/installed
+$(VENV)/installed-dev: pyproject.toml constraints-dev.txt | $(BIN)/pip
 	$(PIP_INSTALL) --editable '.[dev]'
 	touch $(VENV)/installed $@
 
-$(VENV)/installed-docs: pyproject.toml constraints-dev.txt | $(VENV)/installed
+$(VENV)/installed-docs: pyproject.toml constraints-dev.txt | $(BIN)/pip
 	$(PIP_INSTALL) --editable '.[docs]'
 	touch $(VENV)/installed $@
