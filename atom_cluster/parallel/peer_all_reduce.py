@@ -105,8 +105,8 @@ class _ThisProcess:
     """Remembers across gangs."""
 
     has_shared = False
-    """Whether it was asked for its memory before. Torch numbers what ranks tell each other for that from the start of
-    their processes on: one that was in a gang before would wait forever for one that was in none."""
+    """Whether it was asked for its memory before. Torch (`StoreExchange` of its symmetric memory) numbers what ranks
+    tell each other from the start of their processes on: one that was in a gang would wait for one that was in none."""
 
 
 def open_peer_all_reduce(group: dist.ProcessGroup, device: torch.device) -> tuple[PeerAllReduce | None, str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import openai
 import pytest
 
+from atom_cluster.tools.drill.cluster import parent_of
 from tests.e2e.cluster import RunningCluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.demo_model]
@@ -132,11 +133,9 @@ def serve_replica_pid(cluster: RunningCluster, deployment: str) -> int:
     pids = []
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it ended while we looked
-            if not (path / "cmdline").read_bytes().startswith(name):
-                continue
-            raylet = (path / "stat").read_text().rpartition(")")[2].split()[1]
-            if cluster.ray_address.encode() in Path(f"/proc/{raylet}/cmdline").read_bytes():
-                pids.append(int(path.name))
+            if (path / "cmdline").read_bytes().startswith(name):
+                raylet = Path(f"/proc/{parent_of(path)}/cmdline").read_bytes()
+                pids += [int(path.name)] if cluster.ray_address.encode() in raylet else []
     (pid,) = pids
     return pid
 

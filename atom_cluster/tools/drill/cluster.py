@@ -210,11 +210,15 @@ def ray_address_of(pid: int) -> str:
     """Of the Ray cluster that a process has started: there may be others on this host. `auto` if it started none."""
     for directory in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it ended while we looked
-            parent = int((directory / "stat").read_text().rpartition(")")[2].split()[1])
             found = re.search(rb"--gcs-address=([^\0]+)", (directory / "cmdline").read_bytes())
-            if parent == pid and found:
+            if found and parent_of(directory) == pid:
                 return found[1].decode()
     return "auto"
+
+
+def parent_of(directory: Path) -> int:
+    """Of a process by its directory in /proc. Raises OSError when it is gone."""
+    return int((directory / "stat").read_text().rpartition(")")[2].split()[1])
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
