@@ -20,6 +20,9 @@ from atom_cluster.units import ceil_div
 
 _CHUNK = 16
 """Tokens of a chunk beside rows that decode: more than drafts and less than what libraries have other ways for."""
+_SHORT_CHUNKS = (2, 4, 8, 16, 17)
+"""Tokens of chunks that attention takes for rows that verify drafts (`ops.triton.attention.MAX_SPLIT_QUERIES`): its
+kernels are cut for powers of two of them, or of them times the heads of a key/value head."""
 _CACHED = 256
 _MANY_CACHED = 1024
 """Tokens before a chunk for which attention has kernels of its own."""
@@ -100,6 +103,10 @@ def _steps(info: RankInfo, max_num_batched_tokens: int, *, decodes: bool) -> Ite
         most_rows = min(info.max_num_requests, 1 + (max_num_batched_tokens - beside) // (1 + num_drafts))
         for num_rows in _row_counts(2, most_rows):
             yield [*[decoding] * (num_rows - 1), _Part(0, beside)], greedy
+        for num_rows in _doubled(1, most_rows):
+            left = min(longest, max_num_batched_tokens - (num_rows - 1) * (1 + num_drafts))
+            for num_tokens in (count for count in _SHORT_CHUNKS if count <= left):
+                yield [*[decoding] * (num_rows - 1), _Part(_cached(info, num_tokens), num_tokens)], greedy
         if decodes:
             most_rows = min(info.max_num_requests, max_num_batched_tokens // (1 + num_drafts))
             for num_rows in _row_counts(1, most_rows):

@@ -29,6 +29,7 @@ from atom_cluster.ops import select
 from atom_cluster.ops.step_inputs import PlacedTokens
 from atom_cluster.ops.torch_ref import step_inputs as torch_ref
 from atom_cluster.ops.triton import runtime
+from atom_cluster.ops.triton.attention import MAX_SPLIT_QUERIES
 from atom_cluster.runner import warm_up
 from atom_cluster.runner.build import build_model_runner
 from atom_cluster.runner.model_runner import ModelRunner
@@ -91,7 +92,8 @@ def random_parts(rng: random.Random, runner: ModelRunner, budget: int) -> list[w
     left = budget - num_decoding * (1 + drafts)
     for _ in range(rng.choice([0, 1, 1, 2, 5, most]) if parts else rng.choice([1, 1, 2, 5, most])):
         num_cached = rng.choice([0, 0, rng.randint(0, longest // 2)])
-        num_tokens = min(left, longest - num_cached, int(rng.lognormvariate(4.5, 1.5)) + 2)
+        wanted = rng.choice([rng.randint(2, 2 + MAX_SPLIT_QUERIES), int(rng.lognormvariate(4.5, 1.5)) + 2])
+        num_tokens = min(left, longest - num_cached, wanted)
         if num_tokens < 2 or len(parts) == info.max_num_requests:
             break
         parts.append(warm_up._Part(num_cached, num_tokens))

@@ -52,27 +52,16 @@ class DecodeConfig:
     num_stages: int
 
 
-def decode_config(
-    dim: int, value_dim: int, dtype: torch.dtype, num_programs: int, device: torch.device
-) -> DecodeConfig:
-    """By the bytes of an entry, by what a program may hold, and by how many programs there are if no row is split."""
+def decode_config(dim: int, value_dim: int, dtype: torch.dtype) -> DecodeConfig:
+    """By the bytes of an entry, and by what a program may hold. Not by numbers of rows: each would be a kernel of its
+    own, and steps would wait for it to be compiled."""
     widest = triton.next_power_of_2(max(dim, value_dim))
     if dtype == torch.float32 or widest > 256:
         return DecodeConfig(keys=32, min_keys=64, programs_per_multiprocessor=1, num_warps=4, num_stages=1)
     keys = 64 if widest <= 128 else 32
     # What fits into the shared memory of AMD chips; not measured there.
     num_stages = 1 if runtime.is_hip() or runtime.INTERPRETED else 3
-    if num_stages == 3:
-        # With a stage more a multiprocessor has room for two programs instead of three, which can divide more evenly.
-        multiprocessors = runtime.num_multiprocessors(device)
-        two, three = (_share_of_waves(num_programs, count * multiprocessors) for count in (2, 3))
-        num_stages = 4 if two > 1.25 * three and num_programs > multiprocessors else 3
     return DecodeConfig(keys, min_keys=128, programs_per_multiprocessor=2, num_warps=4, num_stages=num_stages)
-
-
-def _share_of_waves(num_programs: int, places: int) -> float:
-    """How much of the chip is used until all programs have run, if they are alike."""
-    return num_programs / (triton.cdiv(num_programs, places) * places)
 
 
 class SplitAttention:
@@ -98,8 +87,7 @@ class SplitAttention:
         self._num_valid = min(self._tile, triton.next_power_of_2(per_row))
         self._num_tiles = triton.cdiv(per_row, self._tile)
         device = metadata.context_len.device
-        num_unsplit = num_rows * num_kv_heads * self._num_tiles
-        self._config = decode_config(dim, value_dim, dtype, num_unsplit, device)
+        self._config = decode_config(dim, value_dim, dtype)
         programs = runtime.num_multiprocessors(device) * self._config.programs_per_multiprocessor
         self._schedule: SplitSchedule = schedule_splits(
             metadata,
@@ -108,7 +96,7 @@ class SplitAttention:
             min_keys=self._config.min_keys,
         )
         self._is_fused = not runtime.is_hip()
-        num_counters = num_unsplit if self._is_fused else 1
+        num_counters = num_rows * num_kv_heads * self._num_tiles if self._is_fused else 1
         self._arrived = torch.zeros(num_counters, dtype=torch.int32, device=device)
 
     def attend(
@@ -131,7 +119,6 @@ class SplitAttention:
             "VALUE_D": value_dim,
             "GROUP": self._heads_per_kv,
             "TILE": self._tile,
-            "NUM_TILES": self._num_tiles,
             "HAS_SINK": sink_H is not None,
             "BLOCK_V": block_v,
             "ROWS": self._num_valid,
@@ -154,6 +141,7 @@ class SplitAttention:
             scale * kv.key_scale * LOG2_E.value,
             float(kv.value_scale),
             num_kv_heads,
+            self._num_tiles,
             *query_THD.stride()[:2],
             *kv.key.stride()[:3],
             *kv.value.stride()[:3],
@@ -177,11 +165,12 @@ class SplitAttention:
                 weight,
                 float(kv.value_scale),
                 num_kv_heads,
+                self._num_tiles,
                 **shared,
             )
 
 
-@triton.jit(**varying("table_stride"))
+@triton.jit(**varying("num_tiles", "table_stride"))
 def _decode_kernel(
     query_ptr,
     key_ptr,
@@ -196,6 +185,7 @@ def _decode_kernel(
     scale,
     value_scale,
     num_kv_heads,
+    num_tiles,
     query_token_stride,
     query_head_stride,
     key_page_stride,
@@ -212,7 +202,6 @@ def _decode_kernel(
     BLOCK_V: tl.constexpr,
     GROUP: tl.constexpr,
     TILE: tl.constexpr,
-    NUM_TILES: tl.constexpr,
     KEYS: tl.constexpr,
     WINDOW: tl.constexpr,
     HAS_SINK: tl.constexpr,
@@ -223,8 +212,8 @@ def _decode_kernel(
 ):
     """One program: one item of the schedule, for one tile of queries of one key/value head."""
     kv_head = tl.program_id(0) % num_kv_heads
-    tile = (tl.program_id(0) // num_kv_heads) % NUM_TILES
-    item_ptr += tl.program_id(0) // (num_kv_heads * NUM_TILES) * 8
+    tile = (tl.program_id(0) // num_kv_heads) % num_tiles
+    item_ptr += tl.program_id(0) // (num_kv_heads * num_tiles) * 8
     # The schedule and the block table are older than the kernel before this one: `_arrived` was cleared in between.
     row = tl.load(item_ptr)
     begin = tl.load(item_ptr + 1)
@@ -288,13 +277,13 @@ def _decode_kernel(
         out = ((query_start + index).to(tl.int64) * num_kv_heads * GROUP + head) * VALUE_D
         tl.store(out_ptr + out[:, None] + dim[None, :], mean, is_stored)
         return
-    at = (((first_place + split).to(tl.int64) * num_kv_heads + kv_head) * NUM_TILES + tile) * TILE + tl.arange(0, TILE)
+    at = (((first_place + split).to(tl.int64) * num_kv_heads + kv_head) * num_tiles + tile) * TILE + tl.arange(0, TILE)
     tl.store(part_ptr + at[:, None] * VALUE_D + dim[None, :], acc, is_stored)
     tl.store(weight_ptr + at * 2, highest, is_query)
     tl.store(weight_ptr + at * 2 + 1, total, is_query)
     if IS_FUSED:
         barrier_behind_stores()
-        arrived_ptr += (row * num_kv_heads + kv_head) * NUM_TILES + tile
+        arrived_ptr += (row * num_kv_heads + kv_head) * num_tiles + tile
         if tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == num_splits - 1:
             tl.store(arrived_ptr, 0)
             _combine(
@@ -309,19 +298,19 @@ def _decode_kernel(
                 kv_head,
                 tile,
                 num_kv_heads,
+                num_tiles,
                 value_scale,
                 VALUE_D,
                 BLOCK_V,
                 GROUP,
                 TILE,
-                NUM_TILES,
                 HAS_SINK,
                 ROWS,
                 PARTS,
             )
 
 
-@triton.jit(**varying("row_ptr", "query_start_ptr"))
+@triton.jit(**varying("num_tiles", "row_ptr", "query_start_ptr"))
 def _combine_kernel(
     out_ptr,
     row_ptr,
@@ -331,11 +320,11 @@ def _combine_kernel(
     weight_ptr,
     value_scale,
     num_kv_heads,
+    num_tiles,
     VALUE_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
     GROUP: tl.constexpr,
     TILE: tl.constexpr,
-    NUM_TILES: tl.constexpr,
     HAS_SINK: tl.constexpr,
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
@@ -357,15 +346,15 @@ def _combine_kernel(
             num_splits,
             query_start,
             tl.load(query_start_ptr + row + 1) - query_start,
-            tl.program_id(1) // NUM_TILES,
-            tl.program_id(1) % NUM_TILES,
+            tl.program_id(1) // num_tiles,
+            tl.program_id(1) % num_tiles,
             num_kv_heads,
+            num_tiles,
             value_scale,
             VALUE_D,
             BLOCK_V,
             GROUP,
             TILE,
-            NUM_TILES,
             HAS_SINK,
             ROWS,
             PARTS,
@@ -385,12 +374,12 @@ def _combine(
     kv_head,
     tile,
     num_kv_heads,
+    num_tiles,
     value_scale,
     VALUE_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
     GROUP: tl.constexpr,
     TILE: tl.constexpr,
-    NUM_TILES: tl.constexpr,
     HAS_SINK: tl.constexpr,
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
@@ -401,8 +390,8 @@ def _combine(
     m = tile * TILE + local
     is_query = m < num_queries * GROUP
     is_inside = is_query[:, None] & (dim < VALUE_D)[None, :]
-    place_stride = num_kv_heads * NUM_TILES * TILE
-    base = (first_place.to(tl.int64) * num_kv_heads + kv_head) * NUM_TILES * TILE + tile * TILE
+    place_stride = num_kv_heads * num_tiles * TILE
+    base = (first_place.to(tl.int64) * num_kv_heads + kv_head) * num_tiles * TILE + tile * TILE
     acc = tl.zeros([ROWS, BLOCK_V], tl.float32)
     highest = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
