@@ -27,6 +27,7 @@ from atom_cluster.errors import NotReady
 from atom_cluster.link.auth import ClusterKey
 from atom_cluster.link.codec import Message
 from atom_cluster.link.endpoint import Endpoint
+from atom_cluster.link.slow_line import line_of
 from atom_cluster.messages.cluster import (
     EngineStatus,
     MemberCard,
@@ -102,6 +103,7 @@ class EngineHost:
             on_lost=self._lose,
             ping_period_s=settings.ping_period_s,
             peer_timeout_s=settings.client_timeout_s,
+            line=None if settings.faults is None else line_of(settings.faults),
         )
         address = await self._endpoint.start()
         self._closers.callback(lambda: self._on_loop(self._endpoint.close()))

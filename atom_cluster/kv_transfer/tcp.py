@@ -17,6 +17,7 @@ from atom_cluster.kv_transfer.registry import TransportSettings
 from atom_cluster.kv_transfer.tcp_client import BlockReader, ReadOrder, ServerAddress
 from atom_cluster.kv_transfer.tcp_server import BlockServer
 from atom_cluster.kv_transfer.tcp_wire import MAX_REQUEST_EXTENTS, WireKey
+from atom_cluster.link.slow_line import SlowLine, line_of
 from atom_cluster.units import Deadline
 
 _MAX_DESCRIPTOR_BYTES = 256 * 1024
@@ -35,12 +36,14 @@ class TcpDescriptor(Struct, frozen=True, kw_only=True):
 class TcpTransport:
     """`KvTransport` over TCP. Owns a server and a reader, with a thread each, from `export` on."""
 
-    def __init__(self, *, rank: int, host: str, secret: bytes) -> None:
-        """`host`: this node's address to listen on. Raises `TransferError` for a secret under 16 bytes."""
+    def __init__(self, *, rank: int, host: str, secret: bytes, line: SlowLine | None = None) -> None:
+        """`host`: this node's address to listen on. `line`: what others connect through, closed with this. Raises
+        `TransferError` for a secret under 16 bytes."""
         self.name = "tcp"
         self._rank = rank
         self._host = host
         self._key = WireKey(secret)
+        self._line = line
         self._shapes: tuple[RegionShape, ...] = ()
         self._peer_shapes: dict[str, tuple[RegionShape, ...]] = {}
         self._under_way: set[int] = set()
@@ -53,10 +56,11 @@ class TcpTransport:
         self._server = BlockServer(host=self._host, key=self._key, regions=regions)
         self._reader = BlockReader(key=self._key, regions=regions)
         self._shapes = tuple(shape_of(region) for region in regions)
+        port = self._server.port
         descriptor = TcpDescriptor(
             rank=self._rank,
             host=self._host,
-            port=self._server.port,
+            port=port if self._line is None else self._line.lead_to(self._host, port),
             export_id=self._server.export_id,
             regions=self._shapes,
         )
@@ -119,7 +123,7 @@ class TcpTransport:
 
     def close(self) -> None:
         """See `KvTransport`."""
-        for part in (self._reader, self._server):
+        for part in (self._reader, self._server, self._line):
             if part is not None:
                 part.close()
         self._peer_shapes.clear()
@@ -127,7 +131,8 @@ class TcpTransport:
 
 def open_transport(settings: TransportSettings) -> TcpTransport:
     """For the registry."""
-    return TcpTransport(rank=settings.rank, host=settings.host, secret=settings.secret)
+    line = None if settings.faults is None else line_of(settings.faults)
+    return TcpTransport(rank=settings.rank, host=settings.host, secret=settings.secret, line=line)
 
 
 def _decode(descriptor: bytes) -> TcpDescriptor:

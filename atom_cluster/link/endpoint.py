@@ -30,6 +30,7 @@ from atom_cluster.link.auth import Authenticator, ClusterKey
 from atom_cluster.link.codec import MAX_MESSAGE_BYTES, Message, decode, encode
 from atom_cluster.link.doorkeeper import Doorkeeper
 from atom_cluster.link.lived_time import LivedTime
+from atom_cluster.link.slow_line import SlowLine
 from atom_cluster.messages.cluster import PeerAddress
 from atom_cluster.messages.requests import Ping, Pong
 from atom_cluster.observability.refusals import RefusalLog
@@ -91,8 +92,10 @@ class Endpoint:
         on_lost: Callable[[str], None],
         ping_period_s: float = 1.0,
         peer_timeout_s: float = 5.0,
+        line: SlowLine | None = None,
     ) -> None:
-        """`host` is the node's own address or loopback; a free port is chosen. Callbacks get the peer's id."""
+        """`host` is the node's own address or loopback; a free port is chosen. Callbacks get the peer's id. Others
+        connect through `line`, if there is one, which is closed with this."""
         self._key = key
         self._peer_id = peer_id
         self._host = host
@@ -101,6 +104,7 @@ class Endpoint:
         self._on_lost = on_lost
         self._ping_period_s = ping_period_s
         self._peer_timeout_s = peer_timeout_s
+        self._line = line
         self._connections: dict[str, _Connection] = {}
         self._inbound: dict[str, _Inbound] = {}
         self._sessions = itertools.count(1)
@@ -127,6 +131,8 @@ class Endpoint:
         self._key.configure_server(self._listener)
         self._doorkeeper = Doorkeeper(self._listener, logger=logger)
         port = self._listener.bind_to_random_port(f"tcp://{self._host}")
+        if self._line is not None:
+            port = await asyncio.to_thread(self._line.lead_to, self._host, port)
         self._address = PeerAddress(peer_id=self._peer_id, endpoint=f"tcp://{self._host}:{port}", epoch=self._epoch)
         self._add_reader(self._listener, self._drain_listener)
         self._add_reader(self._doorkeeper.monitor, self._doorkeeper.watch)
@@ -173,6 +179,8 @@ class Endpoint:
         self._listener.close(linger=200)
         self._authenticator.close()
         await asyncio.to_thread(self._context.term)
+        if self._line is not None:
+            self._line.close()
 
     # --- sockets
 

@@ -42,6 +42,7 @@ needs_device = (
 NAMES = [
     *available("cpu"),
     *(pytest.param(name, marks=pytest.mark.skip(reason=f"{name}: {why}")) for name, why in missing("cpu").items()),
+    "tcp/slow",
     *(f"{name}/stand-in" for name in STAND_INS),
     *(pytest.param(f"{name}/cuda", marks=needs_device) for name in available("cuda")),
 ]

@@ -7,11 +7,12 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 
 import torch
 
+from atom_cluster.config.faults import FaultsConfig
 from atom_cluster.kv_transfer.pieces import Piece
 from atom_cluster.kv_transfer.protocol import KvRegion, KvTransport, ReadCompletion
 from atom_cluster.kv_transfer.registry import TransportSettings, open_transport
@@ -30,8 +31,11 @@ STAND_INS: dict[str, Callable[[TransportSettings], KvTransport]] = {"ipc": open_
 
 
 def open_named(name: str, settings: TransportSettings) -> KvTransport:
-    """A transport by its name, as `tcp`; `ipc/stand-in` is one over its stand-in, `tcp/cuda` one for memory of GPUs."""
+    """A transport by its name, as `tcp`; `ipc/stand-in` is one over its stand-in, `tcp/cuda` one for memory of GPUs,
+    `tcp/slow` one whose server is behind a relay."""
     plain, _, variant = name.partition("/")
+    if variant == "slow":
+        settings = replace(settings, faults=FaultsConfig(line_delay_s=0.02, line_mib_per_s=500))
     return STAND_INS[plain](settings) if variant == "stand-in" else open_transport(plain, settings)
 
 

@@ -17,8 +17,10 @@ import zmq
 from atom_cluster.link.auth import ClusterKey
 from atom_cluster.link.codec import Message, encode
 from atom_cluster.link.endpoint import Endpoint
+from atom_cluster.link.slow_line import SlowLine
 from atom_cluster.messages.cluster import PeerAddress
 from atom_cluster.messages.requests import CancelRequest, Ping
+from atom_cluster.units import MiB
 
 SECRET = b"a secret of the cluster"
 
@@ -26,7 +28,15 @@ SECRET = b"a secret of the cluster"
 class Node:
     """An endpoint that records what happens to it."""
 
-    def __init__(self, peer_id: str, *, secret: bytes = SECRET, peer_timeout_s: float = 5.0, epoch: int = 1) -> None:
+    def __init__(
+        self,
+        peer_id: str,
+        *,
+        secret: bytes = SECRET,
+        peer_timeout_s: float = 5.0,
+        epoch: int = 1,
+        line: SlowLine | None = None,
+    ) -> None:
         self.received: list[tuple[str, Message]] = []
         self.lost: list[str] = []
         self.endpoint = Endpoint(
@@ -38,6 +48,7 @@ class Node:
             on_lost=self.lost.append,
             ping_period_s=0.1,
             peer_timeout_s=peer_timeout_s,
+            line=line,
         )
 
 
@@ -69,6 +80,23 @@ async def test_messages_and_replies_arrive_in_order(nodes: tuple[Node, Node]) ->
     await eventually(lambda: len(first.received) == 1000)
     assert first.received == [("second", CancelRequest(str(number))) for number in range(1000)]
     assert first.lost == second.lost == []
+
+
+async def test_what_comes_through_a_slow_line_comes_late_in_order_and_loses_nobody(nodes: tuple[Node, Node]) -> None:
+    first, _ = nodes
+    far = Node("far", line=SlowLine(delay_s=0.4, bytes_per_s=MiB))
+    address = await far.endpoint.start()
+    began_s = time.monotonic()
+    for number in range(1000):
+        assert first.endpoint.send(address, CancelRequest(str(number)))
+    await eventually(lambda: len(far.received) == 1000)
+    assert far.received == [("first", CancelRequest(str(number))) for number in range(1000)]
+    assert far.endpoint.send("first", CancelRequest("back"))
+    await eventually(lambda: first.received == [("far", CancelRequest("back"))])
+    assert time.monotonic() - began_s > 2 * 0.2
+    assert first.lost == far.lost == []
+    await far.endpoint.close()
+    await eventually(lambda: first.lost == ["far"])
 
 
 async def test_a_destination_nobody_knows_is_refused(nodes: tuple[Node, Node]) -> None:

@@ -217,10 +217,19 @@ SCENARIOS = (
         needs={"faults": {"repeat_messages": 0.2}, "kv_transfer": _ALL_REMOTE},
     ),
     Scenario(
-        name="network-slow",
+        name="messages-late",
         what="messages between prefill and decode take up to 0.3 s, reads half a second longer",
         disturb=_nothing,
         needs={"faults": {"delay_messages_s": 0.3, "delay_reads_s": 0.5}, "kv_transfer": _ALL_REMOTE},
+    ),
+    Scenario(
+        name="network-slow",
+        what="whatever engines send and get passes relays: up to 0.2 s later each way, 16 MiB/s",
+        disturb=_nothing,
+        needs={
+            "faults": {"line_delay_s": 0.2, "line_mib_per_s": 16.0},
+            "kv_transfer": {"transport": "tcp", **_ALL_REMOTE},
+        },
     ),
     Scenario(
         name="hostile-peers",
