@@ -110,18 +110,17 @@ def _ingress(number: signal.Signals) -> Callable[[Scene], list[Process]]:
     return disturb
 
 
-def _nothing(scene: Scene) -> list[Process]:
-    """The configuration disturbs enough."""
-    return []
-
-
-def _until_counted(metric: str) -> Callable[[Scene], list[Process]]:
-    """The configuration disturbs enough; this waits until engines say that it did."""
+def _until_counted(metric: str, **labels: str) -> Callable[[Scene], list[Process]]:
+    """The configuration disturbs enough; this waits until engines say that it did, or that they worked in spite of it."""
 
     def disturb(scene: Scene) -> list[Process]:
         cluster = scene.cluster
-        cluster.wait_until(lambda: cluster.metric(metric) > 0, what=f"{metric} counts", timeout_s=RECOVERY_TIMEOUT_S)
-        scene.notes[metric] = cluster.metric(metric)
+        cluster.wait_until(
+            lambda: cluster.metric(metric, **labels) > 0,
+            what=f"{metric} counts {labels or ''}".rstrip(),
+            timeout_s=RECOVERY_TIMEOUT_S,
+        )
+        scene.notes[metric] = cluster.metric(metric, **labels)
         return []
 
     return disturb
@@ -213,19 +212,19 @@ SCENARIOS = (
     Scenario(
         name="messages-repeated",
         what="one of five messages between prefill and decode comes twice",
-        disturb=_nothing,
+        disturb=_until_counted("atom_kv_reads_total", outcome="ok"),
         needs={"faults": {"repeat_messages": 0.2}, "kv_transfer": _ALL_REMOTE},
     ),
     Scenario(
         name="messages-late",
         what="messages between prefill and decode take up to 0.3 s, reads half a second longer",
-        disturb=_nothing,
+        disturb=_until_counted("atom_kv_reads_total", outcome="ok"),
         needs={"faults": {"delay_messages_s": 0.3, "delay_reads_s": 0.5}, "kv_transfer": _ALL_REMOTE},
     ),
     Scenario(
         name="network-slow",
         what="whatever engines send and get passes relays: up to 0.2 s later each way, 16 MiB/s",
-        disturb=_nothing,
+        disturb=_until_counted("atom_kv_reads_total", outcome="ok", transport="tcp"),
         needs={
             "faults": {"line_delay_s": 0.2, "line_mib_per_s": 16.0},
             "kv_transfer": {"transport": "tcp", **_ALL_REMOTE},
