@@ -111,7 +111,7 @@ def _ingress(number: signal.Signals) -> Callable[[Scene], list[Process]]:
 
 
 def _until_counted(metric: str, **labels: str) -> Callable[[Scene], list[Process]]:
-    """The configuration disturbs enough; this waits until engines say that it did, or that they worked in spite of it."""
+    """The configuration disturbs enough; this waits until engines say that it did, or that they work in spite of it."""
 
     def disturb(scene: Scene) -> list[Process]:
         cluster = scene.cluster
