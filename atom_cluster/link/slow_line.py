@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import math
 import random
+import signal
 import subprocess
 import sys
 
@@ -151,8 +151,8 @@ def main() -> None:
     parser.add_argument("delay_s", type=float)
     parser.add_argument("bytes_per_s", type=float)
     args = parser.parse_args()
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(_run(args.host, args.port, delay_s=args.delay_s, bytes_per_s=args.bytes_per_s))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is its owner's, who still talks through it
+    asyncio.run(_run(args.host, args.port, delay_s=args.delay_s, bytes_per_s=args.bytes_per_s))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -137,6 +138,15 @@ def test_it_ends_with_the_process_that_started_it(echo: Echo) -> None:
             assert sock.recv(1) == b""
     with pytest.raises(ConnectionRefusedError):
         connect(port)
+
+
+def test_a_terminals_interrupt_leaves_it_to_its_owner(echo: Echo, line: SlowLine) -> None:
+    with connect(line.lead_to("127.0.0.1", echo.port)) as sock:
+        assert line._process is not None
+        line._process.send_signal(signal.SIGINT)
+        for _ in range(3):
+            sock.sendall(b"a")
+            assert sock.recv(1) == b"a"
 
 
 def test_a_line_that_cannot_start_says_so(line: SlowLine) -> None:
