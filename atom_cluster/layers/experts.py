@@ -192,8 +192,9 @@ class Experts(Module):
 
     @property
     def widest(self) -> int:
-        """Per expert of a token: gate, up, and what the activation makes of them."""
-        return 3 * self._num_dims
+        """Per expert of a token: gate, up and what the activation makes of them, or that and what the second product
+        makes of it, which is summed over a token's experts only when all have it."""
+        return self._num_dims + max(2 * self._num_dims, self._spec.hidden_size)
 
     def linear_ops(self) -> list[LinearOp | ExpertsOp]:
         """All experts together."""

@@ -162,10 +162,9 @@ def measure(config: HfConfig, shape: RankShape) -> RankMemory:
         shape=shape,
         weights=_count(model),
         layout=model.kv_layout,
-        # Prompts are scored when the memory that layers work in is free again.
+        # Tokens are chosen and prompts scored when the memory that layers work in is free again.
         step_bytes=num_tokens * hidden * dtype.itemsize
-        + max(num_tokens * widest * dtype.itemsize, scoring)
-        + logits
+        + max(num_tokens * widest * dtype.itemsize, scoring, logits)
         + known_tokens,
     )
 
