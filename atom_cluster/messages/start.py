@@ -19,4 +19,4 @@ class StartFacts(Struct, frozen=True, kw_only=True):
     """Sizes of steps with prompts that were captured in pieces."""
     capture_s: float = 0.0
     parts_s: dict[str, float] = {}
-    """Seconds by part of the start: join, load, cache, capture."""
+    """Seconds by part of the start: join, load, compile, cache, capture, warm up."""

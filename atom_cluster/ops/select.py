@@ -223,6 +223,7 @@ def _triton_table(platform: Platform, reason: str) -> OpTable:
         float8_dtype=float8_dtype_of(platform),
         is_capturable=True,
         take_compiled=kernels.take_compiled,
+        compile_ahead=kernels.compiling_ahead if kernels.can_compile_ahead() else None,
         choices={"ops": f"triton ({reason}; {platform.arch})"},
     )
 

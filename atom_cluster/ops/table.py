@@ -12,6 +12,7 @@ import torch
 
 from atom_cluster.ops.activation import GateAndMul, SigmoidAndMul
 from atom_cluster.ops.attention import PlanAttention
+from atom_cluster.ops.compile_ahead import CompileAhead
 from atom_cluster.ops.compressed_attention import PlanCompressedAttention
 from atom_cluster.ops.compression import PlanCompression
 from atom_cluster.ops.embedding import LookUp
@@ -68,5 +69,7 @@ class OpTable:
     contexts are. Reference ops do both."""
     take_compiled: Callable[[], tuple[tuple[str, float], ...]] = tuple
     """Kernels that had to be compiled or loaded since the last call, and the seconds that launches waited for each."""
+    compile_ahead: CompileAhead | None = None
+    """None: nothing is compiled, or only where it is launched."""
     choices: dict[str, str] = field(default_factory=dict)
     """Which backend each op family uses and why, such as {"ops.linear": "cpu: ..."}; shown at start-up."""

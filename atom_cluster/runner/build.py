@@ -33,6 +33,7 @@ from atom_cluster.runner.model_runner import ModelRunner
 from atom_cluster.runner.options import RunnerOptions
 from atom_cluster.runner.profiling import kv_budget_bytes
 from atom_cluster.runner.rank_info import NO_TRACES, RankInfo
+from atom_cluster.runner.rehearsal import rehearsal_pages, rehearse
 from atom_cluster.runner.row_state import slack
 from atom_cluster.runner.start_facts import start_facts
 from atom_cluster.runner.warm_up import warm_up_plans
@@ -75,6 +76,9 @@ def build_model_runner(options: RunnerOptions) -> ModelRunner:
         clock.note("join")
         model, weights_choice = _load(options, context, num_draft_layers)
         clock.note("load")
+        kernels_choice = _compile_ahead(options, model, groups, ops, device)
+        if kernels_choice is not None:
+            clock.note("compile")
         num_pages, blocks_choice = _num_pages(options, model, groups, ops, device)
         memory = allocate_kv_memory(model.kv_layout, num_pages=num_pages, block_size=options.block_size, device=device)
         clock.note("cache")
@@ -86,6 +90,7 @@ def build_model_runner(options: RunnerOptions) -> ModelRunner:
             "collectives": groups.choice,
             "dtype": dtype_choice,
             "kv_blocks": blocks_choice,
+            "kernels": kernels_choice or "compiled, if they are, when they are launched",
             "kv_dtype": f"{context.cache_dtype} ({'as computed' if context.kv_dtype is None else 'configured'})",
             "kv_memory": memory.choice,
             "kv_transport": transfer_choice,
@@ -156,6 +161,17 @@ def _capture(runner: ModelRunner, options: RunnerOptions, ops: OpTable) -> tuple
     parts = [f"{part.describe()}, in {part.capture_s:.1f} s" for part in (runner.graphs, runner.pieces) if part]
     parts += [f"{kind}: none: {problem}" for kind, problem in problems.items()]
     return f"{'; '.join(parts)}; {num_bytes / GiB:.2f} GiB", num_bytes
+
+
+def _compile_ahead(
+    options: RunnerOptions, model: CausalLM, groups: ProcessGroups, ops: OpTable, device: torch.device
+) -> str | None:
+    """Compile side by side what the steps before the first request launch; what came of it. None: that is not to be."""
+    if ops.compile_ahead is None or device.type == "cpu" or options.compilation.capture == "lazy":
+        return None
+    num_pages = rehearsal_pages(model.kv_layout, options.num_drafts)
+    info = _rank_info(options, model, num_pages=num_pages, agent=None, choices={}, fingerprint={})
+    return rehearse(model, groups, ops, info, max_num_batched_tokens=options.max_num_batched_tokens, device=device)
 
 
 def _warm_up(runner: ModelRunner, options: RunnerOptions, layout: KvLayout) -> None:

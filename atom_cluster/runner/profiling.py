@@ -58,8 +58,7 @@ def kv_budget_bytes(
         rank=groups.tensor.rank,
         world_size=groups.tensor.size,
     )
-    kv_memory = allocate_kv_memory(model.kv_layout, num_pages=num_pages, block_size=block_size, device=device)
-    runner = ModelRunner(model=model, groups=groups, memory=kv_memory, ops=ops, info=info, device=device)
+    runner, kv_bytes = trial_runner(model, groups, ops, info, device)
     try:
         for plan in plans:
             runner.run(plan)
@@ -69,9 +68,8 @@ def kv_budget_bytes(
             f"already of {_gib(memory.total_bytes)}: lower scheduler.max_num_batched_tokens, or split the model over "
             "more GPUs (parallel.tensor)"
         ) from exc
-    step_bytes = torch.cuda.max_memory_allocated(device) - allocated_bytes - kv_memory.num_bytes
+    step_bytes = torch.cuda.max_memory_allocated(device) - allocated_bytes - kv_bytes
     del runner
-    del kv_memory
     torch.cuda.empty_cache()
     return left_for_kv(
         total_bytes=memory.total_bytes,
@@ -80,6 +78,15 @@ def kv_budget_bytes(
         step_bytes=step_bytes,
         num_step_tokens=max_num_batched_tokens,
     )
+
+
+def trial_runner(
+    model: CausalLM, groups: ProcessGroups, ops: OpTable, info: RankInfo, device: torch.device
+) -> tuple[ModelRunner, int]:
+    """A runner of steps before the real one, and the bytes of its KV memory. Not to be closed: the gang goes on."""
+    num_pages = (info.num_blocks, *(group.num_pages for group in info.other_groups))
+    memory = allocate_kv_memory(model.kv_layout, num_pages=num_pages, block_size=info.block_size, device=device)
+    return ModelRunner(model=model, groups=groups, memory=memory, ops=ops, info=info, device=device), memory.num_bytes
 
 
 def _gib(num_bytes: int) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import islice, takewhile
 
 from atom_cluster.kv_cache.layout import KvLayout
 from atom_cluster.messages.requests import SamplingParams
@@ -52,14 +52,14 @@ _Step = tuple[list[_Part], SamplingParams]
 
 
 def warm_up_plans(
-    layout: KvLayout, info: RankInfo, *, max_num_batched_tokens: int, decodes: bool
+    layout: KvLayout, info: RankInfo, *, max_num_batched_tokens: int, decodes: bool, every: int = 1
 ) -> Iterator[StepPlan]:
     """In order, for a runner without rows, which has none behind the last one either.
 
     Rows share pages: what they hold does not matter, only that it can be read. decodes: also steps that only decode,
-    which are not captured.
+    which are not captured. every: only one of so many steps.
     """
-    return _plans(_steps(info, max_num_batched_tokens, decodes=decodes), layout, info)
+    return _plans(islice(_steps(info, max_num_batched_tokens, decodes=decodes), 0, None, every), layout, info)
 
 
 def _plans(all_steps: Iterable[_Step], layout: KvLayout, info: RankInfo) -> Iterator[StepPlan]:

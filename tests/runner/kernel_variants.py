@@ -1,9 +1,9 @@
 """Which variants of kernels steps ask for on a chip that need not be there: python -m tests.runner.kernel_variants
 
 Runs in a process of its own, without the interpreter. The runner computes on the CPU, where no kernel runs: for each
-launch, what Triton would look up in its cache is noted. First come the steps before the first request, then random
-ones. Prints one line of JSON: how many variants there were, the kernels' names, and by kernel
-what only the random steps asked for.
+launch, what Triton would look up in its cache is noted. First comes the rehearsal, then the steps before the first
+request, then random ones. Prints one line of JSON: how many variants there were, the kernels' names, and by kernel what
+only the random steps asked for, and what only steps behind the rehearsal did.
 """
 
 from __future__ import annotations
@@ -12,28 +12,33 @@ import argparse
 import json
 import random
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 import triton
-from triton.runtime.jit import JITFunction, compute_cache_key
+from triton.runtime.jit import JITFunction
 
 from atom_cluster.config.compilation import CompilationConfig
 from atom_cluster.config.quantization import QuantizationConfig
 from atom_cluster.messages.requests import SamplingParams
 from atom_cluster.ops import select
+from atom_cluster.ops import triton as kernels
 from atom_cluster.ops.step_inputs import PlacedTokens
 from atom_cluster.ops.torch_ref import step_inputs as torch_ref
 from atom_cluster.ops.triton import runtime
 from atom_cluster.ops.triton.attention import MAX_SPLIT_QUERIES
+from atom_cluster.ops.triton.compile_ahead import variant_of, zeroed_memory
 from atom_cluster.runner import warm_up
 from atom_cluster.runner.build import build_model_runner
+from atom_cluster.runner.kv_sizing import other_groups
 from atom_cluster.runner.model_runner import ModelRunner
 from atom_cluster.runner.options import RunnerOptions
+from atom_cluster.runner.rehearsal import rehearsal_pages, rehearse
 from tests.ops.triton.compile_kernels import CHIPS, AbsentDriver
 
 MULTIPROCESSORS = 132
@@ -45,22 +50,32 @@ class Launches:
 
     def __init__(self) -> None:
         self.keys: dict[str, dict[str, str]] = defaultdict(dict)
+        self.compiled: dict[str, set[str]] = defaultdict(set)
+        """What was to be compiled and not run."""
 
     def note(self, kernel: JITFunction, *args: Any, grid: Any, warmup: bool = False, **options: Any) -> None:
         """In place of `JITFunction.run`."""
-        options |= {"debug": False, "instrumentation_mode": ""}
-        device = triton.runtime.driver.active.get_current_device()
-        _, key_cache, _, _, binder = kernel.device_caches[device]
-        bound, specialization, found = binder(*args, **options)
-        key = compute_cache_key(key_cache, specialization, found)
+        key, bound, specialization = variant_of(kernel, *args, **options)
         told = {name: special for name, (_, special) in zip(bound, specialization)}
         sizes = {name: value for name, value in bound.items() if isinstance(value, (int, bool)) and name.isupper()}
         name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
-        self.keys[name].setdefault(str(key), f"{ {k: v for k, v in told.items() if v is not None} } {sizes}")
+        if warmup:
+            self.compiled[name].add(key)
+            triton.knobs.compilation.listener(cache_hit=False)
+        else:
+            self.keys[name].setdefault(key, f"{ {k: v for k, v in told.items() if v is not None} } {sizes}")
 
     @property
     def count(self) -> int:
         return sum(map(len, self.keys.values()))
+
+    def without(self, known: Mapping[str, Collection[str]]) -> dict[str, list[str]]:
+        """What was looked up and is not among these, by kernel."""
+        found = {
+            name: [told for key, told in keys.items() if key not in known.get(name, ())]
+            for name, keys in self.keys.items()
+        }
+        return {name: told for name, told in found.items() if told}
 
 
 def patches(launches: Launches) -> Iterator[Any]:
@@ -72,13 +87,18 @@ def patches(launches: Launches) -> Iterator[Any]:
     def scaled_mm(a: torch.Tensor, b: torch.Tensor, *_: Any, out_dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(a.shape[0], b.shape[1], dtype=out_dtype)
 
+    def place_tokens(*args: Any) -> PlacedTokens:
+        place(*args)
+        return torch_ref.place_tokens(*args)
+
+    place = kernels.place_tokens
     yield mock.patch.object(JITFunction, "run", run)
+    # On CPUs launches follow from these numbers.
+    yield mock.patch.object(kernels, "place_tokens", place_tokens)
     yield mock.patch.object(select, "_is_interpreted", lambda: True)
     yield mock.patch.object(runtime, "num_multiprocessors", lambda device: MULTIPROCESSORS)
     yield mock.patch.object(torch, "_scaled_mm", scaled_mm)  # has not all that GPUs have
-    yield mock.patch.object(torch, "empty", torch.zeros)
-    yield mock.patch.object(torch, "empty_like", torch.zeros_like)
-    yield mock.patch.object(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
+    yield zeroed_memory()
 
 
 def random_parts(rng: random.Random, runner: ModelRunner, budget: int) -> list[warm_up._Part]:
@@ -101,35 +121,43 @@ def random_parts(rng: random.Random, runner: ModelRunner, budget: int) -> list[w
     return parts
 
 
-def find(options: RunnerOptions, *, chip: str, num_steps: int, seed: int) -> tuple[Launches, dict[str, list[str]]]:
-    """All that was looked up, and of that by kernel what only random steps asked for."""
+@dataclass
+class Found:
+    """What was looked up; of that by kernel what only random steps asked for, and what was not rehearsed."""
+
+    launches: Launches
+    late: dict[str, list[str]]
+    not_rehearsed: dict[str, list[str]]
+
+
+def find(options: RunnerOptions, *, chip: str, num_steps: int, seed: int) -> Found:
     triton.runtime.driver.set_active(AbsentDriver(CHIPS[chip]))
     launches, rng = Launches(), random.Random(seed)
     with ExitStack() as stack:
         for patch in patches(launches):
             stack.enter_context(patch)
         runner = build_model_runner(options)
-        place = runner._inputs._place
-
-        def place_tokens(*args: Any) -> PlacedTokens:
-            place(*args)
-            return torch_ref.place_tokens(*args)
-
-        runner._inputs._place = place_tokens  # numbers of tokens have to be right: launches follow from them
+        _rehearse(runner, options)
         layout, budget = runner._program._model.kv_layout, options.max_num_batched_tokens
         for plan in warm_up.warm_up_plans(layout, runner.info, max_num_batched_tokens=budget, decodes=True):
             runner.run(plan)
+        not_rehearsed = launches.without(launches.compiled)
         before = {name: set(keys) for name, keys in launches.keys.items()}
         samplings = [GREEDY, GREEDY, *warm_up._SAMPLINGS]
         steps = ((random_parts(rng, runner, budget), rng.choice(samplings)) for _ in range(num_steps))
         for plan in warm_up._plans((step for step in steps if step[0]), layout, runner.info):
             runner.run(plan)
         runner.close()
-    late = {
-        name: [told for key, told in keys.items() if key not in before.get(name, ())]
-        for name, keys in launches.keys.items()
-    }
-    return launches, {name: told for name, told in late.items() if told}
+    return Found(launches, launches.without(before), not_rehearsed)
+
+
+def _rehearse(runner: ModelRunner, options: RunnerOptions) -> None:
+    model = runner._program._model
+    pages = rehearsal_pages(model.kv_layout, options.num_drafts)
+    groups = other_groups(model.kv_layout, pages)
+    info = replace(runner.info, num_blocks=pages[0], other_groups=groups)
+    budget = options.max_num_batched_tokens
+    rehearse(model, runner._groups, runner._ops, info, max_num_batched_tokens=budget, device=runner.device)
 
 
 def main() -> None:
@@ -162,9 +190,10 @@ def main() -> None:
         compilation=CompilationConfig(graph_mode="none"),
         quantization=QuantizationConfig(online=args.quantize),
     )
-    launches, late = find(options, chip=args.chip, num_steps=args.steps, seed=args.seed)
-    names = sorted(launches.keys)
-    print(json.dumps({"variants": launches.count, "kernels": len(names), "names": names, "late": late}))
+    found = find(options, chip=args.chip, num_steps=args.steps, seed=args.seed)
+    names = sorted(found.launches.keys)
+    told = {"variants": found.launches.count, "kernels": len(names), "names": names}
+    print(json.dumps(told | {"late": found.late, "not_rehearsed": found.not_rehearsed}))
 
 
 if __name__ == "__main__":

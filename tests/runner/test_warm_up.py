@@ -32,12 +32,14 @@ def test_no_later_step_asks_for_a_kernel_that_was_not_compiled_before(
     found = variants(repo_root, model, more)
     assert found["kernels"] > 15
     assert found["late"] == {}
+    assert found["not_rehearsed"] == {}
 
 
 def test_kernels_for_long_contexts_are_compiled_before_whatever_a_step_may_have(repo_root: Path) -> None:
     found = variants(repo_root, "llama_real_heads", ["--model-len", "2000", "--budget", "100", "--steps", "40"])
     assert "attention_prefill_hopper.attend_kernel" in found["names"]
     assert found["late"] == {}
+    assert found["not_rehearsed"] == {}
 
 
 def variants(repo_root: Path, model: str, more: list[str]) -> dict[str, Any]:

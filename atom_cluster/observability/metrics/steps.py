@@ -76,7 +76,7 @@ START_S = Metric(
     kind="gauge",
     unit="s",
     labels=("part",),
-    help="What the parts of rank 0's start took: join, load, cache, capture.",
+    help="What the parts of rank 0's start took: join, load, compile, cache, capture, warm up.",
     advice="`load` large: weights on slow storage.",
 )
 SPEC_DRAFT_TOKENS = Metric(

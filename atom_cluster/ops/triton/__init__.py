@@ -3,6 +3,7 @@
 from atom_cluster.ops.triton.activation import gelu_tanh_and_mul, sigmoid_and_mul, silu_and_mul
 from atom_cluster.ops.triton.attention import plan_attention
 from atom_cluster.ops.triton.compilations import take_compiled, watch_compilations
+from atom_cluster.ops.triton.compile_ahead import can_compile_ahead, compiling_ahead
 from atom_cluster.ops.triton.compressed_attention import plan_compressed_attention
 from atom_cluster.ops.triton.compression import plan_compression
 from atom_cluster.ops.triton.embedding import look_up
@@ -26,6 +27,8 @@ __all__ = [
     "accept",
     "add_rms_norm",
     "adjust",
+    "can_compile_ahead",
+    "compiling_ahead",
     "connect_streams",
     "gated_rms_norm",
     "gelu_tanh_and_mul",
