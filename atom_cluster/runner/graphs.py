@@ -27,8 +27,6 @@ from atom_cluster.runner.step_program import Computed, Outcome, StepProgram
 
 T = TypeVar("T")
 
-_NUM_WARM_UPS = 2
-"""Runs before a capture: the first compiles kernels and creates handles, which a capture must not."""
 _NUM_STAGES = 8
 """Pinned buffers that take turns: more than steps can be in flight, so none is overwritten before it was read."""
 
@@ -141,8 +139,7 @@ class StepGraphs:
 
     def _record(self, graph: torch.cuda.CUDAGraph, issue: Callable[[], T]) -> T:
         """Capture what `issue` launches, within `capture_stream`."""
-        for _ in range(_NUM_WARM_UPS):
-            issue()
+        issue()  # compiles kernels and creates handles, which a capture must not
         with captured(graph, self._pool):
             return issue()
 

@@ -86,7 +86,7 @@ def _steps(info: RankInfo, max_num_batched_tokens: int, *, decodes: bool) -> Ite
         if _CHUNK <= num_tokens <= longest * 4 // 5:
             yield [_Part(0, num_tokens * 5 // 4)], greedy
     # A chunk behind others.
-    for num_tokens in _doubled(_CHUNK, min(longest, info.max_model_len - _CACHED - 1 - info.max_drafts)):
+    for num_tokens in _doubled(_CHUNK, min(longest, info.max_model_len - _CACHED - 1 - info.max_drafts))[::-2]:
         yield [_Part(_CACHED, num_tokens)], greedy
     behind_many = info.max_model_len - 2 * _CHUNK - 1 - info.max_drafts
     if longest >= 2 * _CHUNK and behind_many > _CACHED:
@@ -103,7 +103,7 @@ def _steps(info: RankInfo, max_num_batched_tokens: int, *, decodes: bool) -> Ite
         most_rows = min(info.max_num_requests, 1 + (max_num_batched_tokens - beside) // (1 + num_drafts))
         for num_rows in _row_counts(2, most_rows):
             yield [*[decoding] * (num_rows - 1), _Part(0, beside)], greedy
-        for num_rows in _doubled(1, most_rows):
+        for num_rows in _one_of_a_kind(most_rows):
             left = min(longest, max_num_batched_tokens - (num_rows - 1) * (1 + num_drafts))
             for num_tokens in (count for count in _SHORT_CHUNKS if count <= left):
                 yield [*[decoding] * (num_rows - 1), _Part(_cached(info, num_tokens), num_tokens)], greedy
@@ -129,6 +129,11 @@ def _row_counts(first: int, last: int) -> Sequence[int]:
     """All few ones, then powers of two, and `last`."""
     few = list(range(first, min(_FEW, last) + 1))
     return few + [count for count in _doubled(first, last) if count > _FEW]
+
+
+def _one_of_a_kind(last: int) -> Sequence[int]:
+    """Numbers of rows up to `last` that kernels tell apart (`ops.triton.runtime.SIZES`)."""
+    return [*(count for count in (1, 2, 8, 32, 128, 512) if count < last), last]
 
 
 def _cached(info: RankInfo, num_tokens: int) -> int:

@@ -1,6 +1,6 @@
 """Stands for CUDA graphs where there is no GPU: a replay does again what was captured, and leaves it where that did.
 
-As on a GPU, memory that a capture returned stays where it is, warm-ups run before a capture, and a replay sees what its
+As on a GPU, memory that a capture returned stays where it is, what is captured runs before, and a replay sees what its
 inputs hold then.
 """
 
@@ -65,8 +65,7 @@ def use_stand_in_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps are captured by `StandInGraph`s."""
 
     def record(self: StepGraphs, graph: StandInGraph, issue: Callable[[], T]) -> T:
-        for _ in range(graphs._NUM_WARM_UPS):
-            issue()
+        issue()
         graph.issue = issue
         result = issue()
         graph.result = result
