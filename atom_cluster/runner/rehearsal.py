@@ -44,7 +44,8 @@ def rehearse(
 ) -> str:
     """Compile the kernels of all steps before the first request; what came of it. All ranks call this together.
 
-    info: with `rehearsal_pages`. What is forgotten here is compiled when it is launched, as without this.
+    info: with `rehearsal_pages`. What is forgotten here is compiled when it is launched, as without this. So is all
+    where a step does not fit into memory: the profile, which comes next, tells what to do about that.
     """
     assert ops.compile_ahead is not None, "checked by the caller"
     begun_s = time.perf_counter()
@@ -56,9 +57,12 @@ def rehearse(
             model.kv_layout, info, max_num_batched_tokens=max_num_batched_tokens, decodes=True, every=every
         )
         begin_at = info.rank / info.world_size
-        with ops.compile_ahead(device, num_threads=num_threads, begin_at=begin_at) as ahead:
-            for plan in plans:
-                runner.run(plan)
+        try:
+            with ops.compile_ahead(device, num_threads=num_threads, begin_at=begin_at) as ahead:
+                for plan in plans:
+                    runner.run(plan)
+        except torch.OutOfMemoryError:
+            return "compiled when they are launched: a step before the first request does not fit into memory"
         num_compiled += ahead.num_compiled
         if smallest(-ahead.num_compiled, groups.tensor, device) == 0:
             break

@@ -69,7 +69,7 @@ def compiling_ahead(device: torch.device, *, num_threads: int, begin_at: float =
 def variant_of(kernel: JITFunction, *args: Any, **options: Any) -> tuple[str, dict[str, Any], list[Any]]:
     """What Triton looks up when these arguments are launched; the arguments by name, and what it specializes on.
 
-    These are its own ways (3.5 to 3.6), which nothing else gives access to.
+    These are its own ways (3.6 to 3.9), which nothing else gives access to.
     """
     options |= {
         "debug": options.get("debug", kernel.debug) or triton.knobs.runtime.debug,
