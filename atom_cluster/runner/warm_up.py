@@ -133,7 +133,7 @@ def _row_counts(first: int, last: int) -> Sequence[int]:
 
 def _one_of_a_kind(last: int) -> Sequence[int]:
     """Numbers of rows up to `last` that kernels tell apart (`ops.triton.runtime.SIZES`)."""
-    return [*(count for count in (1, 2, 8, 32, 128, 512) if count < last), last]
+    return [*(count for count in (1, 2, 8, 32, 128, 512, *_doubled(2048, last)) if count < last), last]
 
 
 def _cached(info: RankInfo, num_tokens: int) -> int:
