@@ -1,5 +1,5 @@
 """The steps of `warm_up.py`, run before anything else is, to learn which kernels they launch and compile those side by
-side. Nothing is computed: see `ops/compile_ahead.py`.
+side. None of these kernels runs: see `ops/compile_ahead.py`.
 
 Launches compile one kernel after the other, half a minute for Llama-8B. Threads need a fraction of that.
 """
@@ -25,7 +25,8 @@ _MOST_THREADS = 8
 _NUM_BLOCKS = 17
 """Rows share them. Neither 1 nor a multiple of 16, for which Triton may compile other kernels."""
 _FIRST = 16
-"""One of so many steps goes first: if all their kernels are in the cache on disk, so are those of the others."""
+"""One of so many steps goes first: if all their kernels are in the cache on disk, those of the others are too, unless
+what filled it was cut short or had other limits. Then launches compile what is missing."""
 
 
 def rehearsal_pages(layout: KvLayout, num_drafts: int) -> tuple[int, ...]:
@@ -50,13 +51,13 @@ def rehearse(
     assert ops.compile_ahead is not None, "checked by the caller"
     begun_s = time.perf_counter()
     num_threads = max(1, min(_MOST_THREADS, usable_cores() // info.world_size))
+    begin_at = info.rank / info.world_size
     num_compiled = 0
     runner, _ = trial_runner(model, groups, ops, info, device)
     for every in (_FIRST, 1):
         plans = warm_up_plans(
             model.kv_layout, info, max_num_batched_tokens=max_num_batched_tokens, decodes=True, every=every
         )
-        begin_at = info.rank / info.world_size
         try:
             with ops.compile_ahead(device, num_threads=num_threads, begin_at=begin_at) as ahead:
                 for plan in plans:

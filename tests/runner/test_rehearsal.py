@@ -1,4 +1,4 @@
-"""Steps are rehearsed in full only where something has to be compiled, and in no case end a start."""
+"""Steps are rehearsed in full only where something has to be compiled; too little memory is left to the profile."""
 
 from __future__ import annotations
 
