@@ -31,7 +31,7 @@ import torch
 from atom_cluster.errors import AtomClusterError
 from atom_cluster.kv_transfer import registry
 from atom_cluster.kv_transfer.checksum import BlockTagger
-from atom_cluster.kv_transfer.pace import PollPace
+from atom_cluster.kv_transfer.pace import PollPace, wake_on_time
 from atom_cluster.kv_transfer.protocol import KvRegion, KvTransport
 from atom_cluster.kv_transfer.registry import TransportSettings
 from atom_cluster.kv_transfer.shared_memory import allocate_shared
@@ -94,6 +94,7 @@ class TagTime:
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print a table, and save it if asked to."""
     args = parse_arguments(arguments)
+    wake_on_time()
     if args.tags:
         times = measure_tags(args.device, args.repeats)
         details: dict[str, object] = {"tags": [asdict(time) for time in times]}

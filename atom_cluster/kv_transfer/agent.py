@@ -27,7 +27,7 @@ from atom_cluster.kv_cache.page_map import PageMap
 from atom_cluster.kv_transfer import registry
 from atom_cluster.kv_transfer.checksum import BlockTagger
 from atom_cluster.kv_transfer.combine import ReportCombiner, merge_offers
-from atom_cluster.kv_transfer.pace import PollPace
+from atom_cluster.kv_transfer.pace import PollPace, wake_on_time
 from atom_cluster.kv_transfer.pieces import PeerShape
 from atom_cluster.kv_transfer.protocol import KvRegion, KvTransport, ReadCompletion
 from atom_cluster.kv_transfer.reads import Part, parts_of_read, tags_for_reader
@@ -186,6 +186,7 @@ class KvAgent:
 
     def _main(self) -> None:
         """Supervisor of the thread: whatever goes wrong is logged here and raised again to the owner by `poll`."""
+        wake_on_time()
         try:
             # A side stream, so that tagging does not queue behind forward passes.
             with torch.Stream(self._device) if self._device.type == "cuda" else contextlib.nullcontext():

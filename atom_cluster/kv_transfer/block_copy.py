@@ -44,7 +44,7 @@ class BlockCopier:
     def __init__(self, device: torch.device) -> None:
         """Compiles all that `copy` can need, or finds it compiled."""
         scratch = torch.zeros(2 * _VECTOR_BYTES, dtype=torch.uint8, device=device)
-        addresses = torch.tensor([[scratch.data_ptr()], [scratch.data_ptr() + _VECTOR_BYTES]], device=device)
+        addresses = torch.tensor([[scratch.data_ptr(), scratch.data_ptr() + _VECTOR_BYTES]], device=device)
         self._kernels = {
             unit_bytes: _copy_kernel[(1,)](
                 addresses, 1, _VECTOR_BYTES // unit_bytes, 1, *_constants(unit_bytes), num_warps=_NUM_WARPS
@@ -53,23 +53,26 @@ class BlockCopier:
         }
         scratch.cpu()
 
-    def copy(self, addresses: torch.Tensor, block_bytes: int, alignment: int) -> None:
-        """Copy block i from `addresses[1, i]` to `addresses[0, i]`, on the current stream.
+    def copy(
+        self, addresses: torch.Tensor, num_blocks: int, block_bytes: int, alignment: int, stream: int | None = None
+    ) -> None:
+        """Copy block i from `addresses[i, 1]` to `addresses[i, 0]`, on this stream, or else the device's current one.
 
-        addresses: int64 [2, num_blocks] on the device. No block that is written may overlap another of the list.
-        alignment: what all addresses and `block_bytes` are multiples of; 16 is fastest, less than 8 is slow.
+        addresses: int64 [num_blocks or more, 2], which the device can read: pinned memory of the host will do, and is
+        faster than to copy it first. No block that is written may overlap another of the list. alignment: what all
+        addresses and `block_bytes` are multiples of; 16 is fastest, less than 8 is slow.
         """
-        num_blocks = addresses.shape[1]
         unit_bytes = next(size for size in (_VECTOR_BYTES, _WORD_BYTES, 1) if alignment % size == 0)
         chunk_bytes = _chunk_bytes(unit_bytes)
         chunks_per_block = ceil_div(block_bytes, chunk_bytes)
         enough = ceil_div(_UNDER_WAY_BYTES, _STAGES * min(chunk_bytes, block_bytes))
         num_programs = min(enough, _MAX_PROGRAMS, num_blocks * chunks_per_block)
-        # The interpreter has no compiled kernels.
-        kernel = self._kernels[unit_bytes] or _copy_kernel
-        kernel[(num_programs, 1, 1)](
-            addresses, num_blocks, block_bytes // unit_bytes, chunks_per_block, *_constants(unit_bytes)
-        )
+        arguments = addresses, num_blocks, block_bytes // unit_bytes, chunks_per_block, *_constants(unit_bytes)
+        compiled = self._kernels[unit_bytes]
+        if compiled is None:  # the interpreter has no compiled kernels
+            _copy_kernel[(num_programs,)](*arguments)
+            return
+        compiled[(num_programs, 1, 1)](*arguments, stream=stream)
 
 
 def _chunk_bytes(unit_bytes: int) -> int:
@@ -109,6 +112,6 @@ def _copy_kernel(
         block = task // chunks_per_block
         word = (task % chunks_per_block) * CHUNK + tl.arange(0, CHUNK)
         is_inside = word < block_units * WORDS_PER_UNIT
-        target = _words(addresses_ptr, block, UNIT_BYTES)
-        source = _words(addresses_ptr, num_blocks + block, UNIT_BYTES)
+        target = _words(addresses_ptr, 2 * block, UNIT_BYTES)
+        source = _words(addresses_ptr, 2 * block + 1, UNIT_BYTES)
         tl.store(target + word, tl.load(source + word, is_inside), is_inside)

@@ -61,10 +61,10 @@ _KERNEL_BELOW_BYTES = 512 * KiB
 """What the kernel gains above (see `block_copy`) is not worth multiprocessors: beside products of matrices, which take
 all of them, copy engines keep all of their rate, and a copying kernel a half or two thirds. Below, it is the host that
 cannot give the engines their commands fast enough, one of which takes it a microsecond."""
-_FIRST_BYTES = 64 * MiB
-"""Of a read's first copies; each time twice as many are given to the device as before. It takes about as long to copy
-them as to prepare the next ones."""
+_FIRST_BLOCKS = 1024
 _BLOCKS_AT_ONCE = 4096
+"""Of a read are looked at before the device is given their copies: the first time, and then. So it begins soon, and is
+not done with them before it is given the next ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,12 +251,10 @@ class IpcTransport:
         pieces: tuple[Piece, ...] | None,
     ) -> Iterator[Batch]:
         """The copies of a read. Raises `TransferError` for what cannot be read."""
-        first, num_bytes = 0, _FIRST_BYTES
-        # Some blocks at a time, so that the device begins with the first ones while others are looked at.
+        first, most = 0, _FIRST_BLOCKS
         while first < max(1, len(remote_blocks)):
-            most = num_bytes // self._shapes[group].block_bytes if 0 <= group < len(self._shapes) else 1
-            some = slice(first, first + min(max(1, most), _BLOCKS_AT_ONCE))
-            first, num_bytes = some.stop, 2 * num_bytes
+            some = slice(first, first + most)
+            first, most = some.stop, _BLOCKS_AT_ONCE
             remote, local = id_array(remote_blocks[some]), id_array(local_blocks[some])
             check_read(self._shapes, source.shapes, group, remote, local, pieces)
             yield from batches(

@@ -17,7 +17,11 @@ BATCH_BYTES = 128 * MiB
 KERNEL_BATCH_BYTES = 256 * MiB
 """The same of the kernel, whose launch takes the host longer, whatever it copies."""
 _MAX_COMMANDS = 512
-"""Of the copy engines in one batch: they cost the calling thread a microsecond or two each."""
+"""Of the copy engines in one batch: they cost the calling thread half a microsecond or more each."""
+_FIRST_COMMANDS = 16
+"""The engines begin when they are given the last one of a batch: so the first ones are few."""
+_GROWTH = 4
+"""Of the commands from one batch to the next."""
 MAX_COPIES = 16 * 1024
 """Of the kernel in one batch: their addresses take 256 KiB."""
 _ALIGNMENTS = (16, 8, 1)
@@ -36,7 +40,7 @@ class Rows:
         return self.address + self.stride_bytes * block_ids
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Batch:
     """Copies between addresses; the arrays are as long. For the kernel they are of one size."""
 
@@ -83,22 +87,37 @@ def _of_blocks(
     num_blocks = len(sources)
     if not num_blocks:
         return
-    is_apart = (sources[1:] - sources[:-1] != block_bytes) | (targets[1:] - targets[:-1] != block_bytes)
-    num_runs = 1 + int(np.count_nonzero(is_apart))
+    starts = _starts_of_runs(sources, targets, block_bytes)
+    by_kernel = num_blocks * block_bytes < kernel_below_bytes * len(starts)
     most = max(1, BATCH_BYTES // block_bytes)
-    if num_blocks * block_bytes < kernel_below_bytes * num_runs:
-        yield from _cut_alike(targets, sources, block_bytes, by_kernel=True, alignment=alignment)
+    if not by_kernel and len(starts) == 1 and num_blocks <= most:
+        num_bytes = num_blocks * block_bytes
+        yield Batch(targets[:1], sources[:1], np.array([num_bytes]), num_bytes, by_kernel=False, alignment=alignment)
         return
-    if num_runs == 1 and num_blocks <= most:
-        sizes = np.array([num_blocks * block_bytes])
-        yield Batch(targets[:1], sources[:1], sizes, num_blocks * block_bytes, by_kernel=False, alignment=alignment)
+    if by_kernel or len(starts) == num_blocks:
+        yield from _cut_alike(targets, sources, block_bytes, by_kernel=by_kernel, alignment=alignment)
         return
-    starts = np.concatenate(([0], np.flatnonzero(is_apart) + 1))
-    lengths = np.diff(starts, append=num_blocks)
-    if lengths.max() > most:
+    lengths = _lengths(starts, num_blocks)
+    if num_blocks > most and lengths.max() > most:
         starts = np.concatenate([np.arange(start, start + n, most) for start, n in zip(starts, lengths)])
-        lengths = np.diff(starts, append=num_blocks)
+        lengths = _lengths(starts, num_blocks)
     yield from _cut(targets[starts], sources[starts], lengths * block_bytes, alignment=alignment)
+
+
+def _starts_of_runs(sources: IntArray, targets: IntArray, block_bytes: int) -> IntArray:
+    """Indices of blocks that do not lie right behind the block before, on both sides."""
+    is_start = np.ones(len(sources), dtype=np.bool_)
+    np.not_equal(sources[1:] - sources[:-1], block_bytes, out=is_start[1:])
+    is_start[1:] |= targets[1:] - targets[:-1] != block_bytes
+    return is_start.nonzero()[0]
+
+
+def _lengths(starts: IntArray, num_blocks: int) -> IntArray:
+    """Of runs that begin there."""
+    lengths = np.empty_like(starts)
+    np.subtract(starts[1:], starts[:-1], out=lengths[:-1])
+    lengths[-1] = num_blocks - starts[-1]
+    return lengths
 
 
 def _of_piece(
@@ -120,24 +139,27 @@ def _cut_alike(
     targets: IntArray, sources: IntArray, num_bytes: int, *, by_kernel: bool, alignment: int
 ) -> Iterator[Batch]:
     """Batches of copies of so many bytes each, within the limits, but of at least one."""
-    most, most_bytes = (MAX_COPIES, KERNEL_BATCH_BYTES) if by_kernel else (_MAX_COMMANDS, BATCH_BYTES)
-    most = min(most, max(1, most_bytes // num_bytes))
+    sizes = np.full(len(targets), num_bytes, dtype=np.int64)
+    if not by_kernel:
+        yield from _cut(targets, sources, sizes, alignment=alignment)
+        return
+    most = min(MAX_COPIES, max(1, KERNEL_BATCH_BYTES // num_bytes))
     for first in range(0, len(targets), most):
         some = slice(first, first + most)
-        sizes = np.full(len(targets[some]), num_bytes, dtype=np.int64)
-        yield Batch(targets[some], sources[some], sizes, len(sizes) * num_bytes, by_kernel, alignment)
+        count = len(sizes[some])
+        yield Batch(targets[some], sources[some], sizes[some], count * num_bytes, by_kernel=True, alignment=alignment)
 
 
 def _cut(targets: IntArray, sources: IntArray, sizes: IntArray, *, alignment: int) -> Iterator[Batch]:
     """The same for copy engines, of copies of any sizes."""
-    ends = np.cumsum(sizes)
-    first, done = 0, 0
+    ends = sizes.cumsum()
+    first, done, most = 0, 0, _FIRST_COMMANDS
     while first < len(sizes):
-        fitting = int(np.searchsorted(ends, done + BATCH_BYTES, side="right"))
-        stop = min(max(fitting, first + 1), first + _MAX_COMMANDS)
+        fitting = int(ends.searchsorted(done + BATCH_BYTES, side="right"))
+        stop = min(max(fitting, first + 1), first + most)
         some, end = slice(first, stop), int(ends[stop - 1])
         yield Batch(targets[some], sources[some], sizes[some], end - done, by_kernel=False, alignment=alignment)
-        first, done = stop, end
+        first, done, most = stop, end, min(_GROWTH * most, _MAX_COMMANDS)
 
 
 def _alignment(*numbers: int) -> int:

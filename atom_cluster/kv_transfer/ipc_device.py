@@ -133,6 +133,8 @@ class _StreamLane:
         self._copier = copier
         self._tables: deque[_AddressTable] = deque()
         """The one that was used longest ago comes first."""
+        self._unfenced: list[_AddressTable] = []
+        """In use since the last fence."""
 
     def copy(self, batch: Batch) -> None:
         """See `Lane`."""
@@ -143,44 +145,46 @@ class _StreamLane:
 
     def fence(self) -> Fence:
         """See `Lane`."""
-        return cast("Fence", self._stream.record_event())
+        event = self._stream.record_event()
+        for table in self._unfenced:
+            table.used = event
+        self._tables.extend(self._unfenced)
+        self._unfenced.clear()
+        return cast("Fence", event)
 
     def _copy_by_kernel(self, batch: Batch) -> None:
         # Rather one table more than to wait for the stream, which a link at its limit keeps busy.
         if not self._tables or not self._tables[0].is_free():
-            self._tables.appendleft(_AddressTable(self._stream.device))
+            self._tables.appendleft(_AddressTable())
         table = self._tables.popleft()
-        with torch.cuda.stream(self._stream):
-            self._copier.copy(table.fill(batch), int(batch.sizes[0]), batch.alignment)
-        table.used = self._stream.record_event()
-        self._tables.append(table)
+        self._unfenced.append(table)
+        addresses, count = table.fill(batch), len(batch.sizes)
+        with torch.cuda.device(self._stream.device):
+            self._copier.copy(addresses, count, int(batch.sizes[0]), batch.alignment, int(self._stream.cuda_stream))
 
 
 class _AddressTable:
-    """Where a batch's blocks are: written by the host to memory that the device copies from without anybody waiting.
+    """Where a batch's blocks are, in memory of the host that the device reads.
 
     To make such memory anew takes as long as a batch takes to copy.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._host = torch.empty(2 * MAX_COPIES, dtype=torch.int64, pin_memory=True)
-        self._numbers = self._host.numpy()
-        self._device = torch.empty_like(self._host, device=device)
+    def __init__(self) -> None:
+        self._memory = torch.empty(MAX_COPIES, 2, dtype=torch.int64, pin_memory=True)
+        self._numbers = self._memory.numpy()
         self.used: torch.Event | None = None
-        """Behind its last use."""
+        """A fence behind its last use."""
 
     def is_free(self) -> bool:
         """Whether the stream is done with it."""
         return self.used is None or self.used.query()
 
     def fill(self, batch: Batch) -> torch.Tensor:
-        """Targets and sources on the device, int64 [2, copies]. On the current stream."""
+        """Targets and sources, as `BlockCopier` takes them."""
         count = len(batch.sizes)
-        self._numbers[:count] = batch.targets
-        self._numbers[count : 2 * count] = batch.sources
-        addresses = self._device[: 2 * count]
-        addresses.copy_(self._host[: 2 * count], non_blocking=True)
-        return addresses.view(2, count)
+        self._numbers[:count, 0] = batch.targets
+        self._numbers[:count, 1] = batch.sources
+        return self._memory
 
 
 def open_gpu(device: torch.device) -> IpcDevice:

@@ -7,15 +7,19 @@ millisecond or of a hundred. Only at first there are none: the shortest sleep ta
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import time
 
 _WITHOUT_PAUSE_S = 0.0001
 _SHORTEST_S = 0.00002
-"""Systems sleep some 50 microseconds longer than they are asked to."""
 _LONGEST_S = 0.0005
 """Transports are driven by being asked: a link should not run dry between."""
-_SHARE = 24
+_SHARE = 32
 """A pause is this part of what was waited for."""
+_PR_SET_TIMERSLACK = 29
+"""Of linux/prctl.h."""
+_SLACK_NS = 1000
 
 
 class PollPace:
@@ -35,3 +39,12 @@ class PollPace:
         if waited_s < _WITHOUT_PAUSE_S:
             return 0.0
         return min(max(waited_s / _SHARE, _SHORTEST_S), _LONGEST_S)
+
+
+def wake_on_time() -> None:
+    """Have the system end pauses of the calling thread when they are over, not some 50 microseconds later.
+
+    Linux only (PR_SET_TIMERSLACK); elsewhere, or where it is forbidden, nothing changes.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(_SLACK_NS), 0, 0, 0)

@@ -85,6 +85,14 @@ def test_batches_have_limits_and_lose_nothing(monkeypatch: pytest.MonkeyPatch) -
         assert max(len(batch.sizes) for batch in found) <= (5 if kernel_below_bytes else 7)
 
 
+@pytest.mark.parametrize("pieces", [None, (Piece(Extent(0, 100), Extent(0, 100)),)])
+def test_copy_engines_begin_with_few_copies(pieces: tuple[Piece, ...] | None) -> None:
+    blocks = tuple(range(0, 4000, 2))
+    found = planned(blocks, blocks, pieces=pieces)
+    assert [len(batch.sizes) for batch in found][:5] == [16, 64, 256, *([512, 512] if pieces is None else [176, 16])]
+    assert sum(len(batch.sizes) for batch in found) == 2000
+
+
 def test_a_block_larger_than_a_batch_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ipc_copies, "BATCH_BYTES", 30)
     assert [batch.num_bytes for batch in planned((0, 1, 2), (0, 1, 2))] == [100, 100, 100]

@@ -109,21 +109,28 @@ def test_handles_are_got_opened_and_closed(driver: GpuDriver, library: Library) 
     assert (library.contexts, library.device) == ([], 5), "the thread's own device is current again"
 
 
-COPIES = [(BASE, MAPPED, 7 << 32), (BASE + 9, MAPPED + 9, 1)]
+COPIES = [(BASE, MAPPED, 7 << 32), (BASE + 9, MAPPED + 9, 1), (BASE + 90, MAPPED + 70, 4)]
 """Target, source, bytes."""
 
 
-def give_copies(driver: GpuDriver) -> None:
-    targets, sources, sizes = np.array(COPIES).T.copy()
+def give_copies(driver: GpuDriver, copies: list[tuple[int, int, int]] = COPIES) -> None:
+    targets, sources, sizes = np.array(copies).T.copy()
     driver.copy(targets, sources, sizes, stream=0xABC)
 
 
-def test_copies_go_to_the_stream_one_by_one(driver: GpuDriver, library: Library) -> None:
+@pytest.mark.parametrize(("kind", "arguments"), [(CudaDriver, ()), (HipDriver, (4,))])
+def test_copies_go_to_the_stream_one_by_one(
+    kind: type[CudaDriver | HipDriver], arguments: tuple[int, ...], library: Library
+) -> None:
     library.absent = {"cuMemcpyBatchAsync"}
-    give_copies(driver)
-    kind = () if isinstance(driver, CudaDriver) else (4,)
-    assert [call[1:] for call in library.calls] == [(*copy, *kind, 0xABC) for copy in COPIES]
+    give_copies(kind(2))
+    assert [call[1:] for call in library.calls] == [(*copy, *arguments, 0xABC) for copy in COPIES]
     assert (library.contexts, library.device) == ([], 5)
+
+
+def test_few_copies_are_not_worth_a_call_for_many(library: Library) -> None:
+    give_copies(CudaDriver(2), COPIES[:2])
+    assert library.calls == [("cuMemcpyAsync", *copy, 0xABC) for copy in COPIES[:2]]
 
 
 def test_copies_go_to_the_stream_in_one_call_where_there_is_one(library: Library) -> None:
