@@ -10,6 +10,9 @@ random order on both sides, which leaves nothing to merge; or of what a chunk of
 larger region. What arrived is compared after each. The plain copy is one call from a tensor to another, between the
 same two devices.
 
+Short reads depend on how fast the host's processor is, which on a shared one changes from second to second: beside each
+rate stands what a loop of 20,000 turns of Python took right before.
+
 `ipc-engines` and `ipc-kernel` are `ipc` made to copy one way only, whatever the blocks. `--tags` measures nothing but
 the tags of a prompt's blocks, which are computed once on either side.
 """
@@ -65,6 +68,8 @@ class Rate:
     best_seconds: float
     one_block_seconds: float
     """Median of reads of a single block."""
+    loop_seconds: float
+    """Of 20,000 turns of Python, which tell how fast the processor was."""
     gib_per_s: float
     share_of_plain: float
     """Of the rate of a plain copy of as many bytes, measured in the same process right before."""
@@ -102,7 +107,8 @@ def main(arguments: list[str] | None = None) -> None:
         cases = cases_of(args.block_kib, args.mib * MiB)
         rates: list[Rate] = []
         failures: dict[str, str] = {}
-        print(f"{'transport':12}{'blocks':>32} {'order':10}{'GiB/s':>8}{'best':>8}{'of plain':>9}{'one block us':>13}")
+        columns = f"{'GiB/s':>8}{'best':>8}{'of plain':>9}{'one block us':>13}{'loop us':>8}"
+        print(f"{'transport':12}{'blocks':>32} {'order':10}{columns}")
         for name in args.transports or default_transports(args.device):
             failure = measure_into(rates, name, args.device, cases, args.repeats)
             if failure is not None:
@@ -194,6 +200,7 @@ def measure_case(
         remote, local = remote[: case.num_read], local[: case.num_read]
         region.blocks.zero_()
         synchronize(region.blocks.device)
+        loop_s = seconds_of_loop()
         seconds = [seconds_of_read(transport, group, tuple(remote), tuple(local)) for _ in range(repeats)]
         expected = contents(group, case.num_blocks)[remote].to(region.blocks.device)
         if not bool((region.blocks[local] == expected[:, None]).all()):
@@ -208,6 +215,7 @@ def measure_case(
             seconds=median_s,
             best_seconds=min(seconds),
             one_block_seconds=statistics.median(one_block_s),
+            loop_seconds=loop_s,
             gib_per_s=num_bytes / median_s / GiB,
             share_of_plain=plain_s / median_s,
         )
@@ -225,6 +233,17 @@ def seconds_of_read(transport: KvTransport, group: int, remote: tuple[int, ...],
     if completions[0].error is not None:
         raise SystemExit(f"a read failed: {completions[0].error}")
     return seconds
+
+
+def seconds_of_loop() -> float:
+    """Median of loops that do nothing."""
+    seconds = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        for _ in range(20_000):
+            pass
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds)
 
 
 def seconds_of_plain_copy(target: torch.Tensor, repeats: int) -> float:
@@ -350,7 +369,7 @@ def print_rate(rate: Rate) -> None:
     best = rate.gib_per_s * rate.seconds / rate.best_seconds
     print(
         f"{rate.transport:12}{rate.what:>32} {rate.order:10}{rate.gib_per_s:8.2f}{best:8.2f}"
-        f"{rate.share_of_plain:9.0%}{rate.one_block_seconds * 1e6:13.0f}",
+        f"{rate.share_of_plain:9.0%}{rate.one_block_seconds * 1e6:13.0f}{rate.loop_seconds * 1e6:8.0f}",
         flush=True,
     )
 

@@ -20,7 +20,7 @@ _MAX_COMMANDS = 512
 """Of the copy engines in one batch: they cost the calling thread half a microsecond or more each."""
 _FIRST_COMMANDS = 16
 """The engines begin when they are given the last one of a batch: so the first ones are few."""
-_GROWTH = 4
+_GROWTH = 2
 """Of the commands from one batch to the next."""
 MAX_COPIES = 16 * 1024
 """Of the kernel in one batch: their addresses take 256 KiB."""

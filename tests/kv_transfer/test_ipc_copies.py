@@ -89,7 +89,7 @@ def test_batches_have_limits_and_lose_nothing(monkeypatch: pytest.MonkeyPatch) -
 def test_copy_engines_begin_with_few_copies(pieces: tuple[Piece, ...] | None) -> None:
     blocks = tuple(range(0, 4000, 2))
     found = planned(blocks, blocks, pieces=pieces)
-    assert [len(batch.sizes) for batch in found][:5] == [16, 64, 256, *([512, 512] if pieces is None else [176, 16])]
+    assert [len(batch.sizes) for batch in found][:6] == [16, 32, 64, 128, 256, 512 if pieces is None else 16]
     assert sum(len(batch.sizes) for batch in found) == 2000
 
 
