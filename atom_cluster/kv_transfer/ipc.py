@@ -63,8 +63,8 @@ all of them, copy engines keep all of their rate, and a copying kernel a half or
 cannot give the engines their commands fast enough, one of which takes it a microsecond."""
 _FIRST_BLOCKS = 1024
 _BLOCKS_AT_ONCE = 4096
-"""Of a read are looked at before the device is given their copies: the first time, and then. So it begins soon, and is
-not done with them before it is given the next ones."""
+"""Of a read are looked at before the device is given their copies: at first, and at most; each time twice as many as
+before. So it begins soon, and the host is done with the next ones before the device is with these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +254,7 @@ class IpcTransport:
         first, most = 0, _FIRST_BLOCKS
         while first < max(1, len(remote_blocks)):
             some = slice(first, first + most)
-            first, most = some.stop, _BLOCKS_AT_ONCE
+            first, most = some.stop, min(2 * most, _BLOCKS_AT_ONCE)
             remote, local = id_array(remote_blocks[some]), id_array(local_blocks[some])
             check_read(self._shapes, source.shapes, group, remote, local, pieces)
             yield from batches(

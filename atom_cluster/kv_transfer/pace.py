@@ -12,7 +12,6 @@ import ctypes
 import time
 
 _WITHOUT_PAUSE_S = 0.0001
-_SHORTEST_S = 0.00002
 _LONGEST_S = 0.0005
 """Transports are driven by being asked: a link should not run dry between."""
 _SHARE = 32
@@ -38,7 +37,7 @@ class PollPace:
         waited_s = time.monotonic() - self._since_s
         if waited_s < _WITHOUT_PAUSE_S:
             return 0.0
-        return min(max(waited_s / _SHARE, _SHORTEST_S), _LONGEST_S)
+        return min(waited_s / _SHARE, _LONGEST_S)
 
 
 def wake_on_time() -> None:

@@ -274,13 +274,13 @@ def test_pieces_of_another_ranks_larger_blocks_are_read(source: Host) -> None:
 
 def test_long_reads_are_looked_at_piece_by_piece(reader: Host, source: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ipc, "_BLOCKS_AT_ONCE", 4)
-    monkeypatch.setattr(ipc, "_FIRST_BLOCKS", 2)
+    monkeypatch.setattr(ipc, "_FIRST_BLOCKS", 1)
     order = (5, 3, 1, 4, 0, 2, 8, 6, 7)
     reader.device.holds = False
     reader.start(1, order, tuple(range(9)))
     reader.start(2, (*range(9, 13), 16), tuple(range(9, 14)))
     found = {done.read_id: done for done in wait_for(reader.transport, 2)}
-    assert [len(batch.sizes) for batch in reader.device.batches] == [2, 4, 2, 1], "runs are put together"
+    assert [len(batch.sizes) for batch in reader.device.batches] == [1, 2, 4, 1, 1, 1], "runs are put together"
     assert (found[1].error, found[1].num_bytes) == (None, 9 * BLOCK)
     assert torch.equal(reader.regions[0].blocks[:9], source.regions[0].blocks[list(order)])
     assert "the peer's block ids reach outside" in str(found[2].error)
