@@ -34,10 +34,11 @@ import torch
 from atom_cluster.errors import AtomClusterError
 from atom_cluster.kv_transfer import registry
 from atom_cluster.kv_transfer.checksum import BlockTagger
-from atom_cluster.kv_transfer.pace import PollPace, wake_on_time
+from atom_cluster.kv_transfer.pace import PollPace
 from atom_cluster.kv_transfer.protocol import KvRegion, KvTransport
 from atom_cluster.kv_transfer.registry import TransportSettings
 from atom_cluster.kv_transfer.shared_memory import allocate_shared
+from atom_cluster.platform.timers import wake_on_time
 from atom_cluster.units import Deadline, GiB, KiB, MiB
 from benchmarks.records import save_record
 

@@ -27,7 +27,7 @@ from atom_cluster.kv_cache.page_map import PageMap
 from atom_cluster.kv_transfer import registry
 from atom_cluster.kv_transfer.checksum import BlockTagger
 from atom_cluster.kv_transfer.combine import ReportCombiner, merge_offers
-from atom_cluster.kv_transfer.pace import PollPace, wake_on_time
+from atom_cluster.kv_transfer.pace import PollPace
 from atom_cluster.kv_transfer.pieces import PeerShape
 from atom_cluster.kv_transfer.protocol import KvRegion, KvTransport, ReadCompletion
 from atom_cluster.kv_transfer.reads import Part, parts_of_read, tags_for_reader
@@ -46,6 +46,7 @@ from atom_cluster.messages.transfer import (
     ReadFinished,
     TagBlocks,
 )
+from atom_cluster.platform.timers import wake_on_time
 from atom_cluster.units import Deadline
 
 __all__ = ["KvAgent", "ReportCombiner", "merge_offers", "open_agent"]

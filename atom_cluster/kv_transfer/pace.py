@@ -7,8 +7,6 @@ millisecond or of a hundred. Only at first there are none: the shortest sleep ta
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import time
 
 _WITHOUT_PAUSE_S = 0.0001
@@ -16,9 +14,6 @@ _LONGEST_S = 0.0005
 """Transports are driven by being asked: a link should not run dry between."""
 _SHARE = 32
 """A pause is this part of what was waited for."""
-_PR_SET_TIMERSLACK = 29
-"""Of linux/prctl.h."""
-_SLACK_NS = 1000
 
 
 class PollPace:
@@ -38,12 +33,3 @@ class PollPace:
         if waited_s < _WITHOUT_PAUSE_S:
             return 0.0
         return min(waited_s / _SHARE, _LONGEST_S)
-
-
-def wake_on_time() -> None:
-    """Have the system end pauses of the calling thread when they are over, not some 50 microseconds later.
-
-    Linux only (PR_SET_TIMERSLACK); elsewhere, or where it is forbidden, nothing changes.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(_SLACK_NS), 0, 0, 0)

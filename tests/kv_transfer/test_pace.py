@@ -1,13 +1,9 @@
 from __future__ import annotations
 
-import ctypes
-import sys
-import threading
-
 import pytest
 
 from atom_cluster.kv_transfer import pace
-from atom_cluster.kv_transfer.pace import PollPace, wake_on_time
+from atom_cluster.kv_transfer.pace import PollPace
 
 POLL_S = 0.00002
 """Takes a poll itself."""
@@ -45,19 +41,3 @@ def test_whoever_waits_for_long_asks_two_thousand_times_a_second(clock: Clock) -
     assert poll_pace.pause_s == 0.0005
     poll_pace.restart()
     assert poll_pace.pause_s == 0.0
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can be asked")
-def test_a_threads_sleeps_end_on_time_where_it_asked_for_that() -> None:
-    get_timer_slack = 30  # of linux/prctl.h
-    slack_ns: list[int] = []
-
-    def look() -> None:
-        slack_ns.append(ctypes.CDLL(None).prctl(get_timer_slack, 0, 0, 0, 0))
-        wake_on_time()
-        slack_ns.append(ctypes.CDLL(None).prctl(get_timer_slack, 0, 0, 0, 0))
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    thread.join()
-    assert slack_ns[1] == 1000 < slack_ns[0]
