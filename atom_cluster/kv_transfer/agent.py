@@ -358,8 +358,9 @@ class KvAgent:
         for part in read.parts:
             if part.tags:
                 found = self._tagger.tags(read.command.group, part.local_blocks, read.command.epoch, part.local_extents)
-                bad.update(block for block, tag, want in zip(part.local_blocks, found, part.tags) if tag != want)
-        return tuple(index for index, block in enumerate(read.command.local_block_ids) if block in bad)
+                if found != part.tags:
+                    bad.update(block for block, tag, want in zip(part.local_blocks, found, part.tags) if tag != want)
+        return tuple(index for index, block in enumerate(read.command.local_block_ids) if block in bad) if bad else ()
 
     def _fail(self, command: ReadBlocks, issued_s: float, error: str) -> None:
         seconds, transport = time.monotonic() - issued_s, self._transport_to(command.peer)

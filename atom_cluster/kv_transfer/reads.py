@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from atom_cluster.errors import TransferError
@@ -52,14 +51,13 @@ def parts_of_read(
             common = _of_phase(range(max(remote.start, local.start), min(remote.stop, local.stop)), phase, units)
             if pieces == () or not common:
                 continue
-            tags = tuple(expected[number * len(remote) + unit - remote.start] for unit in common) if expected else ()
             parts.append(
                 Part(
                     route.source,
-                    tuple(command.remote_block_ids[(u - remote.start) // units.per_remote_block] for u in common),
-                    tuple(command.local_block_ids[(u - local.start) // units.per_local_block] for u in common),
+                    _holders(command.remote_block_ids, common, remote.start, units.per_remote_block),
+                    _holders(command.local_block_ids, common, local.start, units.per_local_block),
                     pieces,
-                    tags,
+                    _items(expected, common, remote.start - number * len(remote)) if expected else (),
                 )
             )
     return parts
@@ -90,12 +88,24 @@ def tags_for_reader(
     return tuple(tags)
 
 
-def _expected(command: ReadBlocks, rank: int, num_tags: int) -> Sequence[int]:
+def _expected(command: ReadBlocks, rank: int, num_tags: int) -> tuple[int, ...]:
     if not command.tags:
         return ()
     if len(command.tags) <= rank or len(command.tags[rank]) != num_tags:
         raise TransferError(f"there is not one tag per block for rank {rank}")
     return command.tags[rank]
+
+
+def _holders(block_ids: tuple[int, ...], units_range: range, start: int, per_block: int) -> tuple[int, ...]:
+    """The block that each of these units is in, if the first one's units begin with `start`."""
+    if per_block == 1:
+        return _items(block_ids, units_range, start)
+    return tuple(block_ids[(unit - start) // per_block] for unit in units_range)
+
+
+def _items(items: tuple[int, ...], units_range: range, start: int) -> tuple[int, ...]:
+    """Those of these units, if the first one is of unit `start`."""
+    return items[units_range.start - start : units_range.stop - start : units_range.step]
 
 
 def _of_phase(units_range: range, phase: int, units: Units) -> range:
