@@ -100,7 +100,6 @@ class TagTime:
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print a table, and save it if asked to."""
     args = parse_arguments(arguments)
-    wake_on_time()
     if args.tags:
         times = measure_tags(args.device, args.repeats)
         details: dict[str, object] = {"tags": [asdict(time) for time in times]}
@@ -376,4 +375,5 @@ def print_rate(rate: Rate) -> None:
 
 
 if __name__ == "__main__":
+    wake_on_time()  # as agents do
     main()

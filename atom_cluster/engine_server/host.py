@@ -41,7 +41,6 @@ from atom_cluster.messages.requests import EngineRequest, RequestError, TokenBat
 from atom_cluster.messages.transfer import PrefillFailed, PrefillOrder
 from atom_cluster.observability.metrics import BUILD_INFO, MetricSink
 from atom_cluster.observability.process import build_labels
-from atom_cluster.platform.timers import wake_on_time
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +156,6 @@ class EngineHost:
     # --- engine's thread
 
     def _run_engine(self) -> None:
-        wake_on_time()
         try:
             self._core.run()
         except Exception as exc:

@@ -13,6 +13,10 @@ copy of as many bytes reaches, 512 MiB in blocks of
     16 programs without stages         11       40       74       81       83
     copy engines, no program            6       18       49       87       95
 
+That was with the addresses in the device's memory. The kernel reads them from the host's now, so that nothing has to
+bring them first; whole reads of blocks of 4 and 16 KiB became shorter too (2026-11-22: 19 and 73 percent, before 16 and
+63).
+
 Knows nothing of peers, handles or tensors.
 """
 
@@ -59,8 +63,9 @@ class BlockCopier:
         """Copy block i from `addresses[i, 1]` to `addresses[i, 0]`, on this stream, or else the device's current one.
 
         addresses: int64 [num_blocks or more, 2], which the device can read: pinned memory of the host will do, and is
-        faster than to copy it first. No block that is written may overlap another of the list. alignment: what all
-        addresses and `block_bytes` are multiples of; 16 is fastest, less than 8 is slow.
+        faster than to copy it first. It has to stay as it is until the stream has made the copy. No block that is
+        written may overlap another of the list. alignment: what all addresses and `block_bytes` are multiples of; 16 is
+        fastest, less than 8 is slow.
         """
         unit_bytes = next(size for size in (_VECTOR_BYTES, _WORD_BYTES, 1) if alignment % size == 0)
         chunk_bytes = _chunk_bytes(unit_bytes)

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 import torch
 
 from atom_cluster.errors import TransferError
-from atom_cluster.kv_transfer.ipc_copies import Batch, Rows, batches
+from atom_cluster.kv_transfer.ipc_copies import Batch, Ramp, Rows, batches
 from atom_cluster.kv_transfer.ipc_device import Fence, IpcDevice, Lane, SharedAllocation, open_gpu
 from atom_cluster.kv_transfer.ipc_driver import HANDLE_BYTES
 from atom_cluster.kv_transfer.ipc_export import (
@@ -60,11 +60,11 @@ _WINDOW_BYTES = 512 * MiB
 _KERNEL_BELOW_BYTES = 512 * KiB
 """What the kernel gains above (see `block_copy`) is not worth multiprocessors: beside products of matrices, which take
 all of them, copy engines keep all of their rate, and a copying kernel a half or two thirds. Below, it is the host that
-cannot give the engines their commands fast enough, one of which takes it a microsecond."""
+cannot give the engines their commands fast enough, one of which takes it half a microsecond or more."""
 _FIRST_BLOCKS = 1024
 _BLOCKS_AT_ONCE = 4096
 """Of a read are looked at before the device is given their copies: at first, and at most; each time twice as many as
-before. So it begins soon, and the host is done with the next ones before the device is with these."""
+before. So it begins soon, and with blocks of 64 KiB or more it has the next copies before it is done with these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,10 +137,13 @@ class _Read:
         assert batch is not None, "the read wants more"
         try:
             self.peer.lane.copy(batch)
-            self.next_batch = next(self.todo, None)
         except TransferError as exc:
             self.stop_reason = str(exc)
         self.under_way.append((self.peer.lane.fence(), batch.num_bytes))
+        try:
+            self.next_batch = next(self.todo, None)
+        except TransferError as exc:
+            self.stop_reason = self.stop_reason or str(exc)
         return batch.num_bytes
 
 
@@ -251,7 +254,7 @@ class IpcTransport:
         pieces: tuple[Piece, ...] | None,
     ) -> Iterator[Batch]:
         """The copies of a read. Raises `TransferError` for what cannot be read."""
-        first, most = 0, _FIRST_BLOCKS
+        first, most, ramp = 0, _FIRST_BLOCKS, Ramp()
         while first < max(1, len(remote_blocks)):
             some = slice(first, first + most)
             first, most = some.stop, min(2 * most, _BLOCKS_AT_ONCE)
@@ -265,6 +268,7 @@ class IpcTransport:
                 target=self._rows[group],
                 block_bytes=self._shapes[group].block_bytes,
                 kernel_below_bytes=self._kernel_below_bytes,
+                ramp=ramp,
             )
 
     def poll(self) -> list[ReadCompletion]:

@@ -31,7 +31,8 @@ _HIP_COPY_DEFAULT = 4
 _DURING_STREAM = 1
 """Of a batch of copies: sources may be read once the stream is there, not earlier."""
 _ONE_BY_ONE_BELOW = 3
-"""So many copies take the calling thread as long one by one as in a batch, which takes it 10 microseconds at least."""
+"""Fewer copies than this take the calling thread no longer one by one than in a batch, which takes it 10 microseconds
+at least."""
 
 
 class GpuDriver(Protocol):

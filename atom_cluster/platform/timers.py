@@ -13,8 +13,8 @@ _SLACK_NS = 1000
 def wake_on_time() -> None:
     """Have the system end pauses of the calling thread when they are over, not some 50 microseconds later.
 
-    For threads that look for what others have done, some thousand times a second. Linux only (PR_SET_TIMERSLACK);
-    elsewhere, or where it is forbidden, nothing changes.
+    For threads that look time and again whether others are done. Threads and processes that it starts later inherit it.
+    Linux only (PR_SET_TIMERSLACK); elsewhere, or where it is forbidden, nothing changes.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(_SLACK_NS), 0, 0, 0)

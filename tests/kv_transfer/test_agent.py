@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import threading
 from collections.abc import Callable, Iterator
 
 import msgspec
@@ -122,6 +123,13 @@ def read_blocks(remote: tuple[int, ...], local: tuple[int, ...], tags: tuple[int
         tags=(tags,) if tags else (),
         timeout_s=20,
     )
+
+
+def test_the_thread_that_waits_for_reads_wakes_on_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[str] = []
+    monkeypatch.setattr(agent_module, "wake_on_time", lambda: threads.append(threading.current_thread().name))
+    engine("shm", seed=None, rank=3).agent.close()
+    assert threads == ["kv-agent-3"]
 
 
 @pytest.mark.parametrize("group", range(len(SIZES)))

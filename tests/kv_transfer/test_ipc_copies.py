@@ -5,7 +5,7 @@ import random
 import pytest
 
 from atom_cluster.kv_transfer import ipc_copies
-from atom_cluster.kv_transfer.ipc_copies import Batch, Rows, batches
+from atom_cluster.kv_transfer.ipc_copies import Batch, Ramp, Rows, batches
 from atom_cluster.kv_transfer.pieces import Extent, Piece
 from atom_cluster.kv_transfer.regions import id_array
 
@@ -31,6 +31,7 @@ def planned(
             target=target,
             block_bytes=block_bytes,
             kernel_below_bytes=kernel_below_bytes,
+            ramp=Ramp(),
         )
     )
 
@@ -76,21 +77,24 @@ def test_batches_have_limits_and_lose_nothing(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(ipc_copies, "BATCH_BYTES", 1000)
     monkeypatch.setattr(ipc_copies, "_MAX_COMMANDS", 7)
     monkeypatch.setattr(ipc_copies, "MAX_COPIES", 5)
+    monkeypatch.setattr(ipc_copies, "KERNEL_BATCH_BYTES", 450)
     shuffled = random.Random(1).sample(range(60), 60)
     remote = (*range(100, 140), *shuffled)
     for kernel_below_bytes in (0, 1000):
         found = planned(remote, tuple(range(100)), kernel_below_bytes=kernel_below_bytes)
         assert byte_moves(found) == {to * 100 + i: fro * 100 + i for to, fro in enumerate(remote) for i in range(100)}
-        assert max(batch.num_bytes for batch in found) <= 1000
-        assert max(len(batch.sizes) for batch in found) <= (5 if kernel_below_bytes else 7)
+        assert max(batch.num_bytes for batch in found) == (400 if kernel_below_bytes else 1000)
+        assert max(len(batch.sizes) for batch in found) == (4 if kernel_below_bytes else 7)
+    monkeypatch.setattr(ipc_copies, "KERNEL_BATCH_BYTES", 1000)
+    assert max(len(batch.sizes) for batch in planned(remote, tuple(range(100)), kernel_below_bytes=1000)) == 5
 
 
 @pytest.mark.parametrize("pieces", [None, (Piece(Extent(0, 100), Extent(0, 100)),)])
 def test_copy_engines_begin_with_few_copies(pieces: tuple[Piece, ...] | None) -> None:
     blocks = tuple(range(0, 4000, 2))
     found = planned(blocks, blocks, pieces=pieces)
-    assert [len(batch.sizes) for batch in found][:6] == [16, 32, 64, 128, 256, 512 if pieces is None else 16]
-    assert sum(len(batch.sizes) for batch in found) == 2000
+    rest = [512, 512, 480] if pieces is None else [16, 512, 512, 464]  # pieces are those of 512 blocks at a time
+    assert [len(batch.sizes) for batch in found] == [16, 32, 64, 128, 256, *rest]
 
 
 def test_a_block_larger_than_a_batch_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
