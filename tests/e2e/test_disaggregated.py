@@ -28,7 +28,9 @@ def client(cluster: RunningCluster) -> openai.OpenAI:
 
 def test_a_chat_is_answered_by_two_processes_and_the_kv_moved(cluster: RunningCluster, client: openai.OpenAI) -> None:
     bytes_before = cluster.metric("atom_kv_transfer_bytes_total")
-    answer = client.chat.completions.create(model=MODEL, messages=QUESTION, temperature=0, max_tokens=20)
+    # Nobody has asked this way before: of what decode has cached, nothing is moved.
+    asked = [{"role": "system", "content": "You know all cities of the world."}, *QUESTION]
+    answer = client.chat.completions.create(model=MODEL, messages=asked, temperature=0, max_tokens=20)  # type: ignore[arg-type]
     assert "Paris" in (answer.choices[0].message.content or "")
     assert answer.choices[0].finish_reason == "stop"
     assert answer.usage is not None and answer.usage.total_tokens == (
