@@ -187,8 +187,8 @@ class KvAgent:
 
     def _main(self) -> None:
         """Supervisor of the thread: whatever goes wrong is logged here and raised again to the owner by `poll`."""
-        wake_on_time()
         try:
+            wake_on_time()
             # A side stream, so that tagging does not queue behind forward passes.
             with torch.Stream(self._device) if self._device.type == "cuda" else contextlib.nullcontext():
                 while not self._is_closing:

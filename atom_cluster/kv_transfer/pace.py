@@ -2,7 +2,7 @@
 
 Asking costs little, but a thread that asks without end takes the interpreter from the one that feeds the device. So the
 pauses grow with what was waited for already: an answer comes late by a small share of that, be it a prompt's read of a
-millisecond or of a hundred. Only at first there are none: a block's read takes little longer than the shortest sleep.
+millisecond or of a hundred. Only at first there are none, for reads of a few blocks.
 """
 
 from __future__ import annotations
